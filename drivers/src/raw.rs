@@ -1,0 +1,96 @@
+//! Raw: byte n of the disk is byte n of the file.
+
+use crate::{Extent, Format, Op, OpenError, Plan};
+
+/// What to do where a file's size is no multiple of the logical sector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OddSize {
+    /// Do not open it.
+    #[default]
+    Refuse,
+    /// The last sector is served; what the file lacks of it reads as zeros.
+    RoundUp,
+    /// The last, partial sector is not served.
+    RoundDown,
+}
+
+/// A raw image.
+#[derive(Debug)]
+pub struct Raw {
+    /// Bytes of the disk.
+    size: u64,
+    /// Bytes of the file when it was opened.
+    file_size: u64,
+}
+
+impl Raw {
+    /// A raw image in a file of `file_size` bytes, with logical sectors of `sector_size` bytes (a power of two).
+    pub fn new(file_size: u64, sector_size: u64, odd: OddSize) -> Result<Raw, OpenError> {
+        assert!(sector_size.is_power_of_two());
+        if file_size > i64::MAX as u64 - sector_size {
+            return Err(OpenError::TooLarge { size: file_size });
+        }
+        let down = file_size / sector_size * sector_size;
+        let size = match odd {
+            OddSize::Refuse if down != file_size => {
+                return Err(OpenError::OddSize { size: file_size, sector_size });
+            }
+            OddSize::RoundUp => file_size.next_multiple_of(sector_size),
+            OddSize::Refuse | OddSize::RoundDown => down,
+        };
+        if size == 0 {
+            return Err(OpenError::Empty { size: file_size, sector_size });
+        }
+        Ok(Raw { size, file_size })
+    }
+}
+
+impl Format for Raw {
+    fn name(&self) -> &'static str {
+        "aio"
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn plan(&mut self, _op: Op, extent: Extent) -> Plan {
+        debug_assert!(extent.len > 0 && extent.offset + extent.len <= self.size);
+        Plan::Data { at: extent.offset, count: extent.len }
+    }
+
+    fn zeros_from(&self) -> u64 {
+        self.file_size
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_file_is_itself() {
+        let mut raw = Raw::new(8192, 512, OddSize::Refuse).unwrap();
+        assert_eq!(raw.size(), 8192);
+        let plan = raw.plan(Op::Write, Extent { offset: 512, len: 7680 });
+        assert_eq!(plan, Plan::Data { at: 512, count: 7680 });
+    }
+
+    #[test]
+    fn an_odd_size_is_refused_or_rounded() {
+        let odd = |how| Raw::new(4097, 4096, how);
+        assert_eq!(odd(OddSize::Refuse).unwrap_err(), OpenError::OddSize { size: 4097, sector_size: 4096 });
+        assert_eq!(odd(OddSize::RoundDown).unwrap().size(), 4096);
+        let up = odd(OddSize::RoundUp).unwrap();
+        assert_eq!((up.size(), up.zeros_from()), (8192, 4097));
+        let message = odd(OddSize::Refuse).unwrap_err().to_string();
+        assert!(message.contains("missing 4095 bytes") && message.contains("last 1 bytes"), "{message}");
+    }
+
+    #[test]
+    fn no_sector_and_absurd_sizes_are_refused() {
+        assert!(matches!(Raw::new(0, 512, OddSize::RoundUp), Err(OpenError::Empty { .. })));
+        assert!(matches!(Raw::new(511, 512, OddSize::RoundDown), Err(OpenError::Empty { .. })));
+        assert!(matches!(Raw::new(u64::MAX, 512, OddSize::RoundUp), Err(OpenError::TooLarge { .. })));
+    }
+}

@@ -1,0 +1,105 @@
+//! The Linux AIO engine: `io_submit` in batches, completions from the shared ring. What the kernel's AIO lacks goes
+//! to a worker thread.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+
+use super::worker::{Finishing, Worker};
+use super::{Engine, Inline, Reap, Submit};
+use crate::sys::aio::{Completions, Context, Reading, setup, system_limit};
+use crate::sys::io::{Io, IoOp};
+
+/// Opens the engine for `depth` I/Os in flight on `files`. `direct`: all are open with O_DIRECT; `block_device`: all
+/// are block devices.
+pub fn open(files: Vec<File>, depth: usize, direct: bool, block_device: bool) -> io::Result<Engine> {
+    let (context, completions) = setup(depth, files, Reading::Ring).map_err(|error| explain(error, depth))?;
+    let worker = Worker::start(Arc::clone(&context), block_device, depth)?;
+    let finished = worker.finished();
+    // io_submit on a buffered file does the whole I/O itself.
+    let inline = if direct { Inline::Idle { writes: block_device } } else { Inline::Never };
+    let submit = Arc::new(AioSubmit { context, worker, flushes: AtomicBool::new(true) });
+    Ok(Engine { name: "aio", depth, inline, submit, reap: Box::new(AioReap { completions, finished }) })
+}
+
+fn explain(error: io::Error, depth: usize) -> io::Error {
+    match (error.raw_os_error(), system_limit()) {
+        (Some(libc::EAGAIN), Some((most, taken))) => io::Error::new(
+            error.kind(),
+            format!(
+                "io_setup for {depth} I/Os: {error}: {taken} of the machine's {most} are taken; raise the sysctl \
+                 fs.aio-max-nr, or lower engine.depth"
+            ),
+        ),
+        _ => io::Error::new(error.kind(), format!("io_setup for {depth} I/Os: {error}")),
+    }
+}
+
+struct AioSubmit {
+    context: Arc<Context>,
+    worker: Worker,
+    /// The kernel has an asynchronous fdsync for the file, as far as we know.
+    flushes: AtomicBool,
+}
+
+impl AioSubmit {
+    fn for_worker(&self, io: &Io) -> bool {
+        match io.op {
+            IoOp::Read | IoOp::Write { .. } => false,
+            IoOp::Flush => !self.flushes.load(Ordering::Relaxed),
+            IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status => true,
+        }
+    }
+
+    /// Gives the first `count` of `batch` to the worker.
+    fn divert(&self, batch: &mut VecDeque<Box<Io>>, count: usize) -> usize {
+        self.worker.give(batch.drain(..count));
+        count
+    }
+}
+
+impl Submit for AioSubmit {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>) -> Result<usize, Errno> {
+        let diverted = batch.iter().take_while(|io| self.for_worker(io)).count();
+        if diverted > 0 {
+            return Ok(self.divert(batch, diverted));
+        }
+        let limit = batch.iter().take_while(|io| !self.for_worker(io)).count();
+        match self.context.submit(batch, limit) {
+            Err(Errno::EINVAL) if batch.front().is_some_and(|io| io.op == IoOp::Flush) => {
+                self.flushes.store(false, Ordering::Relaxed);
+                Ok(self.divert(batch, 1))
+            }
+            other => other,
+        }
+    }
+
+    fn event(&self) -> &EventFd {
+        self.context.completed()
+    }
+}
+
+struct AioReap {
+    completions: Completions,
+    finished: Finishing,
+}
+
+impl Reap for AioReap {
+    fn ready(&self) -> bool {
+        self.completions.ready() || self.finished.ready()
+    }
+
+    fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        let mut count = self.completions.reap(usize::MAX, done);
+        while let Some((io, result)) = self.finished.pop() {
+            done(io, result);
+            count += 1;
+        }
+        count
+    }
+}

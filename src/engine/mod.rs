@@ -1,0 +1,86 @@
+//! Engines: what moves data between memory and a file. They know nothing of formats, and get I/Os that the queue
+//! has merged already.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+
+use crate::sys::io::{Io, IoOp};
+
+pub mod aio;
+pub mod memory;
+mod worker;
+
+/// The submitting half, called from the submit thread or the main loop.
+pub trait Submit: Send + Sync {
+    /// Takes the first I/Os of `batch` and says how many: those are removed. On an error, none; the error is the
+    /// first one's. EAGAIN (or `Ok(0)`) means that there is no room until something completes. May block.
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>) -> Result<usize, Errno>;
+
+    /// Becomes readable with each completion.
+    fn event(&self) -> &EventFd;
+
+    /// Makes [`event`](Self::event) readable.
+    fn wake(&self) {
+        // An eventfd's counter can't reach its limit by ones.
+        let _ = self.event().write(1);
+    }
+}
+
+/// The completing half, called from the main loop only; never blocks.
+pub trait Reap: Send {
+    /// Whether [`reap`](Self::reap) would find something, as far as memory shows.
+    fn ready(&self) -> bool;
+
+    /// Hands each completed I/O with its bytes or error to `done`, and says how many.
+    fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize;
+}
+
+/// When the main loop may submit by itself under `submit = "auto"`: only where that can't block, or where nothing is
+/// in flight and the kernel is told not to block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inline {
+    /// Never.
+    Never,
+    /// Single I/Os of some kinds, when nothing is in flight, flagged `nowait`.
+    Idle {
+        /// Writes too. Not for regular files: a write to a frozen file system blocks in spite of the flag, in
+        /// the kernel's `sb_start_write`.
+        writes: bool,
+    },
+    /// Always: it moves memory, and never blocks.
+    Always,
+}
+
+impl Inline {
+    /// Whether `io` may be submitted by the main loop while nothing is in flight.
+    pub fn when_idle(self, io: &Io) -> bool {
+        match (self, io.op) {
+            (Inline::Always, _) | (Inline::Idle { .. }, IoOp::Read) => true,
+            (Inline::Idle { writes }, IoOp::Write { .. }) => writes,
+            _ => false,
+        }
+    }
+}
+
+/// An engine with its files registered, ready to use.
+pub struct Engine {
+    /// As in the configuration.
+    pub name: &'static str,
+    /// I/Os that it can have in flight.
+    pub depth: usize,
+    /// When the main loop may submit.
+    pub inline: Inline,
+    /// The submitting half.
+    pub submit: Arc<dyn Submit>,
+    /// The completing half.
+    pub reap: Box<dyn Reap>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "Engine({}, depth {}, inline {:?})", self.name, self.depth, self.inline)
+    }
+}

@@ -1,0 +1,156 @@
+//! Frontends: where requests come from and answers go to.
+
+use std::collections::VecDeque;
+
+use mio::Registry;
+use mio::event::Event;
+use nix::errno::Errno;
+
+use crate::request::{Op, Request, RequestId, Slots};
+
+pub mod blkif;
+pub mod local;
+pub mod nbd;
+
+/// What clients are told of a disk.
+#[derive(Clone, Debug)]
+pub struct DiskInfo {
+    /// Bytes, a multiple of `sector_size`.
+    pub size: u64,
+    /// Logical sector, 512 or 4096 bytes: requests are aligned to it.
+    pub sector_size: u32,
+    /// Physical sector in bytes, at least the logical one.
+    pub physical_sector_size: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// For messages and listings, as `type:path`.
+    pub name: String,
+}
+
+impl DiskInfo {
+    /// Size in 512-byte sectors.
+    pub fn sectors(&self) -> u64 {
+        self.size / drivers::SECTOR_SIZE
+    }
+
+    /// Whether a request may be done, before anything has been done of it.
+    pub fn check(&self, op: Op, offset: u64, len: u64) -> Result<(), Errno> {
+        if op.writes() && self.read_only {
+            return Err(Errno::EROFS);
+        }
+        if op == Op::Flush || (op == Op::Barrier && len == 0) {
+            return Ok(());
+        }
+        let unit = u64::from(self.sector_size);
+        if len == 0 || !offset.is_multiple_of(unit) || !len.is_multiple_of(unit) {
+            return Err(Errno::EINVAL);
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ if op.writes() => Err(Errno::ENOSPC),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+}
+
+/// Where a frontend puts what it pulls.
+pub struct Intake<'a> {
+    pub(crate) slots: &'a mut Slots,
+    pub(crate) started: &'a mut VecDeque<RequestId>,
+    /// Set by a barrier; nothing is pulled behind it until it is answered.
+    pub(crate) barrier: &'a mut Option<RequestId>,
+    pub(crate) disk: &'a DiskInfo,
+    pub(crate) frontend: u16,
+    pub(crate) now: u64,
+}
+
+impl Intake<'_> {
+    /// Requests that can be put in now.
+    pub fn room(&self) -> usize {
+        if self.barrier.is_some() { 0 } else { self.slots.room() }
+    }
+
+    /// The next request, with an empty payload, to be filled in: operation, offset, length, payload and tag.
+    pub fn next(&mut self) -> Option<&mut Request> {
+        if self.room() == 0 { None } else { self.slots.next() }
+    }
+
+    /// Puts in what [`next`](Self::next) gave. A request that the disk refuses is answered like any other.
+    pub fn accept(&mut self) {
+        let (frontend, now, disk) = (self.frontend, self.now, self.disk);
+        let Some(request) = self.slots.next_filled() else { return };
+        (request.frontend, request.born) = (frontend, now);
+        request.error = disk.check(request.op, request.offset, request.len).err();
+        let barrier = request.op == Op::Barrier && request.error.is_none();
+        if let Some(id) = self.slots.take() {
+            self.started.push_back(id);
+            if barrier {
+                *self.barrier = Some(id);
+            }
+        }
+    }
+}
+
+/// One way for clients to reach the disk. All is called on the main loop, and nothing may block.
+pub trait Frontend {
+    /// Registers what it listens on. Its tokens are `base` and up.
+    fn register(&mut self, registry: Registry, base: usize) -> std::io::Result<()>;
+
+    /// An event for token `base + index`.
+    fn event(&mut self, index: usize, event: &Event);
+
+    /// Puts in requests as long as there are some and there is room.
+    fn pull(&mut self, intake: &mut Intake);
+
+    /// The request with that tag is done. Its client may be gone.
+    fn answer(&mut self, request: &Request);
+
+    /// Makes the answers of this turn visible: one notification a client.
+    fn publish(&mut self);
+
+    /// Whether memory shows something to pull.
+    fn ready(&self) -> bool;
+
+    /// The loop is about to sleep: asks every client to wake it. True: something came in before that took effect.
+    fn arm(&mut self) -> bool;
+
+    /// When it wants a turn although nothing happens, ns of [`crate::stats::now`].
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
+
+    /// Lets nobody in any more and says goodbye to those who are.
+    fn close(&mut self);
+
+    /// For debug-queue and LIST.
+    fn inspect(&self) -> serde_json::Value;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_beyond_the_disk_and_nothing_unaligned() {
+        let disk = DiskInfo {
+            size: 1 << 20,
+            sector_size: 4096,
+            physical_sector_size: 4096,
+            read_only: false,
+            name: "aio:x".into(),
+        };
+        assert_eq!(disk.check(Op::Read, 0, 1 << 20), Ok(()));
+        assert_eq!(disk.check(Op::Read, 4096, 1 << 20), Err(Errno::EINVAL));
+        assert_eq!(disk.check(Op::Write { fua: false }, 1 << 20, 4096), Err(Errno::ENOSPC));
+        assert_eq!(disk.check(Op::Discard, u64::MAX - 4095, 4096), Err(Errno::ENOSPC));
+        assert_eq!(disk.check(Op::Read, 512, 4096), Err(Errno::EINVAL));
+        assert_eq!(disk.check(Op::Read, 0, 512), Err(Errno::EINVAL));
+        assert_eq!(disk.check(Op::Read, 0, 0), Err(Errno::EINVAL));
+        assert_eq!(disk.check(Op::Barrier, 7, 0), Ok(()));
+        let disk = DiskInfo { read_only: true, ..disk };
+        for op in [Op::Write { fua: true }, Op::Barrier, Op::Discard, Op::WriteZeroes { unmap: true }] {
+            assert_eq!(disk.check(op, 0, 4096), Err(Errno::EROFS));
+        }
+        assert_eq!(disk.check(Op::Flush, 0, 0), Ok(()));
+    }
+}

@@ -1,0 +1,584 @@
+//! The queue: tiocbs wait, are merged where they are contiguous, and are pending until the engine is done with them.
+//!
+//! A tiocb is one transfer between one file and a run of a request's payload. Contiguous tiocbs of the same file and
+//! direction become one [`Io`]; the tiocbs stay linked behind it and are kept. Where a merged I/O comes back short,
+//! what is wholly done succeeds and the rest is submitted again; where it fails, it is split, and each tiocb stands
+//! for itself.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::{Engine, Inline, Reap, Submit};
+use crate::request::{RequestId, Slots};
+use crate::submit::{Counters, SubmitThread, submit_all};
+use crate::sys::io::{FileId, Io, IoOp};
+
+/// Who submits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SubmitMode {
+    /// The main loop where it can't be blocked for long, otherwise the thread.
+    #[default]
+    Auto,
+    /// Always the submit thread.
+    Thread,
+    /// Always the main loop. It can deadlock a host that is short of memory; for measuring.
+    Inline,
+}
+
+/// Sizes of a queue.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// tiocbs.
+    pub tiocbs: usize,
+    /// Pieces of memory in one I/O.
+    pub iovecs: usize,
+    /// Bytes in one merged I/O. A single tiocb may be larger.
+    pub merge_bytes: u64,
+}
+
+const NONE: u32 = u32::MAX;
+
+/// What a tiocb is to transfer.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer {
+    /// What to do.
+    pub op: IoOp,
+    /// On which file.
+    pub file: FileId,
+    /// From which byte of it.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// For which request.
+    pub owner: RequestId,
+    /// From which byte of that request's payload.
+    pub at: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    Waiting,
+    /// In the I/O with that tag.
+    Pending(u32),
+}
+
+#[derive(Debug)]
+struct Tiocb {
+    transfer: Option<Transfer>,
+    /// Bytes that an earlier, short I/O has done.
+    done: u64,
+    /// Not to be merged: it was part of a merged I/O that failed.
+    alone: bool,
+    state: State,
+    /// The next in whichever list it is in: free, waiting, or merged into the same I/O.
+    next: u32,
+}
+
+/// A tiocb that is finished: with its bytes, fewer than asked only where the file ended, or its error.
+pub type Finished = (Transfer, Result<u64, Errno>);
+
+/// What the queue counts.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct QueueReport {
+    /// I/Os that the engine can have in flight.
+    pub depth: usize,
+    /// tiocbs that there are.
+    pub size: usize,
+    /// tiocbs that wait.
+    pub waiting: usize,
+    /// tiocbs in I/Os that are submitted or being submitted.
+    pub pending: usize,
+    /// I/Os that are submitted or being submitted.
+    pub in_flight: usize,
+    /// tiocbs so far.
+    pub queued: u64,
+    /// tiocbs that were merged into the I/O of another.
+    pub merged: u64,
+    /// Merged I/Os that failed and were split.
+    pub split: u64,
+    /// I/Os that came back short and were submitted again.
+    pub resubmitted: u64,
+    /// I/Os the main loop submitted by itself.
+    pub inline: u64,
+    /// Of those, the ones that would have blocked and went to the thread.
+    pub would_block: u64,
+    /// Calls of the engine's submit.
+    pub batches: u64,
+    /// Largest batch it took at once.
+    pub largest_batch: u64,
+    /// I/Os it took.
+    pub submitted: u64,
+    /// Times it said EAGAIN.
+    pub busy: u64,
+    /// I/Os it refused.
+    pub refused: u64,
+    /// How long the submission that runs now has taken, µs; none if none runs.
+    pub submitting_us: Option<u64>,
+}
+
+/// Where a tiocb is, for debug-queue.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TiocbReport {
+    /// "waiting", "submit thread" (not yet begun), "engine".
+    pub held_by: String,
+    /// Its I/O's tag.
+    pub io: Option<u32>,
+    /// The tiocb that leads its I/O, where it is not itself.
+    pub merged_into: Option<u32>,
+    /// Its own number.
+    pub tiocb: u32,
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// The queue of a disk.
+pub struct Queue {
+    tiocbs: Vec<Tiocb>,
+    free: u32,
+    waiting: (u32, u32),
+    waiting_count: usize,
+    /// I/Os that are not in flight.
+    idle: Vec<Box<Io>>,
+    /// First tiocb of each I/O in flight, by its tag.
+    heads: Vec<u32>,
+    in_flight: usize,
+    /// I/Os to be submitted.
+    batch: VecDeque<Box<Io>>,
+    finished: VecDeque<Finished>,
+    merge_bytes: u64,
+    mode: SubmitMode,
+    inline: Inline,
+    thread: Option<SubmitThread>,
+    submit: Arc<dyn Submit>,
+    reap: Box<dyn Reap>,
+    counters: Arc<Counters>,
+    report: QueueReport,
+}
+
+impl Queue {
+    /// A queue on `engine`. Starts the submit thread if one can be needed.
+    pub fn new(engine: Engine, mode: SubmitMode, limits: Limits) -> std::io::Result<Queue> {
+        let Limits { tiocbs: size, iovecs, merge_bytes } = limits;
+        let counters = Arc::new(Counters::default());
+        let threaded = mode == SubmitMode::Thread || (mode == SubmitMode::Auto && engine.inline != Inline::Always);
+        let thread = threaded
+            .then(|| SubmitThread::start(Arc::clone(&engine.submit), Arc::clone(&counters), engine.depth))
+            .transpose()?;
+        let tiocb = |next| Tiocb { transfer: None, done: 0, alone: false, state: State::Free, next };
+        let mut tiocbs: Vec<_> = (1..=size as u32).map(tiocb).collect();
+        tiocbs[size - 1].next = NONE;
+        Ok(Queue {
+            tiocbs,
+            free: 0,
+            waiting: (NONE, NONE),
+            waiting_count: 0,
+            idle: (0..engine.depth as u32).rev().map(|tag| Io::new(tag, iovecs)).collect(),
+            heads: vec![NONE; engine.depth],
+            in_flight: 0,
+            batch: VecDeque::with_capacity(engine.depth),
+            finished: VecDeque::with_capacity(size),
+            merge_bytes,
+            mode,
+            inline: engine.inline,
+            thread,
+            submit: engine.submit,
+            reap: engine.reap,
+            counters,
+            report: QueueReport { depth: engine.depth, size, ..QueueReport::default() },
+        })
+    }
+
+    /// The engine's submitting half, whose event says that something can be reaped.
+    pub fn engine(&self) -> &Arc<dyn Submit> {
+        &self.submit
+    }
+
+    /// Adds a tiocb to those that wait. False: there is no free one.
+    pub fn push(&mut self, transfer: Transfer) -> bool {
+        let index = self.free;
+        if index == NONE {
+            return false;
+        }
+        let tiocb = &mut self.tiocbs[index as usize];
+        self.free = tiocb.next;
+        *tiocb = Tiocb { transfer: Some(transfer), done: 0, alone: false, state: State::Waiting, next: NONE };
+        self.append(index);
+        self.report.queued += 1;
+        true
+    }
+
+    fn append(&mut self, index: u32) {
+        match self.waiting {
+            (NONE, _) => self.waiting = (index, index),
+            (head, tail) => {
+                self.tiocbs[tail as usize].next = index;
+                self.waiting = (head, index);
+            }
+        }
+        self.waiting_count += 1;
+    }
+
+    fn pop(&mut self) -> u32 {
+        let index = self.waiting.0;
+        let next = std::mem::replace(&mut self.tiocbs[index as usize].next, NONE);
+        self.waiting = (next, if next == NONE { NONE } else { self.waiting.1 });
+        self.waiting_count -= 1;
+        index
+    }
+
+    /// Submits what waits, as far as the depth allows: once a turn.
+    pub fn kick(&mut self, slots: &Slots) {
+        while self.waiting_count > 0 {
+            let Some(io) = self.idle.pop() else { break };
+            self.in_flight += 1;
+            let io = self.merge(io, slots);
+            self.batch.push_back(io);
+        }
+        if !self.batch.is_empty() {
+            self.submit();
+        }
+    }
+
+    /// Builds an I/O of the first tiocb that waits and those that are contiguous with it.
+    fn merge(&mut self, mut io: Box<Io>, slots: &Slots) -> Box<Io> {
+        let head = self.pop();
+        let first = &self.tiocbs[head as usize];
+        let (transfer, done, alone) = (first.transfer.expect("it waits"), first.done, first.alone);
+        io.begin(transfer.op, transfer.file, transfer.offset + done);
+        add(&mut io, &transfer, done, slots);
+        self.heads[io.tag as usize] = head;
+        self.tiocbs[head as usize].state = State::Pending(io.tag);
+        let mut tail = head;
+        while !alone && self.waiting_count > 0 && self.fits(&io, slots) {
+            let next = self.pop();
+            let tiocb = &mut self.tiocbs[next as usize];
+            tiocb.state = State::Pending(io.tag);
+            let transfer = tiocb.transfer.expect("it waits");
+            add(&mut io, &transfer, 0, slots);
+            self.tiocbs[tail as usize].next = next;
+            tail = next;
+            self.report.merged += 1;
+        }
+        io
+    }
+
+    /// Whether the first tiocb that waits goes on where `io` ends.
+    fn fits(&self, io: &Io, slots: &Slots) -> bool {
+        let tiocb = &self.tiocbs[self.waiting.0 as usize];
+        let Some(t) = &tiocb.transfer else { return false };
+        if t.op != io.op || t.file != io.file || tiocb.alone || tiocb.done > 0 {
+            return false;
+        }
+        match t.op {
+            IoOp::Flush => true,
+            IoOp::Read | IoOp::Write { .. } => {
+                let payload = &slots.get(t.owner).payload;
+                t.offset == io.offset + io.len
+                    && io.len + t.len <= self.merge_bytes
+                    && payload.slice(t.at, t.len).count() <= io.room()
+                    && payload.memory().is_some_and(|memory| io.accepts(memory))
+            }
+            IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status => false,
+        }
+    }
+
+    fn submit(&mut self) {
+        let by_itself = match (self.mode, self.inline) {
+            (SubmitMode::Inline, _) | (SubmitMode::Auto, Inline::Always) => true,
+            (SubmitMode::Auto, inline) => {
+                if self.in_flight == 1 && inline.when_idle(&self.batch[0]) && self.submit_nowait() {
+                    return;
+                }
+                false
+            }
+            (SubmitMode::Thread, _) => false,
+        };
+        match &self.thread {
+            Some(thread) if !by_itself => thread.handover().give(self.batch.drain(..)),
+            _ => self.submit_inline(),
+        }
+    }
+
+    /// Submits the only I/O there is, which the kernel is told not to block for. False: it goes to the thread.
+    fn submit_nowait(&mut self) -> bool {
+        self.batch[0].nowait = true;
+        match self.submit.submit(&mut self.batch) {
+            Ok(n) if n > 0 => {
+                self.counters.took(n);
+                self.report.inline += n as u64;
+                true
+            }
+            refused => {
+                self.batch[0].nowait = false;
+                // A file without RWF_NOWAIT says so at once, and always will.
+                if matches!(refused, Err(Errno::EOPNOTSUPP | Errno::EINVAL)) {
+                    self.inline = Inline::Never;
+                }
+                self.report.would_block += 1;
+                false
+            }
+        }
+    }
+
+    fn submit_inline(&mut self) {
+        let mut refused = None;
+        loop {
+            let before = self.batch.len();
+            submit_all(
+                &*self.submit,
+                &self.counters,
+                &mut self.batch,
+                || false,
+                |io, errno| refused = Some((io, errno)),
+            );
+            self.report.inline += (before - self.batch.len()) as u64;
+            let Some((io, errno)) = refused.take() else { return };
+            self.complete(io, Err(errno));
+        }
+    }
+
+    /// Whether I/Os are left over that nothing in flight will make room for.
+    pub fn stalled(&self) -> bool {
+        !self.batch.is_empty()
+    }
+
+    /// Whether [`reap`](Self::reap) would find something.
+    pub fn ready(&self) -> bool {
+        self.reap.ready() || self.thread.as_ref().is_some_and(|thread| thread.handover().has_refused())
+    }
+
+    /// Takes in what the engine completed and refused. What is finished by that is in
+    /// [`next_finished`](Self::next_finished).
+    pub fn reap(&mut self) -> usize {
+        // The completions are in the kernel's ring while each is taken in, so the reaper is apart from the rest.
+        let mut reap = std::mem::replace(&mut self.reap, Box::new(Nothing));
+        let count = reap.reap(&mut |io, result| self.complete(io, result));
+        self.reap = reap;
+        if count > 0 {
+            if let Some(thread) = &self.thread {
+                thread.handover().completed();
+            }
+        }
+        let refused = |queue: &Queue| queue.thread.as_ref()?.handover().take_refused();
+        while let Some((io, errno)) = refused(self) {
+            self.complete(io, Err(errno));
+        }
+        count
+    }
+
+    fn complete(&mut self, io: Box<Io>, result: Result<u64, Errno>) {
+        match result {
+            Err(Errno::EAGAIN | Errno::EOPNOTSUPP) if io.nowait => {
+                if result == Err(Errno::EOPNOTSUPP) {
+                    self.inline = Inline::Never;
+                }
+                self.report.would_block += 1;
+                self.again(io);
+            }
+            Err(errno) => self.fail(io, errno),
+            Ok(n) if n < io.len && matches!(io.op, IoOp::Read | IoOp::Write { .. }) => self.short(io, n),
+            Ok(_) => {
+                let mut index = self.release(io);
+                while index != NONE {
+                    index = self.finish(index, None);
+                }
+            }
+        }
+    }
+
+    /// Submits an I/O that is still in flight again.
+    fn again(&mut self, mut io: Box<Io>) {
+        io.nowait = false;
+        match &self.thread {
+            Some(thread) => thread.handover().give(std::iter::once(io)),
+            None => self.batch.push_back(io),
+        }
+    }
+
+    /// A failed I/O fails its only tiocb; a merged one is split.
+    fn fail(&mut self, io: Box<Io>, errno: Errno) {
+        let head = self.release(io);
+        if self.tiocbs[head as usize].next == NONE {
+            self.finish(head, Some(Err(errno)));
+        } else {
+            self.report.split += 1;
+            self.wait_alone(head);
+        }
+    }
+
+    /// Puts a list of tiocbs in front of those that wait, in their order, each to be submitted by itself.
+    fn wait_alone(&mut self, head: u32) {
+        if head == NONE {
+            return;
+        }
+        let mut tail = head;
+        loop {
+            let tiocb = &mut self.tiocbs[tail as usize];
+            (tiocb.state, tiocb.alone) = (State::Waiting, true);
+            self.waiting_count += 1;
+            if tiocb.next == NONE {
+                break;
+            }
+            tail = tiocb.next;
+        }
+        self.tiocbs[tail as usize].next = self.waiting.0;
+        self.waiting = (head, if self.waiting.1 == NONE { tail } else { self.waiting.1 });
+    }
+
+    /// `n` bytes of the I/O are done, fewer than asked. The kernel gives whole sectors unless the file ends.
+    fn short(&mut self, mut io: Box<Io>, n: u64) {
+        let end_of_file = io.op == IoOp::Read && (n == 0 || !n.is_multiple_of(drivers::SECTOR_SIZE));
+        if n == 0 && !end_of_file {
+            return self.fail(io, Errno::EIO);
+        }
+        let tag = io.tag;
+        let mut left = n;
+        let mut index = self.heads[tag as usize];
+        loop {
+            let tiocb = &self.tiocbs[index as usize];
+            let wanted = tiocb.transfer.expect("it is pending").len - tiocb.done;
+            if left < wanted {
+                break;
+            }
+            left -= wanted;
+            index = self.finish(index, None);
+        }
+        self.tiocbs[index as usize].done += left;
+        self.heads[tag as usize] = index;
+        if end_of_file {
+            let head = self.release(io);
+            let done = self.tiocbs[head as usize].done;
+            let rest = self.finish(head, Some(Ok(done)));
+            self.wait_alone(rest);
+        } else {
+            io.advance(n);
+            self.report.resubmitted += 1;
+            self.again(io);
+        }
+    }
+
+    /// The I/O is over. Gives its tiocbs.
+    fn release(&mut self, mut io: Box<Io>) -> u32 {
+        io.clear();
+        let head = std::mem::replace(&mut self.heads[io.tag as usize], NONE);
+        self.idle.push(io);
+        self.in_flight -= 1;
+        head
+    }
+
+    /// The tiocb is finished, wholly if `result` is none. Gives the next in its list.
+    fn finish(&mut self, index: u32, result: Option<Result<u64, Errno>>) -> u32 {
+        let tiocb = &mut self.tiocbs[index as usize];
+        let transfer = tiocb.transfer.take().expect("it is pending");
+        let next = std::mem::replace(&mut tiocb.next, self.free);
+        tiocb.state = State::Free;
+        self.free = index;
+        self.finished.push_back((transfer, result.unwrap_or(Ok(transfer.len))));
+        next
+    }
+
+    /// A tiocb that has finished.
+    pub fn next_finished(&mut self) -> Option<Finished> {
+        self.finished.pop_front()
+    }
+
+    /// Finishes all that has not reached the engine with ECANCELED.
+    pub fn cancel(&mut self) {
+        while self.waiting_count > 0 {
+            let index = self.pop();
+            self.finish(index, Some(Err(Errno::ECANCELED)));
+        }
+        let given = |queue: &Queue| queue.thread.as_ref()?.handover().cancel();
+        while let Some(io) = self.batch.pop_front().or_else(|| given(self)) {
+            let mut index = self.release(io);
+            while index != NONE {
+                index = self.finish(index, Some(Err(Errno::ECANCELED)));
+            }
+        }
+    }
+
+    /// Whether nothing waits, is in flight, or is finished and not taken.
+    pub fn is_idle(&self) -> bool {
+        self.waiting_count == 0 && self.in_flight == 0 && self.finished.is_empty()
+    }
+
+    /// What was counted.
+    pub fn report(&self) -> QueueReport {
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+        let since = load(&self.counters.since);
+        QueueReport {
+            waiting: self.waiting_count,
+            pending: self.tiocbs.iter().filter(|tiocb| matches!(tiocb.state, State::Pending(_))).count(),
+            in_flight: self.in_flight,
+            batches: load(&self.counters.batches),
+            largest_batch: load(&self.counters.largest),
+            submitted: load(&self.counters.accepted),
+            busy: load(&self.counters.busy),
+            refused: load(&self.counters.refused),
+            submitting_us: (since != 0).then(|| (crate::stats::now() - since) / 1000),
+            ..self.report.clone()
+        }
+    }
+
+    /// The tiocbs of a request.
+    pub fn inspect(&self, owner: RequestId) -> Vec<TiocbReport> {
+        let mut unbegun = Vec::new();
+        if let Some(thread) = &self.thread {
+            thread.handover().look(|io| unbegun.push(io.tag));
+        }
+        let of_owner = |tiocb: &Tiocb| tiocb.transfer.filter(|transfer| transfer.owner == owner);
+        let found = (0..).zip(&self.tiocbs).filter_map(|(index, tiocb)| Some((index, tiocb.state, of_owner(tiocb)?)));
+        found
+            .map(|(tiocb, state, transfer)| {
+                let io = if let State::Pending(tag) = state { Some(tag) } else { None };
+                let held_by = match io {
+                    None => "waiting",
+                    Some(tag) if unbegun.contains(&tag) => "submit thread",
+                    Some(_) => "engine",
+                };
+                let merged_into = io.map(|tag| self.heads[tag as usize]).filter(|head| *head != tiocb);
+                let Transfer { offset, len, .. } = transfer;
+                TiocbReport { held_by: held_by.to_owned(), io, merged_into, tiocb, offset, len }
+            })
+            .collect()
+    }
+}
+
+/// Adds a transfer's memory, without its first `done` bytes, to `io`.
+fn add(io: &mut Io, transfer: &Transfer, done: u64, slots: &Slots) {
+    match transfer.op {
+        IoOp::Flush => {}
+        IoOp::Discard | IoOp::WriteZeroes { .. } => io.len += transfer.len,
+        IoOp::Read | IoOp::Write { .. } | IoOp::Status => {
+            let payload = &slots.get(transfer.owner).payload;
+            let memory = payload.memory().expect("data comes with memory");
+            for (offset, len) in payload.slice(transfer.at + done, transfer.len - done) {
+                io.push(memory, offset, len);
+            }
+            // Of a status the memory is for the answer, and the range is what it is about.
+            if transfer.op == IoOp::Status {
+                io.len = transfer.len;
+            }
+        }
+    }
+}
+
+/// Stands in while the reaper is taken out.
+struct Nothing;
+
+impl Reap for Nothing {
+    fn ready(&self) -> bool {
+        false
+    }
+
+    fn reap(&mut self, _: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        0
+    }
+}

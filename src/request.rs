@@ -1,0 +1,336 @@
+//! Requests of frontends, in slots that are made at the start.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::sys::memory::Memory;
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Image to client.
+    Read,
+    /// Client to image; with `fua` on stable storage when it is answered.
+    Write {
+        /// Force unit access.
+        fua: bool,
+    },
+    /// BLKIF_OP_WRITE_BARRIER: everything before it is on stable storage before it begins, it is on stable storage
+    /// when it is answered, and nothing after it begins before. May have no data.
+    Barrier,
+    /// What was answered before is on stable storage.
+    Flush,
+    /// The range is no longer needed.
+    Discard,
+    /// The range reads as zeros; with `unmap` its space may be given back.
+    WriteZeroes {
+        /// Whether the space may be given back.
+        unmap: bool,
+    },
+    /// Which parts of the range have data, answered in the payload as
+    /// [`IoOp::Status`](crate::sys::io::IoOp::Status) says.
+    Status,
+}
+
+impl Op {
+    /// Kinds, for counters and histograms.
+    pub const KINDS: [&'static str; 7] =
+        ["read", "write", "barrier", "flush", "discard", "write_zeroes", "block_status"];
+
+    /// Index into [`KINDS`](Self::KINDS).
+    pub fn kind(self) -> usize {
+        match self {
+            Op::Read => 0,
+            Op::Write { .. } => 1,
+            Op::Barrier => 2,
+            Op::Flush => 3,
+            Op::Discard => 4,
+            Op::WriteZeroes { .. } => 5,
+            Op::Status => 6,
+        }
+    }
+
+    /// Its kind's name.
+    pub fn name(self) -> &'static str {
+        Self::KINDS[self.kind()]
+    }
+
+    /// Whether it changes the image.
+    pub fn writes(self) -> bool {
+        !matches!(self, Op::Read | Op::Flush | Op::Status)
+    }
+}
+
+/// A run of bytes in the payload's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First byte.
+    pub offset: u32,
+    /// Bytes.
+    pub len: u32,
+}
+
+/// Where a request's data is or goes to: segments of the client's memory.
+#[derive(Debug, Default)]
+pub struct Payload {
+    memory: Option<Arc<Memory>>,
+    segments: Vec<Segment>,
+}
+
+impl Payload {
+    fn clear(&mut self) {
+        self.memory = None;
+        self.segments.clear();
+    }
+
+    /// Names the memory.
+    pub fn set_memory(&mut self, memory: &Arc<Memory>) {
+        self.memory = Some(Arc::clone(memory));
+    }
+
+    /// Adds a segment, which must be in the memory. Panics where there is no room: the limit is the frontend's own.
+    pub fn push(&mut self, offset: u32, len: u32) {
+        match self.segments.last_mut() {
+            Some(last) if last.offset.checked_add(last.len) == Some(offset) => last.len += len,
+            _ => {
+                assert!(self.segments.len() < self.segments.capacity());
+                self.segments.push(Segment { offset, len });
+            }
+        }
+    }
+
+    /// The memory; none for a request without data.
+    pub fn memory(&self) -> Option<&Arc<Memory>> {
+        self.memory.as_ref()
+    }
+
+    /// The segments of `len` bytes from byte `at` on, as (offset, length) in the memory.
+    pub fn slice(&self, at: u64, len: u64) -> impl Iterator<Item = (usize, usize)> {
+        let (mut skip, mut left) = (at, len);
+        self.segments.iter().filter_map(move |segment| {
+            let full = u64::from(segment.len);
+            let from = skip.min(full);
+            skip -= from;
+            let count = (full - from).min(left);
+            left -= count;
+            (count > 0).then_some((segment.offset as usize + from as usize, count as usize))
+        })
+    }
+
+    /// Zeroes `len` bytes from byte `at` on.
+    pub fn zero(&self, at: u64, len: u64) {
+        if let Some(memory) = &self.memory {
+            self.slice(at, len).for_each(|(offset, count)| memory.zero(offset, count));
+        }
+    }
+}
+
+/// One request.
+#[derive(Debug)]
+pub struct Request {
+    /// What.
+    pub op: Op,
+    /// First byte of the disk.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The data of reads and writes, `len` bytes; of a status, room for the answer.
+    pub payload: Payload,
+    /// Whose it is.
+    pub frontend: u16,
+    /// The frontend's own mark.
+    pub tag: u64,
+    /// When it was pulled, ns of [`crate::stats::now`].
+    pub born: u64,
+    /// Bytes that the stack has planned.
+    pub planned: u64,
+    /// tiocbs that are not finished.
+    pub pieces: u32,
+    /// The first error of a piece.
+    pub error: Option<Errno>,
+}
+
+impl Request {
+    /// Its end, as the frontend answers it.
+    pub fn result(&self) -> Result<(), Errno> {
+        self.error.map_or(Ok(()), Err)
+    }
+}
+
+/// Names a request's slot; in debug builds also which use of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestId {
+    index: u32,
+    #[cfg(debug_assertions)]
+    generation: u32,
+}
+
+impl RequestId {
+    /// The slot's number.
+    pub fn index(self) -> u32 {
+        self.index
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    request: Request,
+    used: bool,
+    #[cfg(debug_assertions)]
+    generation: u32,
+}
+
+/// All slots.
+#[derive(Debug)]
+pub struct Slots {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+impl Slots {
+    /// `count` slots, each with room for `segments` segments.
+    pub fn new(count: usize, segments: usize) -> Slots {
+        let slot = || Slot {
+            request: Request {
+                op: Op::Flush,
+                offset: 0,
+                len: 0,
+                payload: Payload { memory: None, segments: Vec::with_capacity(segments) },
+                frontend: 0,
+                tag: 0,
+                born: 0,
+                planned: 0,
+                pieces: 0,
+                error: None,
+            },
+            used: false,
+            #[cfg(debug_assertions)]
+            generation: 0,
+        };
+        Slots { slots: std::iter::repeat_with(slot).take(count).collect(), free: (0..count as u32).rev().collect() }
+    }
+
+    /// Slots that are free.
+    pub fn room(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Slots that are in use.
+    pub fn used(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// All of them.
+    pub fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The slot that [`take`](Self::take) would take, to be filled in.
+    pub fn next(&mut self) -> Option<&mut Request> {
+        let &index = self.free.last()?;
+        let request = &mut self.slots[index as usize].request;
+        request.payload.clear();
+        (request.planned, request.pieces, request.error) = (0, 0, None);
+        Some(request)
+    }
+
+    /// The same slot again, as it was filled in.
+    pub fn next_filled(&mut self) -> Option<&mut Request> {
+        let &index = self.free.last()?;
+        Some(&mut self.slots[index as usize].request)
+    }
+
+    /// Takes the slot of [`next`](Self::next).
+    pub fn take(&mut self) -> Option<RequestId> {
+        let index = self.free.pop()?;
+        self.slots[index as usize].used = true;
+        Some(self.id(index))
+    }
+
+    /// Frees a slot.
+    pub fn release(&mut self, id: RequestId) {
+        let slot = self.slot(id);
+        slot.request.payload.clear();
+        slot.used = false;
+        #[cfg(debug_assertions)]
+        {
+            slot.generation += 1;
+        }
+        self.free.push(id.index);
+    }
+
+    fn id(&self, index: u32) -> RequestId {
+        RequestId {
+            index,
+            #[cfg(debug_assertions)]
+            generation: self.slots[index as usize].generation,
+        }
+    }
+
+    fn slot(&mut self, id: RequestId) -> &mut Slot {
+        let slot = &mut self.slots[id.index as usize];
+        debug_assert!(slot.used);
+        #[cfg(debug_assertions)]
+        assert_eq!(slot.generation, id.generation, "stale request id");
+        slot
+    }
+
+    /// The request.
+    pub fn get(&self, id: RequestId) -> &Request {
+        let slot = &self.slots[id.index as usize];
+        #[cfg(debug_assertions)]
+        assert_eq!(slot.generation, id.generation, "stale request id");
+        &slot.request
+    }
+
+    /// The request.
+    pub fn get_mut(&mut self, id: RequestId) -> &mut Request {
+        &mut self.slot(id).request
+    }
+
+    /// Those in use.
+    pub fn iter(&self) -> impl Iterator<Item = (RequestId, &Request)> {
+        (0..).zip(&self.slots).filter(|(_, slot)| slot.used).map(|(i, slot)| (self.id(i), &slot.request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_of_a_payload_is_cut_at_both_ends() {
+        let mut slots = Slots::new(1, 3);
+        let payload = &mut slots.next().unwrap().payload;
+        payload.push(0, 512);
+        payload.push(512, 512);
+        payload.push(4096, 1024);
+        assert_eq!(payload.slice(0, 2048).collect::<Vec<_>>(), [(0, 1024), (4096, 1024)]);
+        assert_eq!(payload.slice(1000, 100).collect::<Vec<_>>(), [(1000, 24), (4096, 76)]);
+        assert_eq!(payload.slice(1536, 512).collect::<Vec<_>>(), [(4608, 512)]);
+        assert_eq!(payload.slice(0, 0).count(), 0);
+    }
+
+    #[test]
+    fn slots_run_out_and_come_back() {
+        let mut slots = Slots::new(2, 1);
+        assert!(slots.next().is_some());
+        let first = slots.take().unwrap();
+        slots.take().unwrap();
+        assert!(slots.next().is_none() && slots.take().is_none());
+        slots.release(first);
+        assert_eq!((slots.room(), slots.used()), (1, 1));
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "stale request id")]
+    fn a_stale_id_is_caught() {
+        let mut slots = Slots::new(1, 1);
+        let old = slots.take().unwrap();
+        slots.release(old);
+        slots.take().unwrap();
+        slots.get(old);
+    }
+}

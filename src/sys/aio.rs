@@ -1,0 +1,342 @@
+//! Linux AIO: `io_submit(2)` and the completion ring that the kernel shares with us.
+//!
+//! The ring's layout is `struct aio_ring` in the kernel's fs/aio.c; libaio reads it the same way, and its magic and
+//! `incompat_features` exist so that others can. Where they are not what we know, `io_getevents(2)` serves instead.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use libc::{c_long, c_uint, iocb};
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::io::{Io, IoOp, last_error};
+
+/// I/Os in one `io_submit`.
+const BATCH: usize = 64;
+
+// include/uapi/linux/aio_abi.h
+const IOCB_CMD_PREAD: u16 = 0;
+const IOCB_CMD_PWRITE: u16 = 1;
+const IOCB_CMD_FDSYNC: u16 = 3;
+const IOCB_CMD_PREADV: u16 = 7;
+const IOCB_CMD_PWRITEV: u16 = 8;
+const IOCB_FLAG_RESFD: u32 = 1;
+
+// fs/aio.c
+const AIO_RING_MAGIC: u32 = 0xa10a_10a1;
+
+/// `struct io_event`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Event {
+    data: u64,
+    obj: u64,
+    res: i64,
+    res2: i64,
+}
+
+/// `struct aio_ring`, the head of the completion ring.
+#[derive(Debug)]
+#[repr(C)]
+struct Ring {
+    id: u32,
+    nr: u32,
+    head: AtomicU32,
+    tail: AtomicU32,
+    magic: u32,
+    compat_features: u32,
+    incompat_features: u32,
+    header_length: u32,
+}
+
+/// The kernel's control block, rebuilt at each submission.
+pub(super) struct Iocb(iocb);
+
+impl Default for Iocb {
+    fn default() -> Iocb {
+        // SAFETY: the struct holds only integers, for which zero is a value.
+        Iocb(unsafe { std::mem::zeroed() })
+    }
+}
+
+impl std::fmt::Debug for Iocb {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "Iocb(op {})", self.0.aio_lio_opcode)
+    }
+}
+
+/// How completions are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// From the shared ring where its layout is known, otherwise by system call.
+    Ring,
+    /// By `io_getevents(2)`.
+    SystemCall,
+}
+
+/// The submitting half; any thread may submit.
+#[derive(Debug)]
+pub struct Context {
+    id: usize,
+    files: Vec<File>,
+    completed: EventFd,
+}
+
+/// The completing half. There is one: the ring has one consumer.
+#[derive(Debug)]
+pub struct Completions {
+    context: Arc<Context>,
+    ring: Option<&'static Ring>,
+}
+
+// SAFETY: `ring` is memory of the context, which stays mapped until `io_destroy`, and so as long as `context`.
+unsafe impl Send for Completions {}
+
+/// A context for `depth` I/Os in flight on `files`, whose indices are the [`FileId`](super::io::FileId)s.
+pub fn setup(depth: usize, files: Vec<File>, reading: Reading) -> io::Result<(Arc<Context>, Completions)> {
+    let completed = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+    let mut id: usize = 0;
+    // SAFETY: `id` is where the kernel stores the context's id, and must be 0 before.
+    if unsafe { libc::syscall(libc::SYS_io_setup, depth as c_long, &raw mut id) } < 0 {
+        return Err(last_error());
+    }
+    let context = Arc::new(Context { id, files, completed });
+    // SAFETY: the id is the address of the ring, mapped into this process by io_setup, until io_destroy.
+    let ring = unsafe { &*(id as *const Ring) };
+    let known = ring.magic == AIO_RING_MAGIC && ring.incompat_features == 0 && ring.nr > 0;
+    let ring = (known && reading == Reading::Ring).then_some(ring);
+    Ok((Arc::clone(&context), Completions { context, ring }))
+}
+
+impl Context {
+    /// Gives the first I/Os of `batch`, at most `limit`, to the kernel with one system call, and takes those that it
+    /// accepted out of it. On an error nothing was accepted. The operations are read, write and flush: Linux AIO has
+    /// no other.
+    pub fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+        let mut ios = [std::ptr::null_mut::<Io>(); BATCH];
+        let mut iocbs = [std::ptr::null_mut::<iocb>(); BATCH];
+        let count = batch.len().min(limit).min(BATCH);
+        for (i, io) in batch.drain(..count).enumerate() {
+            // From here on the kernel, and with it the completing thread, may own the I/O.
+            ios[i] = Box::into_raw(io);
+            // SAFETY: just made from a box, and not yet submitted: nobody else has it.
+            let io = unsafe { &mut *ios[i] };
+            iocbs[i] = self.prepare(io);
+        }
+        // SAFETY: `iocbs` has `count` valid control blocks, whose buffers and iovecs live in the `Io`s, which live
+        // until their completion is reaped, because they are no longer owned here.
+        let done = unsafe { libc::syscall(libc::SYS_io_submit, self.id, count as c_long, iocbs.as_mut_ptr()) };
+        let result = Errno::result(done).map(|n| n as usize);
+        let accepted = *result.as_ref().unwrap_or(&0);
+        for &io in ios[accepted..count].iter().rev() {
+            // SAFETY: made by `into_raw` above, and the kernel did not take it.
+            batch.push_front(unsafe { Box::from_raw(io) });
+        }
+        result
+    }
+
+    fn prepare(&self, io: &mut Io) -> *mut iocb {
+        let data = std::ptr::from_mut(io) as u64;
+        let iovecs = io.iovecs();
+        let (single, buffer, bytes) = match iovecs {
+            [one] => (true, one.iov_base as u64, one.iov_len as u64),
+            many => (false, many.as_ptr() as u64, many.len() as u64),
+        };
+        let (opcode, dsync) = match (io.op, single) {
+            (IoOp::Read, true) => (IOCB_CMD_PREAD, 0),
+            (IoOp::Read, false) => (IOCB_CMD_PREADV, 0),
+            (IoOp::Write { fua }, true) => (IOCB_CMD_PWRITE, if fua { libc::RWF_DSYNC } else { 0 }),
+            (IoOp::Write { fua }, false) => (IOCB_CMD_PWRITEV, if fua { libc::RWF_DSYNC } else { 0 }),
+            (IoOp::Flush, _) => (IOCB_CMD_FDSYNC, 0),
+            (IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status, _) => {
+                unreachable!("Linux AIO has no {:?}", io.op)
+            }
+        };
+        let flush = io.op == IoOp::Flush;
+        let fd = self.files[usize::from(io.file.0)].as_raw_fd();
+        let nowait = if io.nowait { libc::RWF_NOWAIT } else { 0 };
+        let block = &mut io.iocb.0;
+        block.aio_data = data;
+        block.aio_key = 0;
+        block.aio_rw_flags = dsync | nowait;
+        block.aio_lio_opcode = opcode;
+        block.aio_reqprio = 0;
+        block.aio_fildes = fd as u32;
+        block.aio_buf = if flush { 0 } else { buffer };
+        block.aio_nbytes = if flush { 0 } else { bytes };
+        block.aio_offset = if flush { 0 } else { io.offset as i64 };
+        block.aio_flags = IOCB_FLAG_RESFD;
+        block.aio_resfd = self.completed.as_fd().as_raw_fd() as u32;
+        block
+    }
+
+    /// The file with that index.
+    pub fn file(&self, id: super::io::FileId) -> &File {
+        &self.files[usize::from(id.0)]
+    }
+
+    /// Becomes readable with each completion. Nobody needs to read it where the poll is edge-triggered.
+    pub fn completed(&self) -> &EventFd {
+        &self.completed
+    }
+}
+
+impl AsFd for Context {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.completed.as_fd()
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: the id is ours; io_destroy waits for what is in flight, so no buffer is written afterwards.
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.id) };
+    }
+}
+
+impl Completions {
+    /// Whether there is something to reap, as far as can be seen without a system call.
+    pub fn ready(&self) -> bool {
+        self.ring.is_some_and(|ring| ring.head.load(Ordering::Relaxed) != ring.tail.load(Ordering::Acquire))
+    }
+
+    /// Hands each completed I/O, with its bytes or error, to `done`, at most `limit` of them.
+    pub fn reap(&mut self, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        match self.ring {
+            Some(ring) => Self::reap_ring(ring, limit, done),
+            None => self.reap_by_call(limit, done),
+        }
+    }
+
+    fn reap_ring(ring: &Ring, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        let events = std::ptr::from_ref(ring).wrapping_byte_add(ring.header_length as usize).cast::<Event>();
+        let mut head = ring.head.load(Ordering::Relaxed);
+        // Pairs with the kernel's barrier between filling an event and moving the tail.
+        let tail = ring.tail.load(Ordering::Acquire);
+        let mut count = 0;
+        while head != tail && count < limit {
+            // SAFETY: head is below nr, which counts the events that follow the header; the kernel filled this one
+            // before it moved the tail past it.
+            let event = unsafe { events.add(head as usize).read() };
+            head = (head + 1) % ring.nr;
+            // The event is copied: the kernel may use its place again.
+            ring.head.store(head, Ordering::Release);
+            Self::complete(&event, done);
+            count += 1;
+        }
+        count
+    }
+
+    fn reap_by_call(&mut self, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        // SAFETY: integers only.
+        let mut events: [Event; BATCH] = unsafe { std::mem::zeroed() };
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let most = limit.min(BATCH) as c_long;
+        // SAFETY: `events` has room for `most`.
+        let got = unsafe {
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context.id,
+                0 as c_long,
+                most,
+                events.as_mut_ptr(),
+                &raw mut now,
+            )
+        };
+        let got = usize::try_from(got).unwrap_or(0);
+        for event in &events[..got] {
+            Self::complete(event, done);
+        }
+        got
+    }
+
+    fn complete(event: &Event, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) {
+        // SAFETY: `data` is the pointer that `submit` made from a box and gave away; the kernel is done with it, and
+        // each completion comes once.
+        let io = unsafe { Box::from_raw(event.data as *mut Io) };
+        let result = u64::try_from(event.res).map_err(|_| Errno::from_raw(-event.res as i32));
+        done(io, result);
+    }
+}
+
+/// The most I/Os that all contexts of the machine may have in flight, and how many are taken.
+pub fn system_limit() -> Option<(c_uint, c_uint)> {
+    let read = |name| std::fs::read_to_string(name).ok()?.trim().parse().ok();
+    Some((read("/proc/sys/fs/aio-max-nr")?, read("/proc/sys/fs/aio-nr")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::io::FileId;
+    use super::super::memory::Memory;
+    use super::*;
+
+    fn wait(completions: &mut Completions, count: usize) -> Vec<(Box<Io>, Result<u64, Errno>)> {
+        let mut done = Vec::new();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while done.len() < count {
+            completions.reap(usize::MAX, &mut |io, result| done.push((io, result)));
+            assert!(std::time::Instant::now() < end, "no completion");
+        }
+        done
+    }
+
+    #[test]
+    fn writes_flushes_and_reads_with_either_way_of_reading() {
+        for reading in [Reading::Ring, Reading::SystemCall] {
+            let file = tempfile::tempfile().unwrap();
+            let (context, mut completions) = setup(8, vec![file], reading).unwrap();
+            let memory = Arc::new(Memory::anonymous(8192).unwrap());
+            memory.write(0, &[7; 4096]);
+            let mut io = Io::new(1, 4);
+            let mut batch = VecDeque::new();
+            io.begin(IoOp::Write { fua: true }, FileId(0), 512);
+            io.push(&memory, 0, 1024);
+            io.push(&memory, 2048, 512);
+            batch.push_back(io);
+            assert_eq!(context.submit(&mut batch, 64), Ok(1));
+            let (mut io, result) = wait(&mut completions, 1).pop().unwrap();
+            assert_eq!((io.tag, result), (1, Ok(1536)));
+            io.begin(IoOp::Flush, FileId(0), 0);
+            batch.push_back(io);
+            assert_eq!(context.submit(&mut batch, 64), Ok(1));
+            let (mut io, result) = wait(&mut completions, 1).pop().unwrap();
+            assert_eq!(result, Ok(0));
+            // A read across the end of the file comes back short.
+            io.begin(IoOp::Read, FileId(0), 0);
+            io.push(&memory, 4096, 4096);
+            batch.push_back(io);
+            assert_eq!(context.submit(&mut batch, 64), Ok(1));
+            let (_, result) = wait(&mut completions, 1).pop().unwrap();
+            assert_eq!(result, Ok(2048));
+            let mut got = [9; 2048];
+            memory.read(4096, &mut got);
+            assert!(got[..512].iter().all(|b| *b == 0) && got[512..].iter().all(|b| *b == 7));
+            assert!(!completions.ready());
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_stays_in_the_batch() {
+        let write_only = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
+        let (context, mut completions) = setup(8, vec![write_only], Reading::Ring).unwrap();
+        let memory = Arc::new(Memory::anonymous(4096).unwrap());
+        let mut batch = VecDeque::new();
+        for (tag, op) in [IoOp::Write { fua: false }, IoOp::Read].into_iter().enumerate() {
+            let mut io = Io::new(tag as u32, 1);
+            io.begin(op, FileId(0), 0);
+            io.push(&memory, 0, 512);
+            batch.push_back(io);
+        }
+        assert_eq!(context.submit(&mut batch, 64), Ok(1));
+        assert_eq!((batch.len(), batch[0].tag), (1, 1));
+        assert_eq!(context.submit(&mut batch, 64), Err(Errno::EBADF));
+        assert_eq!(batch.len(), 1);
+        assert_eq!(wait(&mut completions, 1)[0].1, Ok(512));
+    }
+}

@@ -1,0 +1,135 @@
+//! What image files need beyond std: sizes and alignments of block devices, discard, locks.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+mod ioctl {
+    // include/uapi/linux/fs.h
+    nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
+    nix::ioctl_read_bad!(blkpbszget, 0x127b, libc::c_uint);
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, usize);
+    nix::ioctl_write_ptr_bad!(blkdiscard, 0x1277, [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blkzeroout, 0x127f, [u64; 2]);
+}
+
+/// What a file or block device is, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// A block device rather than a regular file.
+    pub block_device: bool,
+    /// Bytes.
+    pub size: u64,
+    /// Logical sector of a block device; 512 for a file.
+    pub logical: u32,
+    /// Physical sector of a block device; for a file the file system's preferred unit, at most 4096.
+    pub physical: u32,
+}
+
+/// Size and sectors of an open file or block device; anything else is an error.
+pub fn geometry(file: &File) -> io::Result<Geometry> {
+    let meta = file.metadata()?;
+    if meta.file_type().is_block_device() {
+        let fd = file.as_raw_fd();
+        let (mut size, mut logical, mut physical) = (0usize, 0, 0);
+        // SAFETY: each ioctl stores one integer of the declared type.
+        unsafe {
+            ioctl::blkgetsize64(fd, &raw mut size)?;
+            ioctl::blksszget(fd, &raw mut logical)?;
+            ioctl::blkpbszget(fd, &raw mut physical)?;
+        }
+        return Ok(Geometry { block_device: true, size: size as u64, logical: logical as u32, physical });
+    }
+    if !meta.file_type().is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "is neither a regular file nor a block device"));
+    }
+    let physical = meta.blksize().clamp(512, 4096) as u32;
+    Ok(Geometry { block_device: false, size: meta.len(), logical: 512, physical })
+}
+
+/// What O_DIRECT demands of (memory, offset and length), in bytes, where the kernel says so (statx, since 6.1).
+pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+    const STATX_DIOALIGN: u32 = 0x2000;
+    // SAFETY: the struct holds only integers.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; `stat` is where the result goes.
+    let done =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, STATX_DIOALIGN, &raw mut stat) };
+    (done == 0 && stat.stx_mask & STATX_DIOALIGN != 0 && stat.stx_dio_offset_align != 0)
+        .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
+}
+
+/// Gives a range's space back. Blocks.
+pub fn discard(file: &File, block_device: bool, offset: u64, len: u64) -> Result<(), Errno> {
+    if block_device {
+        // SAFETY: the ioctl reads two integers.
+        unsafe { ioctl::blkdiscard(file.as_raw_fd(), &[offset, len]) }.map(drop)
+    } else {
+        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file.as_fd(), how, offset as i64, len as i64)
+    }
+}
+
+/// Zeroes a range, with `unmap` by giving its space back if that is possible. Blocks.
+pub fn write_zeroes(file: &File, block_device: bool, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+    if block_device {
+        // SAFETY: the ioctl reads two integers.
+        return unsafe { ioctl::blkzeroout(file.as_raw_fd(), &[offset, len]) }.map(drop);
+    }
+    if unmap && discard(file, false, offset, len).is_ok() {
+        return Ok(());
+    }
+    let range = fallocate(file.as_fd(), FallocateFlags::FALLOC_FL_ZERO_RANGE, offset as i64, len as i64);
+    match range {
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => write_zeroes_by_hand(file, offset, len),
+        other => other,
+    }
+}
+
+/// Answers an [`IoOp::Status`](super::io::IoOp::Status) by `lseek(2)`, which may read the file system's metadata. A
+/// block device, and what a file has beyond its end, is all data: nothing promises that it reads as zeros cheaply.
+pub fn status(file: &File, block_device: bool, io: &super::io::Io) -> Result<u64, Errno> {
+    use nix::unistd::{Whence, lseek};
+    const RUNS: usize = 64;
+    let mut runs = [0u64; RUNS];
+    let count = RUNS.min(io.memory_len() / 8);
+    let (mut at, end) = (io.offset, io.offset + io.len);
+    for (i, run) in runs[..count].iter_mut().enumerate() {
+        let data = i % 2 == 0;
+        let next = match lseek(file, at as i64, if data { Whence::SeekHole } else { Whence::SeekData }) {
+            _ if block_device => end,
+            Ok(next) => (next as u64).min(end),
+            // From a hole, there is no more data (ENXIO); otherwise the file system can't tell.
+            Err(_) => end,
+        };
+        *run = next - at;
+        at = next;
+        if at == end {
+            break;
+        }
+    }
+    let bytes: &[u8] = zerocopy::IntoBytes::as_bytes(&runs[..count]);
+    io.put(bytes);
+    Ok(io.len)
+}
+
+/// For file systems without FALLOC_FL_ZERO_RANGE, tmpfs among them.
+fn write_zeroes_by_hand(file: &File, mut offset: u64, mut len: u64) -> Result<(), Errno> {
+    #[repr(align(4096))]
+    struct Zeroes([u8; 65536]);
+    static ZEROES: Zeroes = Zeroes([0; 65536]);
+    while len > 0 {
+        let now = len.min(ZEROES.0.len() as u64) as usize;
+        let done = nix::sys::uio::pwrite(file.as_fd(), &ZEROES.0[..now], offset as i64)? as u64;
+        if done == 0 {
+            return Err(Errno::EIO);
+        }
+        offset += done;
+        len -= done;
+    }
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! Mapped memory that the kernel, a client or a guest may write at any time.
+//!
+//! No reference to its bytes is ever made (only atomics for ring indices): what is in it is copied out once, and
+//! the copy is checked. Offsets and lengths are in bytes; an access beyond the mapping panics, so callers check
+//! what a client chose before they come here.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU32;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
+
+/// Bytes in a page of the ring and of grants.
+pub const PAGE_SIZE: usize = 4096;
+
+/// A page-aligned mapping, unmapped when the last owner drops it.
+#[derive(Debug)]
+pub struct Memory {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: `Memory` is a plain range of addresses. All access is by raw copies and atomics, which assume that
+// others write at the same time.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Private memory of at least `len` bytes, zeroed.
+    pub fn anonymous(len: usize) -> io::Result<Memory> {
+        let size = Self::size(len)?;
+        let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address the kernel chooses touches no memory of ours.
+        let base = unsafe { mmap_anonymous(None, size, rw, MapFlags::MAP_PRIVATE) }?;
+        Ok(Memory { base: base.cast(), len: size.get() })
+    }
+
+    /// The first `len` bytes of `fd`, shared. A file that shrinks under its mapping makes an access a SIGBUS, so a
+    /// server maps only a memfd that it made and sealed itself.
+    pub fn shared(fd: impl AsFd, len: usize) -> io::Result<Memory> {
+        let size = Self::size(len)?;
+        let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: as in `anonymous`.
+        let base = unsafe { mmap(None, size, rw, MapFlags::MAP_SHARED, fd, 0) }?;
+        Ok(Memory { base: base.cast(), len: size.get() })
+    }
+
+    fn size(len: usize) -> io::Result<std::num::NonZeroUsize> {
+        std::num::NonZeroUsize::new(len.next_multiple_of(PAGE_SIZE)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Bytes mapped, a multiple of the page.
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Keeps all of it resident.
+    pub fn lock(&self) -> io::Result<()> {
+        // SAFETY: the range is this mapping, which lives as long as `self`.
+        unsafe { mlock(self.base.cast(), self.len) }.map_err(Into::into)
+    }
+
+    /// The address of `len` bytes at `offset`, after the check that every access goes through.
+    pub(super) fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= self.len),
+            "{offset}+{len} is beyond the mapping's {} bytes",
+            self.len
+        );
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+
+    /// A ring index. `offset` must be a multiple of 4.
+    pub fn atomic_u32(&self, offset: usize) -> &AtomicU32 {
+        assert!(offset.is_multiple_of(4));
+        // SAFETY: in bounds, aligned, and lives as long as `self`; everyone else accesses it as an atomic word,
+        // and whatever they write is a valid u32.
+        unsafe { AtomicU32::from_ptr(self.at(offset, 4).cast()) }
+    }
+
+    /// Copies `N` bytes (a multiple of 4, at a multiple of 4) out, reading each word exactly once: the copy can't
+    /// change between its check and its use.
+    pub fn read_once<const N: usize>(&self, offset: usize) -> [u8; N] {
+        const { assert!(N.is_multiple_of(4)) };
+        assert!(offset.is_multiple_of(4));
+        let from = self.at(offset, N).cast::<u32>();
+        let mut copy = [0; N];
+        for (i, word) in copy.chunks_exact_mut(4).enumerate() {
+            // SAFETY: in bounds and aligned; volatile, so the compiler can't read it a second time.
+            word.copy_from_slice(&unsafe { from.add(i).read_volatile() }.to_ne_bytes());
+        }
+        copy
+    }
+
+    /// Copies `to.len()` bytes at `offset` out.
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
+        let from = self.at(offset, to.len());
+        // SAFETY: `from` is valid for that length, and `to` is private memory of ours, so they can't overlap. A
+        // writer on the other side can tear the bytes but not make them invalid: any byte is a u8.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+    }
+
+    /// Copies `from` to `offset`.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let to = self.at(offset, from.len());
+        // SAFETY: as in `read`, in the other direction.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+    }
+
+    /// Zeroes `len` bytes at `offset`.
+    pub fn zero(&self, offset: usize, len: usize) {
+        let to = self.at(offset, len);
+        // SAFETY: `to` is valid for `len` bytes.
+        unsafe { std::ptr::write_bytes(to, 0, len) };
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no `Io` points into it: each holds an `Arc` of the memory it uses.
+        let unmapped = unsafe { munmap(self.base.cast(), self.len) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let memory = Memory::anonymous(1).unwrap();
+        assert_eq!(memory.len(), PAGE_SIZE);
+        memory.write(4090, &[1, 2, 3, 4, 5, 6]);
+        assert_eq!(memory.read_once::<8>(4088), [0, 0, 1, 2, 3, 4, 5, 6]);
+        memory.zero(4091, 4);
+        let mut tail = [9; 6];
+        memory.read(4090, &mut tail);
+        assert_eq!(tail, [1, 0, 0, 0, 0, 6]);
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond the mapping")]
+    fn nothing_beyond_the_mapping_can_be_named() {
+        Memory::anonymous(PAGE_SIZE).unwrap().zero(1, PAGE_SIZE);
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond the mapping")]
+    fn an_offset_that_wraps_is_no_way_in() {
+        Memory::anonymous(PAGE_SIZE).unwrap().zero(usize::MAX, 2);
+    }
+}

@@ -1,0 +1,9 @@
+//! All the unsafe code: memory that others can write, the kernel's asynchronous I/O, ioctls, and descriptors that
+//! arrive over a socket. What is exported is safe to call; each block says why it is sound.
+#![allow(unsafe_code)]
+
+pub mod aio;
+pub mod fdpass;
+pub mod file;
+pub mod io;
+pub mod memory;
