@@ -16,11 +16,15 @@ use tapdisk::disk::DebugQueue;
 ///
 /// The exit code is 0, or the errno of what went wrong; its text is on standard error.
 #[derive(Debug, Parser)]
-#[command(name = "tap-ctl", version, after_help = "Examples:
+#[command(
+    name = "tap-ctl",
+    version,
+    after_help = "Examples:
   tap-ctl list
   tap-ctl debug-queue                      the only tapdisk there is
   tap-ctl debug-queue -p 4711 --json
-  tap-ctl --directory target/quick-start stats")]
+  tap-ctl --directory target/quick-start stats"
+)]
 pub struct Args {
     /// Where the control sockets are
     #[arg(long, global = true, default_value = "/run/blktap-control", env = "TAPDISK_CONTROL_DIRECTORY")]

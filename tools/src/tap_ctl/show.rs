@@ -30,7 +30,11 @@ pub(super) fn list(out: &mut impl Write, disks: &[Listed], json: bool) -> io::Re
 /// `debug-queue`, for people.
 pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {
     let writable = if disk.read_only { "read-only" } else { "writable" };
-    writeln!(out, "{}: {}, {} bytes, {}-byte sectors, {writable}", disk.name, disk.state, disk.size, disk.sector_size)?;
+    writeln!(
+        out,
+        "{}: {}, {} bytes, {}-byte sectors, {writable}",
+        disk.name, disk.state, disk.size, disk.sector_size
+    )?;
     let q = &disk.queue;
     writeln!(
         out,
