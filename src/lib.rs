@@ -1,4 +1,5 @@
 //! placeholder
+pub mod client;
 pub mod engine;
 pub mod frontend;
 pub mod queue;
