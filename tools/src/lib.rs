@@ -1,4 +1,5 @@
-//! What the tools are made of. Their command lines are here and not in the binaries, because manual pages and shell
-//! completions are generated from them.
+//! The tools of tapdisk, as a library: what each does and the definition of its command line, of which man pages and
+//! shell completions are made.
 
 pub mod ring_load;
+pub mod tap_ctl;
