@@ -1,1 +1,4 @@
 //! NBD
+mod arena;
+pub mod negotiate;
+pub mod wire;
