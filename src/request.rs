@@ -143,6 +143,8 @@ pub struct Request {
     pub tag: u64,
     /// When it was pulled, ns of [`crate::stats::now`].
     pub born: u64,
+    /// It is among those that the stack has to plan.
+    pub planning: bool,
     /// Bytes that the stack has planned.
     pub planned: u64,
     /// tiocbs that are not finished.
@@ -200,6 +202,7 @@ impl Slots {
                 frontend: 0,
                 tag: 0,
                 born: 0,
+                planning: false,
                 planned: 0,
                 pieces: 0,
                 error: None,

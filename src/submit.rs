@@ -13,18 +13,18 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use self::sync::{AtomicBool, Condvar, Mutex, Ordering};
+use self::sync::{AtomicBool, Condvar, Mutex, Ordering, fence};
 use crate::engine::Submit;
 use crate::sys::io::Io;
 
 #[cfg(not(loom))]
 mod sync {
-    pub(super) use std::sync::atomic::{AtomicBool, Ordering};
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering, fence};
     pub(super) use std::sync::{Condvar, Mutex};
 }
 #[cfg(loom)]
 mod sync {
-    pub(super) use loom::sync::atomic::{AtomicBool, Ordering};
+    pub(super) use loom::sync::atomic::{AtomicBool, Ordering, fence};
     pub(super) use loom::sync::{Condvar, Mutex};
 }
 
@@ -131,7 +131,9 @@ impl<T> Handover<T> {
     /// Thread: says that it is about to ask for what a completion frees. From here on none is missed.
     pub fn starve(&self) {
         self.state.lock().unwrap().completed = false;
-        self.starved.store(true, Ordering::SeqCst);
+        self.starved.store(true, Ordering::Relaxed);
+        // Either our next submission sees the room that a completion made, or `completed` sees that we starve.
+        fence(Ordering::SeqCst);
     }
 
     /// Thread: waits for a completion since [`starve`](Self::starve), or a while.
@@ -148,12 +150,13 @@ impl<T> Handover<T> {
             }
         }
         drop(state);
-        self.starved.store(false, Ordering::SeqCst);
+        self.starved.store(false, Ordering::Relaxed);
     }
 
     /// Main loop: something has completed.
     pub fn completed(&self) {
-        if self.starved.load(Ordering::SeqCst) {
+        fence(Ordering::SeqCst);
+        if self.starved.load(Ordering::Relaxed) {
             self.state.lock().unwrap().completed = true;
             self.wake.notify_one();
         }

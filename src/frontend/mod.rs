@@ -79,7 +79,7 @@ impl Intake<'_> {
     pub fn accept(&mut self) {
         let (frontend, now, disk) = (self.frontend, self.now, self.disk);
         let Some(request) = self.slots.next_filled() else { return };
-        (request.frontend, request.born) = (frontend, now);
+        (request.frontend, request.born, request.planning) = (frontend, now, true);
         request.error = disk.check(request.op, request.offset, request.len).err();
         let barrier = request.op == Op::Barrier && request.error.is_none();
         if let Some(id) = self.slots.take() {

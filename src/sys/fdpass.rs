@@ -4,10 +4,22 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, sendmsg};
 
 /// Descriptors in one message: a memfd and two doorbells for each of 64 queues, within the kernel's limit of 253.
 pub const MAX_FDS: usize = 129;
+
+/// Accepts a connection that never blocks.
+pub fn accept(listener: BorrowedFd) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    accept4(listener.as_raw_fd(), flags).map(own).map_err(Into::into)
+}
+
+/// Takes over a descriptor that the kernel has just installed.
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the two callers have it from the kernel, and nobody else has seen its number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
 
 /// Sends one message with `fds`; never blocks.
 pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[BorrowedFd]) -> io::Result<usize> {
@@ -26,8 +38,7 @@ pub fn receive(socket: BorrowedFd, bytes: &mut [u8], flags: MsgFlags) -> io::Res
     let mut fds = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel has just installed these descriptors for us; nobody else knows their numbers.
-            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            fds.extend(raw.into_iter().map(own));
         }
     }
     Ok((message.bytes, fds))

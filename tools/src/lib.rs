@@ -1,1 +1,4 @@
-//! x
+//! The tools of tapdisk, as a library: what each does and the definition of its command line, of which man pages and
+//! shell completions are made.
+
+pub mod tap_ctl;

@@ -1,1 +1,168 @@
-//! q
+//! A ring whose requests are being served: what has been taken and not answered, and what was wrong.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::ring::{BackRing, Indices, Overflow};
+use super::wire::{RSP_OKAY, Response, Segment};
+use super::{parse, response_operation, status};
+use crate::frontend::Intake;
+use crate::request::Request;
+use crate::sys::memory::Memory;
+
+/// The memory that a client's grant references name.
+pub trait Pages {
+    /// All of it.
+    fn memory(&self) -> &Arc<Memory>;
+
+    /// The page's byte offset in it; none if the client has no such page.
+    fn offset(&self, gref: u32) -> Option<u32>;
+}
+
+/// What a client may ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Segments of an indirect request.
+    pub indirect_segments: usize,
+    /// Logical sector in bytes.
+    pub sector_size: u32,
+}
+
+/// What a queue has counted.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Counters {
+    /// Requests taken from the ring.
+    pub requests: u64,
+    /// Responses put into it.
+    pub responses: u64,
+    /// Of those, errors.
+    pub errors: u64,
+    /// Of those, requests that could not even be parsed.
+    pub malformed: u64,
+    /// Notifications that came in.
+    pub kicks_in: u64,
+    /// Of those, the ones without a request.
+    pub kicks_idle: u64,
+    /// Notifications that went out.
+    pub kicks_out: u64,
+}
+
+/// A ring being served.
+#[derive(Debug)]
+pub struct RingQueue {
+    ring: BackRing,
+    limits: Limits,
+    /// Id and operation of each request that is taken and not answered.
+    pending: Vec<(u64, u8)>,
+    free: Vec<u16>,
+    segments: Vec<Segment>,
+    /// What was counted.
+    pub counters: Counters,
+}
+
+impl RingQueue {
+    /// Serves `ring`.
+    pub fn new(ring: BackRing, limits: Limits) -> RingQueue {
+        let entries = ring.shared().entries();
+        RingQueue {
+            pending: vec![(0, 0); entries as usize],
+            free: (0..entries as u16).rev().collect(),
+            segments: Vec::with_capacity(limits.indirect_segments.max(super::wire::MAX_SEGMENTS)),
+            ring,
+            limits,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Moves requests from the ring to `intake`, at most one ring full, while there is room. A request is tagged with
+    /// `tag` plus its place here, which is below 2^16. Gives the number taken.
+    pub fn pull(&mut self, intake: &mut Intake, pages: &impl Pages, tag: u64) -> Result<u32, Overflow> {
+        let count = self.ring.pending()?;
+        for taken in 0..count {
+            if intake.room() == 0 {
+                return Ok(taken);
+            }
+            self.take(intake, pages, tag);
+        }
+        Ok(count)
+    }
+
+    fn take(&mut self, intake: &mut Intake, pages: &impl Pages, tag: u64) {
+        let entry = self.ring.pop();
+        self.counters.requests += 1;
+        let (id, operation) = (entry.id(), response_operation(&entry));
+        let read_page =
+            |gref, to: &mut [u8]| pages.offset(gref).map(|offset| pages.memory().read(offset as usize, to)).is_some();
+        let Limits { indirect_segments, sector_size } = self.limits;
+        let parsed = parse(&entry, indirect_segments, sector_size, &mut self.segments, read_page);
+        let filled = parsed.and_then(|command| {
+            let request = intake.next().ok_or(super::wire::RSP_ERROR)?;
+            (request.op, request.offset, request.len) = (command.op, command.offset, command.len);
+            if !self.segments.is_empty() {
+                request.payload.set_memory(pages.memory());
+            }
+            for segment in &self.segments {
+                let page = pages.offset(segment.gref).ok_or(super::wire::RSP_ERROR)?;
+                let (first, last) = (u32::from(segment.first_sect), u32::from(segment.last_sect));
+                request.payload.push(page + first * 512, (last + 1 - first) * 512);
+            }
+            let place = self.free.pop().ok_or(super::wire::RSP_ERROR)?;
+            self.pending[usize::from(place)] = (id, operation);
+            request.tag = tag + u64::from(place);
+            Ok(())
+        });
+        match filled {
+            Ok(()) => intake.accept(),
+            Err(status) => {
+                self.counters.malformed += 1;
+                self.respond(Response { id, operation, status });
+            }
+        }
+    }
+
+    /// Answers the request at `place`.
+    pub fn answer(&mut self, place: u16, request: &Request) {
+        let (id, operation) = self.pending[usize::from(place)];
+        self.free.push(place);
+        self.respond(Response { id, operation, status: status(request.result()) });
+    }
+
+    fn respond(&mut self, response: Response) {
+        self.counters.responses += 1;
+        self.counters.errors += u64::from(response.status != RSP_OKAY);
+        self.ring.push(response);
+    }
+
+    /// Makes the answers visible. True: the client is to be notified.
+    pub fn publish(&mut self) -> bool {
+        let notify = self.ring.unpublished() && self.ring.publish();
+        self.counters.kicks_out += u64::from(notify);
+        notify
+    }
+
+    /// Whether there is something to pull.
+    pub fn ready(&self) -> bool {
+        self.ring.pending() != Ok(0)
+    }
+
+    /// Asks for a notification; true: something is there already.
+    pub fn arm(&mut self) -> bool {
+        self.ring.arm()
+    }
+
+    /// Requests that are taken and not answered.
+    pub fn in_flight(&self) -> usize {
+        self.pending.len() - self.free.len()
+    }
+
+    /// Entries of the ring.
+    pub fn entries(&self) -> u32 {
+        self.ring.shared().entries()
+    }
+
+    /// The ring's indices.
+    pub fn indices(&self) -> Indices {
+        self.ring.indices()
+    }
+}

@@ -1,2 +1,236 @@
-//! local
+//! The blkif ring over shared memory: a tapdev without Xen.
+//!
+//! The client connects to a Unix socket of type SOCK_SEQPACKET and sends one [`Hello`](wire::Hello) message. The
+//! server answers with one [`Welcome`](wire::Welcome) message; if that is no refusal, it carries the descriptors of a
+//! memfd and of two eventfds for each queue. The client maps the memfd, initialises the rings' indices as a blkfront
+//! does, and begins. Nothing more is said on the socket: either side hangs up to end the connection, and what the
+//! client had in flight is then finished and not answered.
+//!
+//! The server makes the memfd and seals its size, so that no client can pull pages away from under it. The
+//! eventfds are shared descriptions: a client can spoil its own, and for that reason the socket is open only to
+//! the server's own user.
+//!
+//! A grant reference is the number of a data page of the same queue; a page that does not exist is a bad grant.
+
+mod client;
 pub mod wire;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use mio::event::Event;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use slog::{Logger, info, warn};
+
+use self::client::Client;
+use super::{DiskInfo, Frontend, Intake};
+use crate::request::Request;
+
+/// Limits of the local frontend.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the socket is.
+    pub socket: PathBuf,
+    /// The largest ring that a client may ask for, log2 of its pages.
+    pub max_ring_page_order: u32,
+    /// Rings of one client.
+    pub max_queues: u32,
+    /// Data pages of one client, all queues together.
+    pub max_data_pages: u32,
+    /// Segments of an indirect request.
+    pub max_indirect_segments: u32,
+    /// Clients at a time.
+    pub max_clients: usize,
+    /// Keep clients' memory resident.
+    pub lock_memory: bool,
+}
+
+/// Tokens of one client: its socket, then its queues' doorbells.
+const TOKENS: usize = 64;
+
+/// How long a client may take to say hello, in ns.
+const HELLO_TIMEOUT: u64 = 10_000_000_000;
+
+/// The frontend.
+pub struct Local {
+    config: Config,
+    disk: DiskInfo,
+    log: Logger,
+    listener: Option<OwnedFd>,
+    registry: Option<(Registry, usize)>,
+    clients: Vec<Option<Client>>,
+    /// Clients so far: told apart by their number, so that an answer never reaches a later client.
+    connections: u64,
+    turned_away: u64,
+}
+
+impl Local {
+    /// Listens on the configured socket.
+    pub fn bind(config: Config, disk: DiskInfo, log: Logger) -> io::Result<Local> {
+        let explain = |error: io::Error| {
+            io::Error::new(error.kind(), format!("local ring socket {}: {error}", config.socket.display()))
+        };
+        let listener = Self::listen(&config).map_err(explain)?;
+        let clients = std::iter::repeat_with(|| None).take(config.max_clients).collect();
+        let listener = Some(listener);
+        Ok(Local { config, disk, log, listener, registry: None, clients, connections: 0, turned_away: 0 })
+    }
+
+    fn listen(config: &Config) -> io::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let new = || socket(AddressFamily::Unix, SockType::SeqPacket, flags, None);
+        let address = UnixAddr::new(&config.socket)?;
+        let listener = new()?;
+        match bind(listener.as_raw_fd(), &address) {
+            Err(Errno::EADDRINUSE) => {
+                // Left behind by a process that was killed, or in use?
+                if nix::sys::socket::connect(new()?.as_raw_fd(), &address) != Err(Errno::ECONNREFUSED) {
+                    return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
+                }
+                std::fs::remove_file(&config.socket)?;
+                bind(listener.as_raw_fd(), &address)?;
+            }
+            other => other?,
+        }
+        std::fs::set_permissions(&config.socket, std::fs::Permissions::from_mode(0o600))?;
+        listen(&listener, Backlog::new(64)?)?;
+        Ok(listener)
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let Some(listener) = &self.listener else { return };
+            let socket = match crate::sys::fdpass::accept(listener.as_fd()) {
+                Ok(socket) => socket,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => continue,
+                    io::ErrorKind::WouldBlock => return,
+                    _ => return warn!(self.log, "cannot accept a ring client"; "error" => %error),
+                },
+            };
+            if let Err(error) = self.admit(socket) {
+                warn!(self.log, "cannot admit a ring client"; "error" => %error);
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let Some(index) = self.clients.iter().position(Option::is_none) else {
+            self.turned_away += 1;
+            let message = format!("there are {} clients already, the limit max_clients", self.clients.len());
+            wire::Welcome::refusal(Errno::EBUSY, &message).send(&socket, &[])?;
+            return Ok(());
+        };
+        let Some((registry, base)) = &self.registry else { return Ok(()) };
+        let token = base + 1 + index * TOKENS;
+        registry.register(&mut SourceFd(&socket.as_raw_fd()), Token(token), Interest::READABLE)?;
+        self.connections += 1;
+        let deadline = crate::stats::now() + HELLO_TIMEOUT;
+        self.clients[index] = Some(Client::new(self.connections, socket, token, deadline));
+        Ok(())
+    }
+
+    fn drop_client(&mut self, index: usize, why: &str) {
+        let Some(client) = self.clients[index].take() else { return };
+        if let Some((registry, _)) = &self.registry {
+            client.deregister(registry);
+        }
+        info!(self.log, "ring client gone"; "client" => client.number, "why" => why,
+            "in_flight" => client.in_flight());
+    }
+}
+
+impl Frontend for Local {
+    fn register(&mut self, registry: Registry, base: usize) -> io::Result<()> {
+        if let Some(listener) = &self.listener {
+            registry.register(&mut SourceFd(&listener.as_raw_fd()), Token(base), Interest::READABLE)?;
+        }
+        self.registry = Some((registry, base));
+        Ok(())
+    }
+
+    fn event(&mut self, index: usize, _event: &Event) {
+        let Some(index) = index.checked_sub(1) else { return self.accept() };
+        let (index, doorbell) = (index / TOKENS, index % TOKENS);
+        let (Some(Some(client)), Some((registry, _))) = (self.clients.get_mut(index), &self.registry) else { return };
+        if doorbell > 0 {
+            return client.kicked(doorbell - 1);
+        }
+        match client.receive(&self.config, &self.disk, registry) {
+            Ok(None) => {}
+            Ok(Some(hello)) => info!(self.log, "ring client connected"; "client" => client.number,
+                "queues" => hello.queues, "ring_page_order" => hello.ring_page_order, "abi" => hello.abi,
+                "data_pages" => hello.data_pages),
+            Err(error) => self.drop_client(index, &error.to_string()),
+        }
+    }
+
+    fn pull(&mut self, intake: &mut Intake) {
+        for index in 0..self.clients.len() {
+            let (Some(client), Some((registry, _))) = (&mut self.clients[index], &self.registry) else { continue };
+            if let Err(why) = client.pull(intake, index as u64, registry) {
+                self.drop_client(index, &why);
+            }
+        }
+    }
+
+    fn answer(&mut self, request: &Request) {
+        let tag = client::Tag::unpack(request.tag);
+        if let Some(Some(client)) = self.clients.get_mut(tag.client) {
+            client.answer(&tag, request);
+        }
+    }
+
+    fn publish(&mut self) {
+        self.clients.iter_mut().flatten().for_each(Client::publish);
+    }
+
+    fn ready(&self) -> bool {
+        self.clients.iter().flatten().any(Client::ready)
+    }
+
+    fn arm(&mut self) -> bool {
+        // Every ring has to be armed, so no short cut at the first that has something.
+        self.clients.iter_mut().flatten().fold(false, |ready, client| client.arm() | ready)
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.clients.iter().flatten().filter_map(Client::deadline).min()
+    }
+
+    fn close(&mut self) {
+        if self.listener.take().is_some() {
+            // Nothing can be done about a file that is gone already.
+            let _ = std::fs::remove_file(&self.config.socket);
+        }
+        (0..self.clients.len()).for_each(|index| self.drop_client(index, "the disk is closed"));
+    }
+
+    fn inspect(&self) -> serde_json::Value {
+        let clients: Vec<_> = self.clients.iter().flatten().map(Client::inspect).collect();
+        serde_json::json!({
+            "type": "local",
+            "socket": self.config.socket,
+            "connections": self.connections,
+            "turned_away": self.turned_away,
+            "clients": clients,
+        })
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl wire::Welcome {
+    fn send(&self, socket: &OwnedFd, fds: &[std::os::fd::BorrowedFd]) -> io::Result<()> {
+        crate::sys::fdpass::send(socket.as_fd(), zerocopy::IntoBytes::as_bytes(self), fds).map(drop)
+    }
+}

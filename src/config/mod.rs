@@ -1,0 +1,428 @@
+//! The configuration: a TOML file, every key of which has a default but the image's.
+//!
+//! A key that is unknown, of the wrong type or out of range is an error that names file, line and key, and what was
+//! expected. [`Config::to_toml`] prints all of it with the defaults filled in.
+
+mod units;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use self::units::Size;
+use self::units::{in_range, log_level, sector_size};
+use crate::log;
+pub use crate::queue::SubmitMode;
+
+/// All of a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Requests that are taken from clients and not answered, all clients together.
+    #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 4096, _, _>")]
+    pub requests: u32,
+    /// The disk's content.
+    pub image: Image,
+    /// What moves the data.
+    #[serde(default)]
+    pub engine: Engine,
+    /// The main loop.
+    #[serde(default)]
+    pub main_loop: MainLoop,
+    /// How clients reach the disk.
+    #[serde(default)]
+    pub frontend: Frontends,
+    /// The control socket.
+    #[serde(default)]
+    pub control: Control,
+    /// The log.
+    #[serde(default)]
+    pub log: Log,
+    /// Memory.
+    #[serde(default)]
+    pub memory: Memory,
+}
+
+/// Kinds of image, by blktap's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageType {
+    /// Raw, in a file or on a block device.
+    #[default]
+    Aio,
+    /// In memory; gone when the process ends.
+    Ram,
+    /// Nothing: writes vanish, reads give what was in the client's memory. For measuring.
+    Null,
+}
+
+/// Whether the host's page cache is passed by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direct {
+    /// Where the file system can.
+    #[default]
+    Auto,
+    /// Yes, or do not start.
+    On,
+    /// No.
+    Off,
+}
+
+/// What to do with a size that is no multiple of the sector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OddSize {
+    /// Do not start.
+    #[default]
+    Refuse,
+    /// Serve the last, partial sector; what the file lacks of it reads as zeros.
+    RoundUp,
+    /// Do not serve the last, partial sector.
+    RoundDown,
+}
+
+/// `[image]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// Its kind.
+    #[serde(default, rename = "type")]
+    pub kind: ImageType,
+    /// File or block device, for type "aio".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Size, for types "ram" and "null".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Size>,
+    /// If the file is missing, make it, sparse, with this size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub create: Option<Size>,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Pass the page cache by.
+    #[serde(default)]
+    pub direct: Direct,
+    /// Logical sector in bytes, 512 or 4096. If it is not set: a block device's own, otherwise 512.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "sector_size")]
+    pub sector_size: Option<u32>,
+    /// What to do with a size that is no multiple of the sector.
+    #[serde(default)]
+    pub odd_size: OddSize,
+}
+
+/// Engines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineName {
+    /// The best there is for the image.
+    #[default]
+    Auto,
+    /// Linux AIO.
+    Aio,
+}
+
+/// `[engine]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Engine {
+    /// Which.
+    pub name: EngineName,
+    /// I/Os in flight.
+    #[serde(deserialize_with = "in_range::<1, 4096, _, _>")]
+    pub depth: u32,
+    /// Who submits.
+    pub submit: SubmitMode,
+    /// The most bytes that requests are merged to.
+    pub merge_bytes: Size,
+    /// The most pieces of memory in one I/O.
+    #[serde(deserialize_with = "in_range::<256, 1024, _, _>")]
+    pub merge_iovecs: u32,
+}
+
+/// `[main_loop]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MainLoop {
+    /// The longest that the loop looks at rings and completions, under load, before it sleeps; µs. 0: never.
+    #[serde(deserialize_with = "in_range::<0, 1000, _, _>")]
+    pub spin_us: u32,
+}
+
+/// `[frontend]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Frontends {
+    /// The blkif ring over shared memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<Local>,
+    /// NBD.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd: Option<Nbd>,
+}
+
+/// `[frontend.local]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Local {
+    /// Unix socket.
+    pub socket: PathBuf,
+    /// log2 of the pages of a ring.
+    #[serde(default = "defaults::ring_page_order", deserialize_with = "in_range::<0, 4, _, _>")]
+    pub max_ring_page_order: u32,
+    /// Rings of one client.
+    #[serde(default = "defaults::queues", deserialize_with = "in_range::<1, 16, _, _>")]
+    pub max_queues: u32,
+    /// Memory of one client's data pages.
+    #[serde(default = "defaults::data")]
+    pub max_data: Size,
+    /// Segments of an indirect request.
+    #[serde(default = "defaults::indirect_segments", deserialize_with = "in_range::<1, 256, _, _>")]
+    pub max_indirect_segments: u32,
+    /// Clients at a time.
+    #[serde(default = "defaults::clients", deserialize_with = "in_range::<1, 1024, _, _>")]
+    pub max_clients: u32,
+}
+
+/// `[frontend.nbd]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nbd {
+    /// Unix socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Loopback address and port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+    /// The export's name. A client that names none gets it too.
+    #[serde(default)]
+    pub export: String,
+    /// Connections at a time.
+    #[serde(default = "defaults::clients", deserialize_with = "in_range::<1, 1024, _, _>")]
+    pub max_connections: u32,
+}
+
+/// `[control]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Control {
+    /// Where `ctl<pid>` is made.
+    pub directory: PathBuf,
+    /// The disk's number.
+    #[serde(deserialize_with = "in_range::<0, 16383, _, _>")]
+    pub minor: u32,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// Least severe level that is logged: "critical", "error", "warning", "info", "debug" or "trace".
+    #[serde(deserialize_with = "log_level")]
+    pub level: String,
+    /// How.
+    pub format: log::Format,
+    /// Where; standard error if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+}
+
+/// `[memory]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Memory {
+    /// Keep all memory resident.
+    pub lock: bool,
+}
+
+mod defaults {
+    use super::Size;
+
+    pub(super) fn requests() -> u32 {
+        256
+    }
+    pub(super) fn ring_page_order() -> u32 {
+        4
+    }
+    pub(super) fn queues() -> u32 {
+        4
+    }
+    pub(super) fn data() -> Size {
+        Size(64 << 20)
+    }
+    pub(super) fn indirect_segments() -> u32 {
+        256
+    }
+    pub(super) fn clients() -> u32 {
+        16
+    }
+}
+
+impl Default for Engine {
+    fn default() -> Engine {
+        Engine {
+            name: EngineName::Auto,
+            depth: 128,
+            submit: SubmitMode::Auto,
+            merge_bytes: Size(1 << 20),
+            merge_iovecs: 256,
+        }
+    }
+}
+
+impl Default for MainLoop {
+    fn default() -> MainLoop {
+        MainLoop { spin_us: 50 }
+    }
+}
+
+impl Default for Control {
+    fn default() -> Control {
+        Control { directory: PathBuf::from("/run/blktap-control"), minor: 0 }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Log {
+        Log { level: "info".into(), format: log::Format::Terminal, file: None }
+    }
+}
+
+impl Default for Memory {
+    fn default() -> Memory {
+        Memory { lock: true }
+    }
+}
+
+/// Why a configuration is not used. The text says where and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file can't be read.
+    #[error("{}: cannot read the configuration: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A key is wrong.
+    #[error("{}:{line}: {key}: {message}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// The key, with its tables.
+        key: String,
+        /// What is wrong and what was expected.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Config, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Config::parse(&text, path)
+    }
+
+    /// Checks a text; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Config, Error> {
+        let error = |offset: usize, key: String, message: String| Error::Key {
+            path: path.to_owned(),
+            line: text[..offset.min(text.len())].matches('\n').count() + 1,
+            key,
+            message,
+        };
+        let toml_error = |key: String, toml: &toml::de::Error| {
+            let message = toml.message().split('\n').collect::<Vec<_>>().join("; ");
+            error(toml.span().map_or(0, |span| span.start), key, message)
+        };
+        let parsed = toml::Deserializer::parse(text).map_err(|e| toml_error("syntax".into(), &e))?;
+        let config: Config = serde_path_to_error::deserialize(parsed).map_err(|e| {
+            let key = e.path().to_string();
+            toml_error(if key == "." { "top level".into() } else { key }, e.inner())
+        })?;
+        config.check().map_err(|(key, message)| error(find(text, key), key.into(), message))?;
+        Ok(config)
+    }
+
+    /// What no single key shows. Gives the key and what is wrong.
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let image = &self.image;
+        let wrong = |key, message: &str| Err((key, message.to_owned()));
+        match (image.kind, &image.path, image.size) {
+            (ImageType::Aio, None, _) => {
+                return wrong("image.path", "missing: type \"aio\" needs a file or block device");
+            }
+            (ImageType::Aio, _, Some(_)) => {
+                return wrong("image.size", "type \"aio\" has the size of its file; to make a new file, set create");
+            }
+            (ImageType::Ram | ImageType::Null, _, None) => {
+                return wrong("image.size", "missing: types \"ram\" and \"null\" need a size, such as \"64 MiB\"");
+            }
+            (ImageType::Ram | ImageType::Null, Some(_), _) => {
+                return wrong("image.path", "types \"ram\" and \"null\" have no file");
+            }
+            _ => {}
+        }
+        if image.create.is_some() && (image.read_only || image.kind != ImageType::Aio) {
+            return wrong("image.create", "only a writable image of type \"aio\" can be made");
+        }
+        let sector = u64::from(image.sector_size.unwrap_or(512));
+        for (key, size) in [("image.create", image.create), ("image.size", image.size)] {
+            if size.is_some_and(|size| size.0 == 0 || !size.0.is_multiple_of(sector)) {
+                return Err((key, format!("expected a multiple of the {sector}-byte sector, not 0")));
+            }
+        }
+        if self.engine.merge_bytes.0 > 1 << 30 {
+            return wrong("engine.merge_bytes", "expected at most 1 GiB");
+        }
+        if let Some(nbd) = &self.frontend.nbd {
+            if nbd.socket.is_none() && nbd.listen.is_none() {
+                return wrong("frontend.nbd", "expected a socket, or an address to listen on, or both");
+            }
+            if nbd.listen.is_some_and(|address| !address.ip().is_loopback()) {
+                return wrong(
+                    "frontend.nbd.listen",
+                    "expected a loopback address: NBD here has no encryption and no passwords",
+                );
+            }
+        }
+        if self.frontend.local.as_ref().is_some_and(|local| !(4096..=1 << 30).contains(&local.max_data.0)) {
+            return wrong("frontend.local.max_data", "expected from 4 KiB to 1 GiB");
+        }
+        Ok(())
+    }
+
+    /// All keys, also those that were not set, as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("every value has a place in TOML")
+    }
+}
+
+/// Byte of the line that sets `key`, or of its table's, or 0.
+fn find(text: &str, key: &str) -> usize {
+    let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let mut at = 0;
+    let mut current = String::new();
+    let mut table_at = 0;
+    for line in text.split_inclusive('\n') {
+        let trimmed = line.trim();
+        if let Some(header) = trimmed.strip_prefix('[') {
+            current = header.split(']').next().unwrap_or("").trim().to_owned();
+            if current == table || current == key {
+                table_at = at;
+            }
+        } else if current == table && trimmed.split('=').next().is_some_and(|k| k.trim() == name) {
+            return at;
+        }
+        at += line.len();
+    }
+    table_at
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,65 @@
+use super::*;
+
+fn error(text: &str) -> String {
+    Config::parse(text, Path::new("disk.toml")).unwrap_err().to_string()
+}
+
+fn parse(text: &str) -> Config {
+    Config::parse(text, Path::new("disk.toml")).unwrap()
+}
+
+#[test]
+fn the_image_alone_is_a_configuration_and_all_of_it_is_printed() {
+    let config = parse("[image]\npath = \"a.img\"\n[frontend.local]\nsocket = \"s\"\n");
+    let printed = config.to_toml();
+    assert_eq!(parse(&printed), config, "{printed}");
+    for key in ["depth = 128", "submit = \"auto\"", "merge_bytes = \"1 MiB\"", "max_queues = 4", "lock = true"] {
+        assert!(printed.contains(key), "{key} in {printed}");
+    }
+}
+
+#[test]
+fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
+    let cases = [
+        ("[image]\npath = \"a\"\nreadonly = true", "disk.toml:3: ", "unknown field `readonly`, expected one of"),
+        ("[image]\npath = \"a\"\n[engine]\ndepth = 0", "disk.toml:4: engine.depth: ", "an integer from 1 to 4096"),
+        (
+            "[image]\npath = \"a\"\n[engine]\ndepth = \"x\"",
+            "disk.toml:4: engine.depth: ",
+            "an integer from 1 to 4096",
+        ),
+        ("[image]\npath = \"a\"\nsector_size = 1024", "disk.toml:3: image.sector_size: ", "512 or 4096"),
+        ("[image]\npath = 3", "disk.toml:2: image.path: ", "expected"),
+        ("[image]\npath = \"a\"\ndirect = \"yes\"", "disk.toml:3: image.direct: ", "`auto`, `on`"),
+        ("[image]\npath = \"a\"\n[log]\nlevel = \"loud\"", "disk.toml:4: log.level: ", "\"warning\""),
+        ("[image]\npath = \"a\"\ncreate = \"1 GX\"", "disk.toml:3: image.create: ", "64 KiB"),
+        ("[image]\npath = \"a\"\n\ncreate = 513", "disk.toml:4: image.create: ", "512-byte sector"),
+        ("# c\n[image]\ntype = \"ram\"", "disk.toml:2: image.size: ", "missing"),
+        (
+            "[image]\npath = \"a\"\n[frontend.nbd]\nlisten = \"10.0.0.1:1\"",
+            "disk.toml:4: frontend.nbd.listen: ",
+            "loopback",
+        ),
+        ("[image]\npath = \"a\"\n[frontend.nbd]\n", "disk.toml:3: frontend.nbd: ", "a socket"),
+        ("[image\n", "disk.toml:1: syntax: ", "expected"),
+        ("requests = 1", "disk.toml:1: top level: ", "missing field `image`"),
+    ];
+    for (text, place, expected) in cases {
+        let message = error(text);
+        assert!(message.starts_with(place) && message.contains(expected), "{text:?} gave {message:?}");
+    }
+}
+
+#[test]
+fn sizes_are_binary() {
+    let size = |text: &str| text.parse::<Size>().map(|size| size.0);
+    assert_eq!(size("512"), Ok(512));
+    assert_eq!(size("64 KiB"), Ok(65536));
+    assert_eq!(size("64k"), Ok(65536));
+    assert_eq!(size("1.5 GiB"), Ok(3 << 29));
+    assert_eq!(size("2T"), Ok(2 << 40));
+    for wrong in ["", "KiB", "1.0001K", "-1", "1 GX", "99999999T", "1e3", "iB"] {
+        assert!(size(wrong).is_err(), "{wrong}");
+    }
+    assert_eq!(Size(3 << 29).to_string(), "1536 MiB");
+}

@@ -1,0 +1,161 @@
+//! blktap's control protocol: one request a connection, a struct of 544 bytes in native byte order each way.
+//!
+//! A message is a u16 type, a u16 cookie (the disk's minor), padding, and at byte 8 a union whose member depends on
+//! the type. Types from 0x100 on are ours: blktap has none for what they do.
+
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// Bytes of a message.
+pub const MESSAGE_SIZE: usize = 544;
+/// `cookie` that means no disk, or all.
+pub const NO_MINOR: u16 = u16::MAX;
+
+/// Message types.
+pub mod kind {
+    #![allow(missing_docs)]
+    pub const ERROR: u16 = 1;
+    pub const PID: u16 = 3;
+    pub const PID_RSP: u16 = 4;
+    pub const LIST: u16 = 19;
+    pub const LIST_RSP: u16 = 20;
+    pub const STATS: u16 = 21;
+    pub const STATS_RSP: u16 = 22;
+    pub const EXIT: u16 = 30;
+    /// Ours: answered like STATS, with the JSON of [`DebugQueue`](crate::disk::DebugQueue).
+    pub const DEBUG_QUEUE: u16 = 0x100;
+    pub const DEBUG_QUEUE_RSP: u16 = 0x101;
+}
+
+/// State bits of LIST.
+pub mod state {
+    /// The disk has no image.
+    pub const CLOSED: i32 = 2;
+    /// It is being drained.
+    pub const QUIESCE_REQUESTED: i32 = 4;
+}
+
+/// A message.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Message {
+    /// One of [`kind`].
+    pub kind: u16,
+    /// The disk's minor, or [`NO_MINOR`].
+    pub cookie: u16,
+    padding: u32,
+    body: [u8; MESSAGE_SIZE - 8],
+}
+
+/// Union member `list`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct List {
+    /// Messages that are still to come, this one included; 0: this is the end, and no disk.
+    pub count: i32,
+    /// The disk; -1 at the end.
+    pub minor: i32,
+    /// [`state`] bits.
+    pub state: i32,
+    /// `type:path`, ended by NUL.
+    pub path: [u8; 256],
+}
+
+/// Union member `stat`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Stat {
+    /// As the message's type.
+    pub kind: u16,
+    /// As the message's cookie.
+    pub cookie: u16,
+    padding: u32,
+    /// Bytes that follow the message.
+    pub length: u64,
+}
+
+/// Union member `response`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Response {
+    /// A positive errno.
+    pub error: i32,
+    /// What went wrong, ended by NUL.
+    pub message: [u8; 256],
+}
+
+const _: () = {
+    assert!(size_of::<Message>() == MESSAGE_SIZE && std::mem::offset_of!(Message, body) == 8);
+    assert!(size_of::<List>() == 268 && std::mem::offset_of!(List, path) == 12);
+    assert!(size_of::<Stat>() == 16 && std::mem::offset_of!(Stat, length) == 8);
+    assert!(size_of::<Response>() == 260 && std::mem::offset_of!(Response, message) == 4);
+};
+
+impl Message {
+    /// A message with an empty union.
+    pub fn new(kind: u16, cookie: u16) -> Message {
+        Message { kind, cookie, ..Message::new_zeroed() }
+    }
+
+    /// The same with a union member.
+    pub fn with(mut self, member: &(impl IntoBytes + Immutable)) -> Message {
+        let bytes = member.as_bytes();
+        self.body[..bytes.len()].copy_from_slice(bytes);
+        self
+    }
+
+    /// The union read as `T`.
+    pub fn member<T: FromBytes>(&self) -> T {
+        T::read_from_prefix(&self.body).map(|(member, _)| member).unwrap_or_else(|_| T::new_zeroed())
+    }
+
+    /// An ERROR response.
+    pub fn error(cookie: u16, errno: i32, text: &str) -> Message {
+        Message::new(kind::ERROR, cookie).with(&Response { error: errno, message: string(text) })
+    }
+}
+
+impl Stat {
+    /// Announces `length` bytes.
+    pub fn new(kind: u16, cookie: u16, length: usize) -> Stat {
+        Stat { kind, cookie, padding: 0, length: length as u64 }
+    }
+}
+
+/// Text in a fixed field, cut to leave a NUL.
+pub fn string<const N: usize>(text: &str) -> [u8; N] {
+    let mut field = [0; N];
+    let mut end = text.len().min(N - 1);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    field[..end].copy_from_slice(&text.as_bytes()[..end]);
+    field
+}
+
+/// The text of a fixed field. None: it has no NUL, or is no UTF-8.
+pub fn text(field: &[u8]) -> Option<&str> {
+    std::ffi::CStr::from_bytes_until_nul(field).ok()?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_where_blktap_has_them() {
+        let list = List { count: 1, minor: 7, state: 0x2a, path: string("aio:/x") };
+        let message = Message::new(kind::LIST_RSP, 7).with(&list);
+        let bytes = message.as_bytes();
+        assert_eq!((bytes.len(), &bytes[..4]), (544, &[20, 0, 7, 0][..]));
+        assert_eq!((bytes[8], bytes[12], bytes[16], &bytes[20..27]), (1, 7, 0x2a, &b"aio:/x\0"[..]));
+        let back: List = Message::read_from_bytes(bytes).unwrap().member();
+        assert_eq!((back.minor, text(&back.path)), (7, Some("aio:/x")));
+    }
+
+    #[test]
+    fn a_string_is_cut_at_a_character_and_one_without_nul_is_none() {
+        let field: [u8; 4] = string("ab\u{e9}");
+        assert_eq!(field, *b"ab\0\0");
+        assert_eq!(text(b"abcd"), None);
+    }
+}

@@ -1,0 +1,403 @@
+//! One disk: its turn of the main loop, from the rings to the engine and back.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::sync::Arc;
+
+use mio::Registry;
+use mio::event::Event;
+use nix::errno::Errno;
+use nix::fcntl::Flock;
+use serde::{Deserialize, Serialize};
+use slog::{Logger, error, info};
+
+use crate::engine::Submit;
+use crate::frontend::{DiskInfo, Frontend, Intake};
+use crate::log::Limiter;
+use crate::queue::{Queue, QueueReport, TiocbReport, Transfer};
+use crate::request::{Op, RequestId, Slots};
+use crate::stack::Stack;
+use crate::stats::{OpReport, Stats, now};
+
+/// The disk's own requests.
+const INTERNAL: u16 = u16::MAX;
+
+/// A disk's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    /// Pulls nothing any more, and finishes what it has.
+    Draining,
+    /// All is finished; what was written is being made durable.
+    Flushing,
+    Closed,
+}
+
+/// How far a write barrier is; it is the last request that was pulled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Barrier {
+    /// What came before it is not finished.
+    Draining,
+    /// What came before it is being made durable.
+    Flushing,
+    /// Its own data is written.
+    Writing,
+}
+
+/// A disk.
+pub struct Disk {
+    /// What clients are told.
+    info: DiskInfo,
+    frontends: Vec<Box<dyn Frontend>>,
+    slots: Slots,
+    stack: Stack,
+    queue: Queue,
+    stats: Stats,
+    /// Pulled, and not wholly planned.
+    started: VecDeque<RequestId>,
+    /// Finished, and not answered.
+    done: VecDeque<RequestId>,
+    barrier: Option<RequestId>,
+    barrier_state: Barrier,
+    state: State,
+    /// An error of the last flush.
+    flush_error: Option<Errno>,
+    /// Held as long as the disk can write.
+    _lock: Option<Flock<File>>,
+    log: Logger,
+    limiter: Limiter,
+}
+
+/// All that debug-queue shows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DebugQueue {
+    /// `type:path`.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Logical sector in bytes.
+    pub sector_size: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The disk's state.
+    pub state: String,
+    /// Request slots.
+    pub slots: usize,
+    /// Of those, in use.
+    pub slots_used: usize,
+    /// The queue's counters.
+    pub queue: QueueReport,
+    /// Requests that are not answered, oldest first.
+    pub requests: Vec<RequestReport>,
+    /// Counters and latencies by operation.
+    pub operations: Vec<OpReport>,
+    /// Frontends and their clients.
+    pub frontends: Vec<serde_json::Value>,
+}
+
+/// One request that is not answered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RequestReport {
+    /// Its slot.
+    pub slot: u32,
+    /// Its operation.
+    pub op: String,
+    /// First byte of the disk.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Since it was pulled, µs.
+    pub age_us: u64,
+    /// "stack" until all of it is planned, then "queue", then "answer".
+    pub held_by: String,
+    /// Its transfers that are not finished.
+    pub tiocbs: Vec<TiocbReport>,
+}
+
+impl Disk {
+    /// A disk of these parts.
+    pub fn new(
+        info: DiskInfo,
+        frontends: Vec<Box<dyn Frontend>>,
+        slots: Slots,
+        stack: Stack,
+        queue: Queue,
+        lock: Option<Flock<File>>,
+        log: Logger,
+    ) -> Disk {
+        let capacity = slots.capacity();
+        Disk {
+            info,
+            frontends,
+            slots,
+            stack,
+            queue,
+            stats: Stats::default(),
+            started: VecDeque::with_capacity(capacity),
+            done: VecDeque::with_capacity(capacity),
+            barrier: None,
+            barrier_state: Barrier::Draining,
+            state: State::Running,
+            flush_error: None,
+            _lock: lock,
+            log,
+            limiter: Limiter::default(),
+        }
+    }
+
+    /// Registers frontend `i` with tokens from `base(i)` on.
+    pub fn register(&mut self, registry: &Registry, base: impl Fn(usize) -> usize) -> std::io::Result<()> {
+        for (i, frontend) in self.frontends.iter_mut().enumerate() {
+            frontend.register(registry.try_clone()?, base(i))?;
+        }
+        Ok(())
+    }
+
+    /// An event for a frontend.
+    pub fn event(&mut self, frontend: usize, index: usize, event: &Event) {
+        if let Some(frontend) = self.frontends.get_mut(frontend) {
+            frontend.event(index, event);
+        }
+    }
+
+    /// What its event says that something completed.
+    pub fn engine(&self) -> &Arc<dyn Submit> {
+        self.queue.engine()
+    }
+
+    /// Everything that can be done without waiting. False: there was nothing.
+    pub fn turn(&mut self) -> bool {
+        let mut worked = self.pull();
+        worked |= self.start();
+        self.queue.kick(&self.slots);
+        worked |= self.queue.reap() > 0;
+        worked |= self.finish();
+        worked |= self.answer();
+        for frontend in &mut self.frontends {
+            frontend.publish();
+        }
+        worked | self.advance()
+    }
+
+    fn pull(&mut self) -> bool {
+        if self.state != State::Running {
+            return false;
+        }
+        let before = self.started.len();
+        let now = now();
+        for (i, frontend) in self.frontends.iter_mut().enumerate() {
+            frontend.pull(&mut Intake {
+                slots: &mut self.slots,
+                started: &mut self.started,
+                barrier: &mut self.barrier,
+                disk: &self.info,
+                frontend: i as u16,
+                now,
+            });
+        }
+        self.started.len() > before
+    }
+
+    fn start(&mut self) -> bool {
+        let mut worked = false;
+        while let Some(&id) = self.started.front() {
+            if self.slots.get(id).error.is_none() {
+                if self.barrier == Some(id) && !self.barrier_may_write(id) {
+                    break;
+                }
+                if !self.stack.start(id, &mut self.slots, &mut self.queue) {
+                    break;
+                }
+            }
+            self.started.pop_front();
+            let request = self.slots.get_mut(id);
+            request.planning = false;
+            if request.pieces == 0 {
+                self.done.push_back(id);
+            }
+            worked = true;
+        }
+        worked
+    }
+
+    /// Whether all that came before the barrier is on stable storage; sees to it if not.
+    fn barrier_may_write(&mut self, id: RequestId) -> bool {
+        match self.barrier_state {
+            Barrier::Draining if self.slots.used() == 1 => {
+                if self.stack.flush(id, &mut self.slots, &mut self.queue) {
+                    self.barrier_state = Barrier::Flushing;
+                }
+                false
+            }
+            Barrier::Draining => false,
+            Barrier::Flushing => {
+                let flushed = self.slots.get(id).pieces == 0;
+                if flushed {
+                    self.barrier_state = Barrier::Writing;
+                }
+                flushed
+            }
+            Barrier::Writing => true,
+        }
+    }
+
+    fn finish(&mut self) -> bool {
+        let mut worked = false;
+        while let Some((transfer, result)) = self.queue.next_finished() {
+            worked = true;
+            if let Some(errno) = self.stack.finish(&transfer, result, &mut self.slots) {
+                self.log_error(&transfer, errno);
+            }
+            let request = self.slots.get(transfer.owner);
+            if request.pieces == 0 && !request.planning {
+                self.done.push_back(transfer.owner);
+            }
+        }
+        worked
+    }
+
+    fn log_error(&mut self, transfer: &Transfer, errno: Errno) {
+        let Some(suppressed) = self.limiter.allow(now()) else { return };
+        error!(self.log, "I/O error"; "op" => ?transfer.op, "file" => %self.stack.leaf().path.display(),
+            "offset" => transfer.offset, "len" => transfer.len, "errno" => %errno, "suppressed_before" => suppressed);
+    }
+
+    fn answer(&mut self) -> bool {
+        if self.done.is_empty() {
+            return false;
+        }
+        let now = now();
+        while let Some(id) = self.done.pop_front() {
+            if self.barrier == Some(id) {
+                (self.barrier, self.barrier_state) = (None, Barrier::Draining);
+            }
+            let request = self.slots.get(id);
+            self.stats.record(request.op, request.len, request.error.is_none(), now - request.born);
+            if request.frontend == INTERNAL {
+                self.flush_error = request.error;
+                self.state = State::Closed;
+            } else {
+                self.frontends[usize::from(request.frontend)].answer(request);
+            }
+            self.slots.release(id);
+        }
+        true
+    }
+
+    /// Goes on with a drain.
+    fn advance(&mut self) -> bool {
+        if self.state != State::Draining || self.slots.used() > 0 {
+            return false;
+        }
+        self.state = State::Flushing;
+        for frontend in &mut self.frontends {
+            frontend.close();
+        }
+        if let Some(request) = self.slots.next() {
+            (request.op, request.offset, request.len) = (Op::Flush, 0, 0);
+            (request.frontend, request.born, request.planning) = (INTERNAL, now(), true);
+        }
+        self.started.extend(self.slots.take());
+        true
+    }
+
+    /// Stops pulling, finishes what was pulled, makes it durable, closes.
+    pub fn drain(&mut self) {
+        if self.state == State::Running {
+            info!(self.log, "draining"; "requests" => self.slots.used());
+            self.state = State::Draining;
+        }
+    }
+
+    /// Whether a drain has begun.
+    pub fn is_draining(&self) -> bool {
+        self.state != State::Running
+    }
+
+    /// Finishes what has not reached the engine with ECANCELED.
+    pub fn cancel(&mut self) {
+        self.queue.cancel();
+        while let Some(id) = self.started.pop_front() {
+            let request = self.slots.get_mut(id);
+            request.error.get_or_insert(Errno::ECANCELED);
+            request.planning = false;
+            if request.pieces == 0 {
+                self.done.push_back(id);
+            }
+        }
+    }
+
+    /// Whether it is drained, and with which error of the last flush.
+    pub fn closed(&self) -> Option<Result<(), Errno>> {
+        (self.state == State::Closed).then(|| self.flush_error.map_or(Ok(()), Err))
+    }
+
+    /// Whether a turn would find something, as far as memory shows.
+    pub fn ready(&self) -> bool {
+        self.queue.ready() || (self.may_pull() && self.frontends.iter().any(|frontend| frontend.ready()))
+    }
+
+    /// Before the loop sleeps: asks clients to wake it. True: a turn is due.
+    pub fn arm(&mut self) -> bool {
+        // Where nothing can be pulled, a completion is what wakes the loop, and then it looks at the rings anyway.
+        let requests = self.may_pull() && self.frontends.iter_mut().fold(false, |ready, f| f.arm() | ready);
+        requests || self.queue.ready()
+    }
+
+    fn may_pull(&self) -> bool {
+        self.state == State::Running && self.barrier.is_none() && self.slots.room() > 0
+    }
+
+    /// When a turn is due although nothing happens, ns of [`now`].
+    pub fn deadline(&self) -> Option<u64> {
+        let retry = self.queue.stalled().then(|| now() + 1_000_000);
+        self.frontends.iter().filter_map(|frontend| frontend.deadline()).chain(retry).min()
+    }
+
+    /// What clients are told.
+    pub fn info(&self) -> &DiskInfo {
+        &self.info
+    }
+
+    /// Counters by operation.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Requests that are not answered.
+    pub fn outstanding(&self) -> usize {
+        self.slots.used()
+    }
+
+    /// Everything there is to see.
+    pub fn inspect(&self) -> DebugQueue {
+        let now = now();
+        let mut requests: Vec<_> = self
+            .slots
+            .iter()
+            .map(|(id, request)| RequestReport {
+                slot: id.index(),
+                op: request.op.name().to_owned(),
+                offset: request.offset,
+                len: request.len,
+                age_us: (now - request.born) / 1000,
+                held_by: if request.planning { "stack" } else { "queue" }.to_owned(),
+                tiocbs: self.queue.inspect(id),
+            })
+            .collect();
+        requests.sort_by_key(|request| std::cmp::Reverse(request.age_us));
+        DebugQueue {
+            name: self.info.name.clone(),
+            size: self.info.size,
+            sector_size: self.info.sector_size,
+            read_only: self.info.read_only,
+            state: format!("{:?}", self.state).to_lowercase(),
+            slots: self.slots.capacity(),
+            slots_used: self.slots.used(),
+            queue: self.queue.report(),
+            requests,
+            operations: self.stats.report(),
+            frontends: self.frontends.iter().map(|frontend| frontend.inspect()).collect(),
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! From a configuration to a main loop that is ready to run.
+
+use slog::{Logger, info, warn};
+
+use crate::config::Config;
+use crate::disk::Disk;
+use crate::event::MainLoop;
+use crate::frontend::local::Local;
+use crate::frontend::{DiskInfo, Frontend, local};
+use crate::image;
+use crate::log::Log;
+use crate::queue::{Limits, Queue};
+use crate::request::Slots;
+use crate::stack::Stack;
+use crate::sys::memory::PAGE_SIZE;
+
+/// Opens everything that the configuration names.
+pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
+    let image = image::open(config, log)?;
+    let requests = config.requests as usize;
+    // The image formats that there are make one transfer of each request.
+    let limits = Limits {
+        tiocbs: requests,
+        iovecs: config.engine.merge_iovecs as usize,
+        merge_bytes: config.engine.merge_bytes.0,
+    };
+    let queue = Queue::new(image.engine, config.engine.submit, limits)?;
+    let frontends = frontends(config, &image.info, log)?;
+    // Each segment of an indirect request may be apart from the others.
+    let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
+    let slots = Slots::new(requests, segments);
+    let disk = Disk::new(image.info, frontends, slots, Stack::new(image.layer), queue, image.lock, log.clone());
+    let control = (config.control.directory.as_path(), config.control.minor as u16);
+    let main_loop = MainLoop::new(disk, control, config.main_loop.spin_us, logging, log.clone())?;
+    if config.memory.lock {
+        lock_memory(log);
+    }
+    info!(log, "serving"; "control" => %main_loop.control_path().display());
+    Ok(main_loop)
+}
+
+fn frontends(
+    config: &Config,
+    disk: &DiskInfo,
+    log: &Logger,
+) -> Result<Vec<Box<dyn Frontend>>, Box<dyn std::error::Error>> {
+    let mut frontends: Vec<Box<dyn Frontend>> = Vec::new();
+    if let Some(local) = &config.frontend.local {
+        let config = local::Config {
+            socket: local.socket.clone(),
+            max_ring_page_order: local.max_ring_page_order,
+            max_queues: local.max_queues,
+            max_data_pages: (local.max_data.0 / PAGE_SIZE as u64) as u32,
+            max_indirect_segments: local.max_indirect_segments,
+            max_clients: local.max_clients as usize,
+            lock_memory: config.memory.lock,
+        };
+        frontends.push(Box::new(Local::bind(config, disk.clone(), log.clone())?));
+    }
+    if frontends.is_empty() {
+        warn!(log, "no frontend is configured: nobody can reach the disk");
+    }
+    Ok(frontends)
+}
+
+/// Keeps all that is there now resident. What clients bring later locks itself.
+fn lock_memory(log: &Logger) {
+    use nix::sys::mman::{MlockAllFlags, mlockall};
+    if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT) {
+        warn!(log, "cannot lock memory: under memory pressure the disk can be slow or stop";
+            "error" => %errno, "remedy" => "raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity) or give CAP_IPC_LOCK");
+    }
+}

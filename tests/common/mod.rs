@@ -1,0 +1,4 @@
+//! What several tests share.
+#![allow(dead_code, missing_docs, unreachable_pub)] // each test uses its part
+
+pub mod double;

@@ -1,0 +1,186 @@
+//! `tap-ctl`: lists the tapdisks of a host and shows what they do.
+
+mod show;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use nix::errno::Errno;
+use tapdisk::control::client::{self, Listed};
+use tapdisk::control::proto::kind;
+use tapdisk::disk::DebugQueue;
+
+/// Inspects and steers tapdisks through their control sockets.
+///
+/// The exit code is 0, or the errno of what went wrong; its text is on standard error.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tap-ctl",
+    version,
+    after_help = "Examples:
+  tap-ctl list
+  tap-ctl debug-queue                      the only tapdisk there is
+  tap-ctl debug-queue -p 4711 --json
+  tap-ctl --directory target/quick-start stats"
+)]
+pub struct Args {
+    /// Where the control sockets are
+    #[arg(long, global = true, default_value = "/run/blktap-control", env = "TAPDISK_CONTROL_DIRECTORY")]
+    pub directory: PathBuf,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Lists disks, one a line: pid, minor, state (0: running) and image
+    ///
+    /// To a terminal it prints columns, otherwise `pid=… minor=… state=… args=type:path`.
+    List {
+        /// Only those of this process
+        #[arg(short, long)]
+        pid: Option<i32>,
+        /// Only those with this minor
+        #[arg(short, long)]
+        minor: Option<i32>,
+        /// Only images of this type, such as aio
+        #[arg(short = 't', long = "type")]
+        kind: Option<String>,
+        /// Only the image with this path
+        #[arg(short, long)]
+        file: Option<String>,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prints a disk's counters as one line of JSON
+    Stats {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+    },
+    /// Shows every request of a disk: its age and who holds it; and the queue's counters and latencies
+    ///
+    /// It answers while the disk is stuck in I/O. The oldest request comes first.
+    DebugQueue {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tells a tapdisk to finish what is in flight, make it durable, and exit
+    Exit {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+    },
+}
+
+/// Names a disk. Without a pid: the only tapdisk that there is.
+#[derive(Debug, ClapArgs)]
+pub struct Which {
+    /// Its process; may be left out if there is only one tapdisk
+    #[arg(short, long)]
+    pub pid: Option<i32>,
+    /// Its minor; may be left out if the process has only one disk
+    #[arg(short, long)]
+    pub minor: Option<u16>,
+}
+
+/// Does what the command line says.
+pub fn run(args: &Args) -> ExitCode {
+    match command(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has enough of it.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let Some(errno) = error.raw_os_error() else {
+                eprintln!("{error}");
+                return ExitCode::from(if error.kind() == io::ErrorKind::NotFound { Errno::ENOENT as u8 } else { 1 });
+            };
+            eprintln!("{}", Errno::from_raw(errno).desc());
+            ExitCode::from(u8::try_from(errno).unwrap_or(1))
+        }
+    }
+}
+
+fn command(args: &Args) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match &args.command {
+        Command::List { pid, minor, kind, file, json } => {
+            let wanted = |disk: &Listed| {
+                let (of_kind, path) = disk.name.split_once(':').unwrap_or(("", &disk.name));
+                pid.is_none_or(|pid| disk.pid == pid)
+                    && minor.is_none_or(|minor| disk.minor == minor)
+                    && kind.as_ref().is_none_or(|kind| of_kind == kind)
+                    && file.as_ref().is_none_or(|file| path == file)
+            };
+            let disks: Vec<_> = disks(args)?.into_iter().filter(wanted).collect();
+            show::list(&mut out, &disks, *json)
+        }
+        Command::Stats { disk } => writeln!(out, "{}", text(args, disk, kind::STATS)?),
+        Command::DebugQueue { disk, json } => {
+            let text = text(args, disk, kind::DEBUG_QUEUE)?;
+            if *json {
+                return writeln!(out, "{text}");
+            }
+            let queue: DebugQueue = serde_json::from_str(&text)?;
+            show::debug_queue(&mut out, &queue)
+        }
+        Command::Exit { disk } => client::exit(&args.directory, find(args, disk)?.0),
+    }
+}
+
+/// All disks. A tapdisk that has just gone, or left its socket behind, has none.
+fn disks(args: &Args) -> io::Result<Vec<Listed>> {
+    let mut disks = Vec::new();
+    for pid in client::pids(&args.directory).map_err(|error| in_directory(args, &error))? {
+        match client::list(&args.directory, pid) {
+            Ok(of_pid) => disks.extend(of_pid),
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(disks)
+}
+
+fn in_directory(args: &Args, error: &io::Error) -> io::Error {
+    let directory = args.directory.display();
+    io::Error::new(error.kind(), format!("{directory}: {error}; --directory says where the control sockets are"))
+}
+
+/// The process and the minor that are meant.
+fn find(args: &Args, which: &Which) -> io::Result<(i32, u16)> {
+    if let (Some(pid), Some(minor)) = (which.pid, which.minor) {
+        return Ok((pid, minor));
+    }
+    let wanted = |disk: &Listed| {
+        which.pid.is_none_or(|pid| disk.pid == pid) && which.minor.is_none_or(|minor| disk.minor == i32::from(minor))
+    };
+    let found: Vec<_> = disks(args)?.into_iter().filter(wanted).collect();
+    match found.as_slice() {
+        [disk] => Ok((disk.pid, disk.minor as u16)),
+        [] => Err(in_directory(args, &io::Error::new(io::ErrorKind::NotFound, "no such tapdisk"))),
+        many => {
+            let pids: Vec<_> = many.iter().map(|disk| format!("-p {} -m {}", disk.pid, disk.minor)).collect();
+            Err(io::Error::other(format!("there are several disks: say which ({})", pids.join(", "))))
+        }
+    }
+}
+
+fn text(args: &Args, which: &Which, request: u16) -> io::Result<String> {
+    let (pid, minor) = find(args, which)?;
+    client::text_of(&args.directory, pid, minor, request)
+}
+
+/// Whether standard output is a terminal.
+fn is_terminal() -> bool {
+    io::stdout().is_terminal()
+}

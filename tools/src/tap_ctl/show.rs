@@ -1,0 +1,96 @@
+//! What the commands print.
+
+use std::io::{self, Write};
+
+use tapdisk::control::client::Listed;
+use tapdisk::disk::{DebugQueue, RequestReport};
+
+/// `list`, as the storage managers parse it where the output is no terminal.
+pub(super) fn list(out: &mut impl Write, disks: &[Listed], json: bool) -> io::Result<()> {
+    if json {
+        return writeln!(out, "{}", serde_json::to_string(disks)?);
+    }
+    if super::is_terminal() {
+        writeln!(out, "{:>8} {:>4} {:>4} {:>10} ARGS", "PID", "MIN", "STAT", "TYPE")?;
+    }
+    for disk in disks {
+        let Listed { pid, minor, state, name } = disk;
+        // C's %#x has no prefix for zero.
+        let state = if *state == 0 { "0".to_owned() } else { format!("{state:#x}") };
+        if super::is_terminal() {
+            let (kind, path) = name.split_once(':').unwrap_or(("", name));
+            writeln!(out, "{pid:>8} {minor:>4} {state:>4} {kind:>10} {path}")?;
+        } else {
+            writeln!(out, "pid={pid} minor={minor} state={state} args={name}")?;
+        }
+    }
+    Ok(())
+}
+
+/// `debug-queue`, for people.
+pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {
+    let writable = if disk.read_only { "read-only" } else { "writable" };
+    writeln!(
+        out,
+        "{}: {}, {} bytes, {}-byte sectors, {writable}",
+        disk.name, disk.state, disk.size, disk.sector_size
+    )?;
+    let q = &disk.queue;
+    writeln!(
+        out,
+        "queue: size {}, depth {}; waiting {}, pending {} in {} I/Os; slots {} of {}",
+        q.size, q.depth, q.waiting, q.pending, q.in_flight, disk.slots_used, disk.slots
+    )?;
+    let batch = if q.batches == 0 { 0.0 } else { q.submitted as f64 / q.batches as f64 };
+    writeln!(
+        out,
+        "tiocbs: {} queued, {} merged into others; I/Os: {} submitted in {} batches (mean {batch:.1}, largest {}), {} by \
+         the main loop, {} would have blocked",
+        q.queued, q.merged, q.submitted, q.batches, q.largest_batch, q.inline, q.would_block
+    )?;
+    writeln!(
+        out,
+        "trouble: {} busy (EAGAIN), {} refused, {} short and resubmitted, {} split",
+        q.busy, q.refused, q.resubmitted, q.split
+    )?;
+    if let Some(us) = q.submitting_us {
+        writeln!(out, "a submission has been running for {us} us")?;
+    }
+    operations(out, disk)?;
+    writeln!(out, "requests: {}", disk.requests.len())?;
+    for request in &disk.requests {
+        show_request(out, request)?;
+    }
+    for frontend in &disk.frontends {
+        writeln!(out, "frontend: {}", serde_json::to_string_pretty(frontend)?)?;
+    }
+    Ok(())
+}
+
+fn operations(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:>12} {:>12} {:>14} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "operation", "completed", "sectors", "errors", "mean us", "p50 us", "p99 us", "p99.9 us", "max us"
+    )?;
+    for op in &disk.operations {
+        writeln!(
+            out,
+            "{:>12} {:>12} {:>14} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9}",
+            op.op, op.completed, op.sectors, op.errors, op.mean_us, op.p50_us, op.p99_us, op.p999_us, op.max_us
+        )?;
+    }
+    Ok(())
+}
+
+fn show_request(out: &mut impl Write, request: &RequestReport) -> io::Result<()> {
+    let RequestReport { slot, op, offset, len, age_us, held_by, tiocbs } = request;
+    writeln!(out, "  slot {slot}: {op} {offset}+{len}, age {age_us} us, held by {held_by}")?;
+    for tiocb in tiocbs {
+        let io = tiocb.io.map_or(String::new(), |io| format!(", I/O {io}"));
+        let merged = tiocb.merged_into.map_or(String::new(), |head| format!(", merged into tiocb {head}"));
+        let (number, offset, len, held_by) = (tiocb.tiocb, tiocb.offset, tiocb.len, &tiocb.held_by);
+        writeln!(out, "    tiocb {number}: {offset}+{len}, {held_by}{io}{merged}")?;
+    }
+    Ok(())
+}
