@@ -1,5 +1,6 @@
 //! placeholder
 pub mod args;
+pub mod client;
 pub mod config;
 pub mod control;
 pub mod disk;

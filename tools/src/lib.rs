@@ -1,4 +1,5 @@
 //! The tools of tapdisk, as a library: what each does and the definition of its command line, of which man pages and
 //! shell completions are made.
 
+pub mod ring_load;
 pub mod tap_ctl;
