@@ -19,6 +19,9 @@ use super::{Failure, client};
 /// Until when a lane looks at its ring before sleeping, if nothing else is said.
 const SPIN_DEFAULT: Duration = Duration::from_micros(20);
 
+/// Below this it is not worth to look at all.
+const SPIN_LEAST: Duration = Duration::from_micros(1);
+
 /// How long to try again where the server has too many clients: it may not have seen yet that one has left.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -251,11 +254,8 @@ impl Lane {
 
     /// Waits for answers. Something must be in flight, and published.
     pub(super) fn wait(&mut self) -> Result<(), Failure> {
-        if self.queue.ring.ready() {
-            return Ok(());
-        }
-        let began = Instant::now();
-        if self.spin.until(began, || self.queue.ring.ready()) {
+        let ring = &self.queue.ring;
+        if ring.ready() || self.spin.until(|| ring.ready()) {
             return Ok(());
         }
         // A single answer of many is not worth a wake-up, which costs both sides more than the answer itself. What is
@@ -272,7 +272,6 @@ impl Lane {
                 }
             }
         }
-        self.spin.slept(began.elapsed());
         Ok(())
     }
 
@@ -321,44 +320,61 @@ impl Lane {
     }
 }
 
-/// How long to look before sleeping. Looking that does not find is CPU time lost, so it goes on only while it pays.
+/// How long to look before sleeping. Looking in vain is CPU time lost, and worse where the server waits for the very CPU
+/// that looks. So it goes on only while it finds something, and once in a while it is tried again.
 #[derive(Debug)]
 struct Spin {
     max: Duration,
     now: Duration,
     adapts: bool,
+    /// Sleeps since it was given up.
+    sleeps: u32,
 }
+
+/// Sleeps after which looking is tried again.
+const SLEEPS_UNTIL_TRIED: u32 = 64;
 
 impl From<Option<u64>> for Spin {
     fn from(micros: Option<u64>) -> Spin {
         let max = micros.map_or(SPIN_DEFAULT, Duration::from_micros);
-        Spin { max, now: max, adapts: micros.is_none() }
+        Spin { max, now: max, adapts: micros.is_none(), sleeps: 0 }
     }
 }
 
 impl Spin {
-    fn until(&self, began: Instant, ready: impl Fn() -> bool) -> bool {
-        if self.now.is_zero() {
-            return false;
-        }
-        loop {
-            for _ in 0..16 {
-                if ready() {
-                    return true;
+    /// Looks until `ready`; false: it is time to sleep.
+    fn until(&mut self, ready: impl Fn() -> bool) -> bool {
+        if !self.now.is_zero() {
+            let began = Instant::now();
+            loop {
+                for _ in 0..16 {
+                    if ready() {
+                        self.now = self.max;
+                        return true;
+                    }
+                    spin_loop();
                 }
-                spin_loop();
-            }
-            if began.elapsed() >= self.now {
-                return false;
+                if began.elapsed() >= self.now {
+                    break;
+                }
             }
         }
+        if self.adapts {
+            self.in_vain();
+        }
+        false
     }
 
-    /// Looking was in vain, and the wait was this long in all.
-    fn slept(&mut self, waited: Duration) {
-        if self.adapts {
-            // A wake-up alone takes as long as `max`, so what took twice that could have been found by looking.
-            self.now = if waited <= self.max * 2 { self.max } else { self.now / 2 };
+    fn in_vain(&mut self) {
+        if self.now > SPIN_LEAST {
+            self.now /= 2;
+            return;
+        }
+        self.now = Duration::ZERO;
+        self.sleeps += 1;
+        if self.sleeps == SLEEPS_UNTIL_TRIED {
+            self.sleeps = 0;
+            self.now = self.max;
         }
     }
 }
@@ -369,4 +385,37 @@ pub(super) fn check_size(disk: &Disk, bytes: u64) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::Usage(format!("{bytes} bytes are no whole sectors: the disk's are of {} bytes", disk.sector_size)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looking_is_given_up_where_it_finds_nothing_and_tried_again() {
+        let mut spin = Spin::from(None);
+        assert!(spin.until(|| true));
+        assert!(!(0..20).any(|_| spin.until(|| false)));
+        assert!(!spin.until(|| true), "it does not even look");
+        assert!((0..SLEEPS_UNTIL_TRIED).any(|_| spin.until(|| true)));
+        assert_eq!(spin.now, SPIN_DEFAULT);
+        let mut fixed = Spin::from(Some(1));
+        assert!(!(0..100).any(|_| fixed.until(|| false)));
+        assert!(fixed.until(|| true));
+        assert!(!Spin::from(Some(0)).until(|| true));
+    }
+
+    #[test]
+    fn a_request_has_pages_for_its_data_and_for_their_description() {
+        assert_eq!(pages(512), (1, 0));
+        assert_eq!(pages(11 * 4096), (11, 0));
+        assert_eq!(pages(11 * 4096 + 512), (12, 1));
+        assert_eq!(pages(513 * 4096), (513, 2));
+        let limits = |indirect_segments| Limits { indirect_segments, ..Limits::default() };
+        assert_eq!(max_request(&limits(0)), 45_056);
+        assert_eq!(max_request(&limits(256)), 1 << 20);
+        assert_eq!(max_request(&limits(u32::MAX)), 16 << 20, "what an entry can describe");
+        let options = options(super::super::args::AbiName::Native, 2, 33, 4096, None);
+        assert_eq!((options.ring_page_order, options.data_pages), (1, 33));
+    }
 }
