@@ -131,7 +131,7 @@ impl<T> Handover<T> {
     /// Thread: says that it is about to ask for what a completion frees. From here on none is missed.
     pub fn starve(&self) {
         self.state.lock().unwrap().completed = false;
-        self.starved.store(true, Ordering::Relaxed);
+        self.starved.store(true, Relaxed);
         // Either our next submission sees the room that a completion made, or `completed` sees that we starve.
         fence(Ordering::SeqCst);
     }
@@ -150,13 +150,13 @@ impl<T> Handover<T> {
             }
         }
         drop(state);
-        self.starved.store(false, Ordering::Relaxed);
+        self.starved.store(false, Relaxed);
     }
 
     /// Main loop: something has completed.
     pub fn completed(&self) {
         fence(Ordering::SeqCst);
-        if self.starved.load(Ordering::Relaxed) {
+        if self.starved.load(Relaxed) {
             self.state.lock().unwrap().completed = true;
             self.wake.notify_one();
         }

@@ -7,3 +7,4 @@ pub mod fdpass;
 pub mod file;
 pub mod io;
 pub mod memory;
+pub mod socket;

@@ -1,1 +1,311 @@
-//! NBD
+//! NBD server: the disk for clients of the
+//! [NBD protocol](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md), over a Unix socket or TCP on
+//! this host.
+//!
+//! `negotiate` is the handshake. Then `connection` takes a client's bytes apart into commands, hands these in as
+//! requests whose data is in the client's `arena`, and `transmit` sends the replies of a turn together.
+
+mod arena;
+mod command;
+mod connection;
+mod listen;
+pub mod negotiate;
+mod status;
+mod transmit;
+pub mod wire;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use mio::event::Event;
+use mio::{Interest, Registry, Token};
+use slog::{Logger, debug, info, warn};
+
+use self::connection::{Connection, Socket};
+use self::listen::Listener;
+use self::negotiate::Export;
+use super::{DiskInfo, Frontend, Intake};
+use crate::request::Request;
+use crate::stats::now;
+
+/// How long a client may take for the handshake, ns.
+const HANDSHAKE: u64 = 10_000_000_000;
+/// How long to leave clients waiting when there are no descriptors or memory for them, ns.
+const ACCEPT_AGAIN: u64 = 100_000_000;
+/// How soon to look again where others use all requests that the disk takes, ns.
+const SLOTS_AGAIN: u64 = 1_000_000;
+/// Clients accepted in one turn.
+const ACCEPTS_A_TURN: usize = 16;
+/// Tokens below those of the clients: one for each listener.
+const LISTENERS: usize = 2;
+
+/// What is served where.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Unix socket to listen on.
+    pub socket: Option<PathBuf>,
+    /// TCP address to listen on, which must be a loopback one.
+    pub listen: Option<SocketAddr>,
+    /// Name of the export, at most 4096 bytes.
+    pub export: String,
+    /// Clients at the same time.
+    pub max_connections: usize,
+}
+
+/// A place for a client.
+#[derive(Debug, Default)]
+struct Seat {
+    connection: Option<Box<Connection>>,
+    /// Clients that had the place before.
+    generation: u32,
+    /// Requests of a client that left; they still use its memory, so the place is not free before they end.
+    orphans: usize,
+}
+
+/// The server.
+pub struct Nbd {
+    log: Logger,
+    export: Arc<Export>,
+    listeners: Vec<Listener>,
+    /// A listener has clients waiting.
+    acceptable: bool,
+    /// Not before this time, ns.
+    accept_at: u64,
+    seats: Vec<Seat>,
+    /// The seat that is pulled first, another one each turn.
+    first: usize,
+    registry: Option<(Registry, usize)>,
+    accepted: u64,
+    refused: u64,
+}
+
+/// A request's mark: the seat, the generation of its client, and the part.
+fn tag(seat: usize, generation: u32, part: u16) -> u64 {
+    (seat as u64) << 48 | u64::from(generation) << 16 | u64::from(part)
+}
+
+fn untag(tag: u64) -> (usize, u32, u16) {
+    ((tag >> 48) as usize, (tag >> 16) as u32, tag as u16)
+}
+
+impl Nbd {
+    /// Listens where `config` says.
+    pub fn bind(config: &Config, disk: DiskInfo, log: Logger) -> io::Result<Nbd> {
+        if config.export.len() > wire::MAX_STRING as usize || config.max_connections > usize::from(u16::MAX) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "export name too long or too many connections"));
+        }
+        let mut listeners = Vec::new();
+        if let Some(path) = &config.socket {
+            listeners.push(Listener::unix(path)?);
+        }
+        if let Some(address) = config.listen {
+            listeners.push(Listener::tcp(address)?);
+        }
+        for listener in &listeners {
+            info!(log, "NBD server listens"; "address" => listener.address(), "export" => &config.export);
+        }
+        Ok(Nbd {
+            log,
+            export: Arc::new(Export { name: config.export.clone(), disk }),
+            listeners,
+            acceptable: true,
+            accept_at: 0,
+            seats: (0..config.max_connections).map(|_| Seat::default()).collect(),
+            first: 0,
+            registry: None,
+            accepted: 0,
+            refused: 0,
+        })
+    }
+
+    /// The most tokens that it uses.
+    pub fn tokens(&self) -> usize {
+        LISTENERS + self.seats.len()
+    }
+
+    fn accept(&mut self) {
+        if !self.acceptable || now() < self.accept_at {
+            return;
+        }
+        (self.acceptable, self.accept_at) = (false, 0);
+        for index in 0..self.listeners.len() {
+            self.acceptable |= self.accept_from(index);
+        }
+    }
+
+    /// Accepts from one listener. True: there may be more.
+    fn accept_from(&mut self, index: usize) -> bool {
+        for _ in 0..ACCEPTS_A_TURN {
+            match self.listeners[index].accept() {
+                Ok(socket) => self.seat(socket),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return false,
+                    // This client is gone already.
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => {
+                        warn!(self.log, "NBD clients can't be accepted for now"; "error" => %error);
+                        self.accept_at = now() + ACCEPT_AGAIN;
+                        return true;
+                    }
+                },
+            }
+        }
+        true
+    }
+
+    /// Gives a client a place, or hangs up.
+    fn seat(&mut self, socket: Socket) {
+        let Some((registry, base)) = &self.registry else { return };
+        let free = self.seats.iter().position(|seat| seat.connection.is_none() && seat.orphans == 0);
+        let Some(index) = free else {
+            self.refused += 1;
+            warn!(self.log, "an NBD client is refused, there are too many"; "refused" => self.refused);
+            return;
+        };
+        let seat = &mut self.seats[index];
+        let token = Token(base + LISTENERS + index);
+        let connection = Connection::new(socket, token, tag(index, seat.generation, 0), &self.export);
+        let connection = connection.and_then(|mut connection| connection.register(registry).map(|()| connection));
+        match connection {
+            Ok(connection) => {
+                seat.connection = Some(Box::new(connection));
+                self.accepted += 1;
+                debug!(self.log, "an NBD client connects"; "client" => index);
+            }
+            Err(error) => {
+                self.refused += 1;
+                warn!(self.log, "an NBD client is refused"; "error" => %error);
+            }
+        }
+    }
+
+    /// Frees the places of those with whom it is over.
+    fn clear(&mut self) {
+        let Some((registry, _)) = &self.registry else { return };
+        for (index, seat) in self.seats.iter_mut().enumerate() {
+            let over = seat.connection.take_if(|connection| connection.is_over());
+            let Some(mut connection) = over else { continue };
+            connection.deregister(registry);
+            (seat.orphans, seat.generation) = (connection.in_flight(), seat.generation.wrapping_add(1));
+            match connection.failure() {
+                Some(why) => warn!(self.log, "an NBD client is disconnected"; "client" => index, "reason" => why),
+                None => debug!(self.log, "an NBD client leaves"; "client" => index),
+            }
+        }
+    }
+
+    fn connections(&self) -> impl Iterator<Item = &Connection> {
+        self.seats.iter().filter_map(|seat| seat.connection.as_deref())
+    }
+
+    fn connections_mut(&mut self) -> impl Iterator<Item = &mut Connection> {
+        self.seats.iter_mut().filter_map(|seat| seat.connection.as_deref_mut())
+    }
+
+    /// Hangs up on those who do not come to the point.
+    fn expire(&mut self) {
+        if self.connections().any(Connection::is_negotiating) {
+            let now = now();
+            let late = |c: &&mut Connection| c.is_negotiating() && now >= c.born + HANDSHAKE;
+            self.connections_mut().filter(late).for_each(|c| c.kill("its handshake takes too long"));
+        }
+    }
+}
+
+impl Frontend for Nbd {
+    fn register(&mut self, registry: Registry, base: usize) -> io::Result<()> {
+        for (index, listener) in self.listeners.iter_mut().enumerate() {
+            registry.register(listener.source(), Token(base + index), Interest::READABLE)?;
+        }
+        self.registry = Some((registry, base));
+        Ok(())
+    }
+
+    fn event(&mut self, index: usize, event: &Event) {
+        match index.checked_sub(LISTENERS) {
+            None => self.acceptable = true,
+            Some(seat) => {
+                if let Some(connection) = self.seats.get_mut(seat).and_then(|seat| seat.connection.as_mut()) {
+                    connection.event(event);
+                }
+            }
+        }
+    }
+
+    fn pull(&mut self, intake: &mut Intake) {
+        self.accept();
+        self.expire();
+        let seats = self.seats.len();
+        for index in (self.first..seats).chain(0..self.first) {
+            if let Some(connection) = &mut self.seats[index].connection {
+                connection.pull(intake);
+            }
+        }
+        self.first = (self.first + 1) % seats.max(1);
+    }
+
+    fn answer(&mut self, request: &Request) {
+        let (seat, generation, part) = untag(request.tag);
+        let seat = &mut self.seats[seat];
+        match &mut seat.connection {
+            Some(connection) if seat.generation == generation => connection.answer(part, request.result()),
+            _ => seat.orphans -= 1,
+        }
+    }
+
+    fn publish(&mut self) {
+        if let Some((registry, _)) = &self.registry {
+            for connection in self.seats.iter_mut().filter_map(|seat| seat.connection.as_mut()) {
+                connection.publish(registry);
+            }
+        }
+        self.clear();
+    }
+
+    fn ready(&self) -> bool {
+        (self.acceptable && !self.listeners.is_empty() && self.accept_at == 0)
+            || self.connections().any(Connection::is_ready)
+    }
+
+    fn arm(&mut self) -> bool {
+        self.ready()
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        let handshake = self.connections().filter(|c| c.is_negotiating()).map(|c| c.born + HANDSHAKE).min();
+        let accept = (self.acceptable && self.accept_at > 0).then_some(self.accept_at);
+        let slots = self.connections().any(Connection::is_starved).then(|| now() + SLOTS_AGAIN);
+        [handshake, accept, slots].into_iter().flatten().min()
+    }
+
+    fn close(&mut self) {
+        if let Some((registry, _)) = &self.registry {
+            for mut listener in self.listeners.drain(..) {
+                // Closing it does the same; this only comes first.
+                let _ = registry.deregister(listener.source());
+            }
+        }
+        self.listeners.clear();
+        self.connections_mut().for_each(Connection::leave);
+        self.publish();
+    }
+
+    fn inspect(&self) -> serde_json::Value {
+        let client = |(index, seat): (usize, &Seat)| {
+            let mut client = seat.connection.as_ref()?.inspect();
+            client["client"] = index.into();
+            Some(client)
+        };
+        serde_json::json!({
+            "type": "nbd",
+            "export": self.export.name,
+            "listen": self.listeners.iter().map(Listener::address).collect::<Vec<_>>(),
+            "accepted": self.accepted,
+            "refused": self.refused,
+            "orphans": self.seats.iter().map(|seat| seat.orphans).sum::<usize>(),
+            "clients": self.seats.iter().enumerate().filter_map(client).collect::<Vec<_>>(),
+        })
+    }
+}
