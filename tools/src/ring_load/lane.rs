@@ -22,6 +22,9 @@ const SPIN_DEFAULT: Duration = Duration::from_micros(20);
 /// Below this it is not worth to look at all.
 const SPIN_LEAST: Duration = Duration::from_micros(1);
 
+/// At the rate of late, the answers that a sleep is for come within this time.
+const SOON: Duration = Duration::from_micros(30);
+
 /// How long to try again where the server has too many clients: it may not have seen yet that one has left.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -55,10 +58,13 @@ impl Op {
     }
 }
 
-/// How many bytes one request can have.
+/// The most bytes that an entry can describe.
+pub(super) const MAX_REQUEST: u32 = (MAX_INDIRECT_PAGES * SEGMENTS_PER_PAGE * PAGE_SIZE) as u32;
+
+/// The most bytes that a request to this server can have.
 pub(super) fn max_request(limits: &Limits) -> u32 {
-    let indirect = (limits.indirect_segments as usize).min(MAX_INDIRECT_PAGES * SEGMENTS_PER_PAGE);
-    (indirect.max(MAX_SEGMENTS) * PAGE_SIZE) as u32
+    let segments = (limits.indirect_segments as usize).max(MAX_SEGMENTS);
+    segments.saturating_mul(PAGE_SIZE).min(MAX_REQUEST as usize) as u32
 }
 
 /// Pages that a request of up to `len` bytes needs: of data, and to describe them.
@@ -149,6 +155,10 @@ pub(super) struct Lane {
     slot_pages: u32,
     timeout: Duration,
     spin: Spin,
+    /// When it went to sleep last.
+    slept: Instant,
+    /// Answers since then.
+    answers: u32,
 }
 
 impl Lane {
@@ -174,6 +184,8 @@ impl Lane {
             slot_pages,
             timeout,
             spin: spin.into(),
+            slept: Instant::now(),
+            answers: 0,
         };
         if indirect > 0 {
             for slot in 0..depth {
@@ -246,6 +258,7 @@ impl Lane {
             return Err(Failure::Protocol(format!("{response:?} answers a {}", slot.op.name())));
         }
         slot.busy = false;
+        self.answers = self.answers.wrapping_add(1);
         let index = response.id as u32;
         self.free.push(index);
         let Slot { op, offset, len, issued, .. } = *slot;
@@ -258,9 +271,7 @@ impl Lane {
         if ring.ready() || self.spin.until(|| ring.ready()) {
             return Ok(());
         }
-        // A single answer of many is not worth a wake-up, which costs both sides more than the answer itself. What is
-        // in flight is answered whatever we do, so this many will come.
-        let batch = (self.outstanding() / 4).max(1);
+        let batch = self.batch();
         while !self.queue.ring.arm_at(batch) {
             match self.queue.wait(Some(self.timeout))? {
                 Wake::Called => {}
@@ -273,6 +284,17 @@ impl Lane {
             }
         }
         Ok(())
+    }
+
+    /// For how many answers to sleep. One of many is not worth a wake-up, which costs both sides more than the answer
+    /// itself; but they are to be seen soon, or a slow disk would seem slower than it is. What is in flight is answered
+    /// whatever we do, so this many will come.
+    fn batch(&mut self) -> u32 {
+        let now = Instant::now();
+        let since = now.duration_since(self.slept).as_nanos().max(1);
+        let soon = u128::from(self.answers) * SOON.as_nanos() / since;
+        (self.slept, self.answers) = (now, 0);
+        soon.clamp(1, u128::from((self.outstanding() / 4).max(1))) as u32
     }
 
     fn rebuild(&mut self, index: u32, op: Op, len: u32) {
