@@ -193,7 +193,10 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
     assert_eq!(requests.len(), 8, "{queue}");
     for request in requests {
         assert!(request["age_us"].as_u64().unwrap() > 1_000_000, "{request}");
-        assert_eq!((&request["op"], &request["offset"], &request["len"]), (&"write".into(), &32768.into(), &4096.into()));
+        assert_eq!(
+            (&request["op"], &request["offset"], &request["len"]),
+            (&"write".into(), &32768.into(), &4096.into())
+        );
     }
     assert!(queue["queue"]["submitting_us"].as_u64().unwrap() > 1_000_000, "{queue}");
     for _ in 0..8 {

@@ -35,8 +35,13 @@ fn none_between_warm_up_and_the_end_of_a_mixed_load() {
     let config = Config::parse(&text, Path::new("test")).unwrap();
     event::signals().thread_block().unwrap();
     let (logging, log) = Log::open(config.log.format, slog::Level::Error, None).unwrap();
-    let main_loop = serve::open(&config, logging, &log).unwrap();
-    let server = std::thread::spawn(move || main_loop.run().unwrap());
+    let (ready, serving) = std::sync::mpsc::channel();
+    let server = std::thread::spawn(move || {
+        let main_loop = serve::open(&config, logging, &log).unwrap();
+        ready.send(()).unwrap();
+        main_loop.run().unwrap();
+    });
+    serving.recv().unwrap();
     let mut ring = quiet(
         tool("ring-load")
             .args(["run", "--rw", "randrw", "--bs", "512-256k", "--depth", "32", "--queues", "2", "--runtime", "4s"])
