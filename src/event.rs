@@ -129,7 +129,7 @@ impl MainLoop {
             match Signal::try_from(received.ssi_signo as i32) {
                 Ok(Signal::SIGUSR1) => match serde_json::to_string(&self.disk.inspect()) {
                     Ok(dump) => {
-                        info!(self.log, "debug-queue"; "dump" => dump, "log_dropped" => self.logging.dropped())
+                        info!(self.log, "debug-queue"; "dump" => dump, "log_dropped" => self.logging.dropped());
                     }
                     Err(error) => error!(self.log, "debug-queue"; "error" => %error),
                 },

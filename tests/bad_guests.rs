@@ -239,12 +239,12 @@ fn row_13_fast_connects_disconnects_and_wrong_hellos() {
         other => panic!("{other:?}"),
     };
     let options = Options { abi: Abi::Native, ring_page_order: 0, queues: 1, data_pages: 16 };
-    assert!(refused(&Options { ring_page_order: 5, ..options.clone() }).contains("limit 4"));
-    assert!(refused(&Options { ring_page_order: u32::MAX, ..options.clone() }).contains("limit 4"));
-    assert!(refused(&Options { queues: 0, ..options.clone() }).contains("from 1 to 4"));
-    assert!(refused(&Options { queues: u32::MAX, ..options.clone() }).contains("from 1 to 4"));
-    assert!(refused(&Options { data_pages: 0, ..options.clone() }).contains("from 1 to"));
-    assert!(refused(&Options { data_pages: u32::MAX, queues: 4, ..options.clone() }).contains("from 1 to"));
+    assert!(refused(&Options { ring_page_order: 5, ..options }).contains("limit 4"));
+    assert!(refused(&Options { ring_page_order: u32::MAX, ..options }).contains("limit 4"));
+    assert!(refused(&Options { queues: 0, ..options }).contains("from 1 to 4"));
+    assert!(refused(&Options { queues: u32::MAX, ..options }).contains("from 1 to 4"));
+    assert!(refused(&Options { data_pages: 0, ..options }).contains("from 1 to"));
+    assert!(refused(&Options { data_pages: u32::MAX, queues: 4, ..options }).contains("from 1 to"));
     assert_eq!(honest.write(0, &[0x33; 4096]), RSP_OKAY);
     drop(honest);
     let end = std::time::Instant::now() + Duration::from_secs(10);

@@ -49,7 +49,7 @@ struct State {
     done: VecDeque<(Box<Io>, Result<u64, Errno>)>,
 }
 
-fn run(image: &mut Vec<u8>, io: &Io) -> Result<u64, Errno> {
+fn run(image: &mut [u8], io: &Io) -> Result<u64, Errno> {
     if io.op == IoOp::Flush {
         return Ok(0);
     }
