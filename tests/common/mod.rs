@@ -4,3 +4,4 @@
 pub mod double;
 pub mod guest;
 pub mod served;
+pub mod world;

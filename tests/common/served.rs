@@ -136,6 +136,11 @@ impl Served {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// The exit code of a process that has ended.
+    pub fn code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid()), signal).unwrap();
     }

@@ -6,7 +6,7 @@ use slog::{Discard, Logger, o};
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, text};
 use tapdisk::control::respond;
 use tapdisk::frontend::blkif::wire::Abi;
-use tapdisk_fuzz::world;
+use tapdisk_fuzz::world::ram;
 use zerocopy::FromBytes;
 
 fuzz_target!(|data: &[u8]| {
@@ -15,7 +15,7 @@ fuzz_target!(|data: &[u8]| {
     bytes[..len].copy_from_slice(&data[..len]);
     let message = Message::read_from_bytes(&bytes).unwrap();
     let _ = text(&bytes[8..]);
-    let mut world = world(Abi::Native, 512, false);
+    let mut world = ram(Abi::Native, 512, false);
     let answer = respond(&message, 0, &mut world.disk, &Logger::root(Discard, o!()));
     assert!(answer.len() >= MESSAGE_SIZE);
 });

@@ -3,13 +3,13 @@
 
 use libfuzzer_sys::fuzz_target;
 use tapdisk::frontend::blkif::wire::{Abi, ENTRY_MAX, Entry};
-use tapdisk_fuzz::{PAGES, world};
+use tapdisk_fuzz::world::{PAGES, ram};
 
 fuzz_target!(|data: &[u8]| {
     let [setup, forged, data @ ..] = data else { return };
     let abi = [Abi::Native, Abi::X86_32, Abi::X86_64][usize::from(setup & 3) % 3];
     let sector_size = if setup & 4 == 0 { 512 } else { 4096 };
-    let mut world = world(abi, sector_size, setup & 8 != 0);
+    let mut world = ram(abi, sector_size, setup & 8 != 0);
     let (entries, pages) = data.split_at(data.len() * usize::from(setup >> 4) / 15);
     let room = PAGES as usize * 4096;
     world.memory.write(4096, &pages[..pages.len().min(room)]);
