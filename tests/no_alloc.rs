@@ -50,13 +50,16 @@ fn none_between_warm_up_and_the_end_of_a_mixed_load() {
     );
     let mut nbd = quiet(
         Command::new("fio")
-            .args(["--name=load", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-512k", "--bsunaligned=0"])
+            .args(["--name=load", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-512k"])
             .args(["--blockalign=512", "--iodepth=32", "--runtime=4", "--time_based", "--fsync=100", "--size=64m"])
             .arg(format!("--uri=nbd+unix:///?socket={}/nbd", s.display())),
     );
     // Connections are set up, and every buffer has been used.
     std::thread::sleep(Duration::from_millis(1500));
     assert!(ring.try_wait().unwrap().is_none() && nbd.try_wait().unwrap().is_none(), "the loads do not run");
+    let probe = Region::new(ALLOCATOR);
+    drop(std::hint::black_box(vec![0u8; 100]));
+    assert!(probe.change().allocations > 0, "the allocator does not count");
     let region = Region::new(ALLOCATOR);
     std::thread::sleep(Duration::from_millis(1500));
     let change = region.change();
