@@ -33,6 +33,17 @@ enum State {
     Closed,
 }
 
+/// What a turn did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Nothing: there was nothing to do.
+    Nothing,
+    /// Something, but nobody got an answer.
+    Worked,
+    /// Somebody got an answer, and may come with the next request soon.
+    Answered,
+}
+
 /// How far a write barrier is; it is the last request that was pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Barrier {
@@ -165,18 +176,23 @@ impl Disk {
         self.queue.engine()
     }
 
-    /// Everything that can be done without waiting. False: there was nothing.
-    pub fn turn(&mut self) -> bool {
+    /// Everything that can be done without waiting.
+    pub fn turn(&mut self) -> Turn {
         let mut worked = self.pull();
         worked |= self.start();
         self.queue.kick(&self.slots);
         worked |= self.queue.reap() > 0;
         worked |= self.finish();
-        worked |= self.answer();
+        let answered = self.answer();
         for frontend in &mut self.frontends {
             frontend.publish();
         }
-        worked | self.advance()
+        worked |= self.advance();
+        match (answered, worked) {
+            (true, _) => Turn::Answered,
+            (false, true) => Turn::Worked,
+            (false, false) => Turn::Nothing,
+        }
     }
 
     fn pull(&mut self) -> bool {

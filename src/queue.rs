@@ -310,7 +310,7 @@ impl Queue {
     /// Submits the only I/O there is, which the kernel is told not to block for. False: it goes to the thread.
     fn submit_nowait(&mut self) -> bool {
         self.batch[0].nowait = true;
-        match self.submit.submit(&mut self.batch) {
+        match self.submit.submit(&mut self.batch, 1) {
             Ok(n) if n > 0 => {
                 self.counters.took(n);
                 self.report.inline += n as u64;

@@ -204,8 +204,9 @@ impl Counters {
     }
 }
 
-/// Submits all of `batch`. Partial acceptance goes on with the rest; EAGAIN calls `wait` and tries again if that
-/// says so; any other refusal fails only the first, by `refuse`.
+/// Submits all of `batch`: first one I/O, so that the disk begins at once, then twice as many each time. Partial
+/// acceptance goes on with the rest; EAGAIN calls `wait` and tries again if that says so; any other refusal fails only
+/// the first, by `refuse`.
 pub fn submit_all(
     engine: &dyn Submit,
     counters: &Counters,
@@ -213,12 +214,16 @@ pub fn submit_all(
     mut wait: impl FnMut() -> bool,
     mut refuse: impl FnMut(Box<Io>, Errno),
 ) {
+    let mut limit = 1;
     while !batch.is_empty() {
         counters.since.store(crate::stats::now(), Relaxed);
-        let result = engine.submit(batch);
+        let result = engine.submit(batch, limit);
         counters.since.store(0, Relaxed);
         match result {
-            Ok(n) if n > 0 => counters.took(n),
+            Ok(n) if n > 0 => {
+                counters.took(n);
+                limit = limit.saturating_mul(2);
+            }
             Ok(_) | Err(Errno::EAGAIN) => {
                 Counters::add(&counters.busy, 1);
                 if !wait() {

@@ -5,6 +5,7 @@ mod common;
 use common::double::{Double, Seen};
 use common::world::{self, World};
 use nix::errno::Errno;
+use tapdisk::disk::Turn;
 use tapdisk::engine::Inline;
 use tapdisk::frontend::blkif::wire::*;
 use tapdisk::sys::io::IoOp;
@@ -24,7 +25,7 @@ fn push(world: &mut World, operation: u8, id: u64, sector: u64, segments: u8) {
 }
 
 fn turns(world: &mut World) {
-    while world.disk.turn() {}
+    while world.disk.turn() != Turn::Nothing {}
 }
 
 fn answers(world: &mut World) -> Vec<(u64, i16)> {
@@ -42,12 +43,8 @@ fn a_barrier_waits_for_what_came_before_and_what_comes_after_waits_for_it() {
     push(&mut world, OP_WRITE_BARRIER, 2, 8, 1);
     push(&mut world, OP_WRITE, 3, 16, 1);
     turns(&mut world);
-    let expected = [
-        seen(WRITE, 0),
-        seen(IoOp::Flush, 0),
-        seen(IoOp::Write { fua: true }, 8 * 512),
-        seen(WRITE, 16 * 512),
-    ];
+    let expected =
+        [seen(WRITE, 0), seen(IoOp::Flush, 0), seen(IoOp::Write { fua: true }, 8 * 512), seen(WRITE, 16 * 512)];
     for step in 1..=4 {
         assert_eq!(double.wait_seen(step), expected[..step], "nothing more before this is done");
         double.complete(None);

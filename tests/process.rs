@@ -138,7 +138,9 @@ fn tap_ctl_prints_what_storage_managers_parse() {
     let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
     assert_eq!((&stats["secs"], &stats["reqs_outstanding"]), (&serde_json::json!([1, 8]), &0.into()));
     let text = run(served.tap_ctl().arg("debug-queue"));
-    for part in ["ram:1 MiB: running, 1048576 bytes", "queue: size 256, depth 128", "p99.9 us", "requests: 0", "kicks_in"] {
+    for part in
+        ["ram:1 MiB: running, 1048576 bytes", "queue: size 256, depth 128", "p99.9 us", "requests: 0", "kicks_in"]
+    {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     let missing = output(served.tap_ctl().args(["stats", "-p", "999999", "-m", "0"]));

@@ -70,7 +70,8 @@ fn unsafe_code_is_in_src_sys_only() {
     for (path, text) in all() {
         let sys = path.components().any(|part| part.as_os_str() == "sys");
         let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-        let found = code.filter(|line| line.contains(concat!("un", "safe {")) || line.contains(concat!("un", "safe impl")));
+        let found =
+            code.filter(|line| line.contains(concat!("un", "safe {")) || line.contains(concat!("un", "safe impl")));
         assert!(sys || found.count() == 0, "{}", path.display());
     }
 }

@@ -67,12 +67,12 @@ class Bench:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def tapdisk(self, image, order=4):
+    def tapdisk(self, image, more=""):
         config = self.path("disk.toml")
         with open(config, "w") as file:
             file.write(f"[image]\n{image}\n[frontend.local]\nsocket = '{self.path('ring')}'\n"
                        f"[frontend.nbd]\nsocket = '{self.path('nbd')}'\n[control]\ndirectory = '{self.folder}'\n"
-                       "[log]\nlevel = 'error'\n")
+                       f"[log]\nlevel = 'error'\n{more}")
         return process([f"{BIN}/tapdisk", config], line=True)
 
     def file_image(self):
@@ -80,12 +80,12 @@ class Bench:
 
     # Each measurement gives (I/Os a second, server's CPU in µs an I/O or None).
 
-    def ring(self, image, rw, bs, depth, order):
-        with self.tapdisk(image) as pid:
+    def ring(self, image, rw, bs, depth, order, more="", client=()):
+        with self.tapdisk(image, more) as pid:
             before = cpu_seconds(pid)
             out = subprocess.run(
                 [f"{BIN}/ring-load", "run", "--json", "--socket", self.path("ring"), "--rw", rw, "--bs", bs,
-                 "--depth", str(depth), "--ring-page-order", str(order), "--runtime", f"{self.seconds}s"],
+                 "--depth", str(depth), "--ring-page-order", str(order), "--runtime", f"{self.seconds}s", *client],
                 stdout=subprocess.PIPE, check=True).stdout
             used = cpu_seconds(pid) - before
         return self.rate(json.loads(out), used)
@@ -149,15 +149,22 @@ def compare(bench, rounds, sides):
 
 def side_by_side(bench, rounds, wanted):
     ring = lambda rw, depth: lambda: bench.ring(bench.file_image(), rw, "4k", depth, 0)
+    # No submit thread, and nobody sleeps: what the hand-over and the wake-ups cost is the difference.
+    awake = lambda rw, depth: lambda: bench.ring(
+        bench.file_image(), rw, "4k", depth, 0, "[engine]\nsubmit = 'inline'\n[main_loop]\nspin_us = 500\n",
+        ("--spin", "1000"))
     libaio = lambda rw, depth: lambda: bench.libaio(rw, "4k", depth)
     nbd = lambda server, rw, depth: lambda: bench.nbd(server, rw, "4k", depth)
     cases = {
         "ring-randread-32": ("4k random read, depth 32, beside fio on the file", {"fio libaio": 0.95},
-                             [("tapdisk ring", ring("randread", 32)), ("fio libaio", libaio("randread", 32))]),
+                             [("tapdisk ring", ring("randread", 32)), ("fio libaio", libaio("randread", 32)),
+                              ("tapdisk ring, awake", awake("randread", 32))]),
         "ring-randread-1": ("4k random read, depth 1, beside fio on the file", {"fio libaio": 0.80},
-                            [("tapdisk ring", ring("randread", 1)), ("fio libaio", libaio("randread", 1))]),
+                            [("tapdisk ring", ring("randread", 1)), ("fio libaio", libaio("randread", 1)),
+                              ("tapdisk ring, awake", awake("randread", 1))]),
         "ring-randwrite-32": ("4k random write, depth 32, beside fio on the file", {},
-                              [("tapdisk ring", ring("randwrite", 32)), ("fio libaio", libaio("randwrite", 32))]),
+                              [("tapdisk ring", ring("randwrite", 32)), ("fio libaio", libaio("randwrite", 32)),
+                              ("tapdisk ring, awake", awake("randwrite", 32))]),
     }
     for rw in ("randread", "randwrite"):
         sides = [(f"{server} nbd", nbd(server, rw, 32))

@@ -2,6 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use tapdisk::disk::Turn;
 use tapdisk::frontend::blkif::wire::{Abi, ENTRY_MAX, Entry};
 use tapdisk_fuzz::world::{PAGES, ram};
 
@@ -25,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
     }
     world.front.publish();
     for _ in 0..200 {
-        if !world.disk.turn() {
+        if world.disk.turn() == Turn::Nothing {
             break;
         }
     }
