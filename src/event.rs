@@ -88,12 +88,12 @@ impl MainLoop {
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut turns = 0;
-        let mut answered = false;
+        let mut last = Turn::Nothing;
         loop {
             let turn = self.disk.turn();
             let worked = turn != Turn::Nothing;
             if worked {
-                answered = turn == Turn::Answered;
+                last = turn;
             }
             if let Some(result) = self.disk.closed() {
                 return self.end(result.map_err(io::Error::from));
@@ -102,26 +102,29 @@ impl MainLoop {
             let sleep = if turns >= TURNS_MAX {
                 turns = 0;
                 false
-            } else if worked || self.spin(answered) || self.disk.arm() {
+            } else if worked || self.spin(last) || self.disk.arm() {
                 continue;
             } else {
                 true
             };
             let slept = self.wait(&mut events, sleep)?;
             if sleep {
-                self.spin_after(answered).slept(slept);
+                match last {
+                    Turn::Answered => self.after_answer.slept(slept),
+                    Turn::Submitted => self.after_submit.slept(slept),
+                    Turn::Worked | Turn::Nothing => {}
+                }
             }
         }
     }
 
-    fn spin_after(&mut self, answered: bool) -> &mut Spin {
-        if answered { &mut self.after_answer } else { &mut self.after_submit }
-    }
-
-    /// Looks at memory for a while. True: there is something.
-    fn spin(&self, answered: bool) -> bool {
-        let spin = if answered { &self.after_answer } else { &self.after_submit };
-        spin.run(|| self.disk.ready())
+    /// Looks at memory for a while, if that may pay after such a turn. True: there is something.
+    fn spin(&self, last: Turn) -> bool {
+        match last {
+            Turn::Answered => self.after_answer.run(|| self.disk.ready()),
+            Turn::Submitted => self.after_submit.run(|| self.disk.ready()),
+            Turn::Worked | Turn::Nothing => false,
+        }
     }
 
     /// Waits for events if there are none, and handles them. Gives the time it waited, in ns.

@@ -505,6 +505,11 @@ impl Queue {
         }
     }
 
+    /// I/Os that are submitted or being submitted.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
     /// Whether nothing waits, is in flight, or is finished and not taken.
     pub fn is_idle(&self) -> bool {
         self.waiting_count == 0 && self.in_flight == 0 && self.finished.is_empty()

@@ -99,9 +99,10 @@ class Bench:
         out = subprocess.run(
             ["fio", "--name=b", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", "--time_based", "--norandommap",
              f"--runtime={self.seconds}", f"--size={SIZE_MIB}m", "--output-format=json", "--group_reporting"] + engine,
-            stdout=subprocess.PIPE, check=True).stdout
+            stdout=subprocess.PIPE, check=True, text=True).stdout
         used = cpu_seconds(pid) - before if pid else None
-        job = json.loads(out)["jobs"][0]
+        # fio may say something before it prints JSON.
+        job = json.loads(out[out.index("{"):])["jobs"][0]
         side = job["write" if "write" in rw else "read"]
         return side["iops"], used / side["total_ios"] * 1e6 if pid else None
 

@@ -53,6 +53,9 @@ impl Frontend for Ring {
     fn publish(&mut self) {
         self.queue.lock().unwrap().publish();
     }
+    fn in_memory(&self) -> bool {
+        true
+    }
     fn ready(&self) -> bool {
         self.queue.lock().unwrap().ready()
     }
