@@ -65,6 +65,8 @@ pub struct Disk {
     /// What clients are told.
     info: DiskInfo,
     frontends: Vec<Box<dyn Frontend>>,
+    /// The frontend that is asked first, in this turn; modulo their number.
+    first: usize,
     slots: Slots,
     stack: Stack,
     queue: Queue,
@@ -145,6 +147,7 @@ impl Disk {
         Disk {
             info,
             frontends,
+            first: 0,
             slots,
             stack,
             queue,
@@ -206,8 +209,11 @@ impl Disk {
         }
         let before = self.started.len();
         let now = now();
-        for (i, frontend) in self.frontends.iter_mut().enumerate() {
-            frontend.pull(&mut Intake {
+        // Another one is first each turn: where slots are short, none must get them all.
+        self.first = self.first.wrapping_add(1);
+        let count = self.frontends.len();
+        for i in (0..count).map(|i| (self.first % count + i) % count) {
+            self.frontends[i].pull(&mut Intake {
                 slots: &mut self.slots,
                 started: &mut self.started,
                 barrier: &mut self.barrier,

@@ -378,3 +378,32 @@ fn a_message_after_the_hello_and_half_a_hello_end_the_connection() {
     served.wait_log("a hello has 24 bytes");
     still_serves(&mut served);
 }
+
+#[test]
+fn a_guest_that_always_has_more_does_not_take_every_slot() {
+    let folder = folder();
+    let path = folder.path().join("disk.img");
+    std::fs::write(&path, vec![0x11; SIZE as usize]).unwrap();
+    // Keys without a table come first.
+    let served = Served::start_with("requests = 2", &format!("path = '{}'", path.display()), LOCAL);
+    let mut greedy = Guest::connect_with(&served.ring(), Abi::Native, 4);
+    let mut honest = Guest::connect(&served.ring());
+    let entry = greedy.entry(OP_READ).with_sector(8).with_segments(1, &[page(0)]);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                while greedy.queue.ring.room() > 0 {
+                    greedy.queue.ring.push(&entry);
+                }
+                greedy.queue.publish().unwrap();
+                while greedy.queue.ring.pop().is_some() {}
+            }
+        });
+        let answers: Vec<_> = (0..100).map(|_| honest.read(0, 512)).collect();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(answers.iter().all(|answer| *answer == Ok(vec![0x11; 512])));
+    });
+    let greed = &served.debug_queue()["frontends"][0]["clients"][0]["queues"][0]["counters"]["requests"];
+    assert!(greed.as_u64().unwrap() < 100 * 500, "{greed} requests of the greedy guest for 100 of the honest one");
+}

@@ -74,7 +74,7 @@ fn missing_empty_and_unfit_images_are_refused_with_their_name() {
     let (_, text) = Served::refused("path = '/dev/null'", LOCAL);
     assert!(text.contains("neither a regular file nor a block device"), "{text}");
     let (code, text) = Served::refused(&format!("{}\nreadonly = true", path(&file)), LOCAL);
-    assert!(code == 2 && text.contains("disk.toml:3: ") && text.contains("`read_only`"), "{text}");
+    assert!(code == 2 && text.contains("disk.toml:4: ") && text.contains("`read_only`"), "{text}");
 }
 
 /// A loop device over a file, gone when this is dropped. None where the machine does not let us have one.

@@ -51,8 +51,13 @@ pub struct Served {
 impl Served {
     /// Serves with the `[image]` table `image` and `rest` of a configuration. `{s}` is the folder of sockets.
     pub fn start(image: &str, rest: &str) -> Served {
+        Self::start_with("", image, rest)
+    }
+
+    /// The same with keys that are in no table.
+    pub fn start_with(top: &str, image: &str, rest: &str) -> Served {
         let sockets = tempfile::tempdir().unwrap();
-        let child = Self::spawn(image, rest, sockets.path());
+        let child = Self::spawn(top, image, rest, sockets.path());
         let log = sockets.path().join("log");
         let mut served = Served { child, sockets, log };
         let mut line = String::new();
@@ -64,14 +69,14 @@ impl Served {
     /// What it says when it can't serve, and its exit code.
     pub fn refused(image: &str, rest: &str) -> (i32, String) {
         let sockets = tempfile::tempdir().unwrap();
-        let mut child = Self::spawn(image, rest, sockets.path());
+        let mut child = Self::spawn("", image, rest, sockets.path());
         let mut text = String::new();
         child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
         (child.wait().unwrap().code().unwrap(), text)
     }
 
-    fn spawn(image: &str, rest: &str, sockets: &Path) -> Child {
-        let text = format!("[image]\n{image}\n{rest}\n[control]\ndirectory = '{{s}}'\n");
+    fn spawn(top: &str, image: &str, rest: &str, sockets: &Path) -> Child {
+        let text = format!("{top}\n[image]\n{image}\n{rest}\n[control]\ndirectory = '{{s}}'\n");
         let text =
             if text.contains("[log]") { text } else { format!("{text}[log]\nfile = '{{s}}/log'\nlevel='debug'\n") };
         let config = sockets.join("disk.toml");

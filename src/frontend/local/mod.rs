@@ -64,6 +64,8 @@ pub struct Local {
     listener: Option<OwnedFd>,
     registry: Option<(Registry, usize)>,
     clients: Vec<Option<Client>>,
+    /// The client that is asked first, in this turn: where slots are short, none must get them all.
+    first: usize,
     /// Clients so far: told apart by their number, so that an answer never reaches a later client.
     connections: u64,
     turned_away: u64,
@@ -78,7 +80,7 @@ impl Local {
         let listener = Self::listen(&config).map_err(explain)?;
         let clients = std::iter::repeat_with(|| None).take(config.max_clients).collect();
         let listener = Some(listener);
-        Ok(Local { config, disk, log, listener, registry: None, clients, connections: 0, turned_away: 0 })
+        Ok(Local { config, disk, log, listener, registry: None, clients, first: 0, connections: 0, turned_away: 0 })
     }
 
     fn listen(config: &Config) -> io::Result<OwnedFd> {
@@ -171,7 +173,9 @@ impl Frontend for Local {
     }
 
     fn pull(&mut self, intake: &mut Intake) {
-        for index in 0..self.clients.len() {
+        self.first = (self.first + 1) % self.clients.len();
+        let (head, tail) = (0..self.first, self.first..self.clients.len());
+        for index in tail.chain(head) {
             let (Some(client), Some((registry, _))) = (&mut self.clients[index], &self.registry) else { continue };
             if let Err(why) = client.pull(intake, index as u64, registry) {
                 self.drop_client(index, &why);
