@@ -6,7 +6,8 @@ use crate::config::Config;
 use crate::disk::Disk;
 use crate::event::MainLoop;
 use crate::frontend::local::Local;
-use crate::frontend::{DiskInfo, Frontend, local};
+use crate::frontend::nbd::Nbd;
+use crate::frontend::{DiskInfo, Frontend, local, nbd};
 use crate::image;
 use crate::log::Log;
 use crate::queue::{Limits, Queue};
@@ -56,6 +57,16 @@ fn frontends(
             lock_memory: config.memory.lock,
         };
         frontends.push(Box::new(Local::bind(config, disk.clone(), log.clone())?));
+    }
+    if let Some(nbd) = &config.frontend.nbd {
+        let config = nbd::Config {
+            socket: nbd.socket.clone(),
+            listen: nbd.listen,
+            export: nbd.export.clone(),
+            max_connections: nbd.max_connections as usize,
+            lock_memory: config.memory.lock,
+        };
+        frontends.push(Box::new(Nbd::bind(&config, disk.clone(), log.clone())?));
     }
     if frontends.is_empty() {
         warn!(log, "no frontend is configured: nobody can reach the disk");

@@ -192,6 +192,11 @@ impl Connection {
         })
     }
 
+    /// Keeps the payload memory resident.
+    pub(super) fn lock_memory(&self) -> io::Result<()> {
+        self.arena.memory().lock()
+    }
+
     /// Asks for events. Not for writable ones until a send falls short: of a Unix socket they come each time that the
     /// client reads.
     pub(super) fn register(&mut self, registry: &Registry) -> io::Result<()> {

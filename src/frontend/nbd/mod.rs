@@ -52,6 +52,8 @@ pub struct Config {
     pub export: String,
     /// Clients at the same time.
     pub max_connections: usize,
+    /// Keep a client's memory resident.
+    pub lock_memory: bool,
 }
 
 /// A place for a client.
@@ -69,6 +71,7 @@ pub struct Nbd {
     log: Logger,
     export: Arc<Export>,
     listeners: Vec<Listener>,
+    lock_memory: bool,
     /// A listener has clients waiting.
     acceptable: bool,
     /// Not before this time, ns.
@@ -110,6 +113,7 @@ impl Nbd {
             log,
             export: Arc::new(Export { name: config.export.clone(), disk }),
             listeners,
+            lock_memory: config.lock_memory,
             acceptable: true,
             accept_at: 0,
             seats: (0..config.max_connections).map(|_| Seat::default()).collect(),
@@ -170,6 +174,11 @@ impl Nbd {
         let connection = connection.and_then(|mut connection| connection.register(registry).map(|()| connection));
         match connection {
             Ok(connection) => {
+                if self.lock_memory
+                    && let Err(error) = connection.lock_memory()
+                {
+                    warn!(self.log, "an NBD client's memory can't be locked"; "error" => %error);
+                }
                 seat.connection = Some(Box::new(connection));
                 self.accepted += 1;
                 debug!(self.log, "an NBD client connects"; "client" => index);
