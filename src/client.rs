@@ -149,10 +149,7 @@ pub struct Client {
 impl Client {
     /// Connects to the socket at `path` and shakes hands.
     pub fn connect(path: &Path, options: &Options) -> Result<Client, Error> {
-        let failed = |source| Error::Connect { path: path.into(), source };
-        let socket =
-            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(path).map_err(failed)?).map_err(failed)?;
+        let socket = open_socket(path)?;
         let abi = ABIS.iter().position(|abi| *abi == options.abi).ok_or(Error::Handshake("no such layout"))? as u32;
         let Options { ring_page_order, queues, data_pages, .. } = *options;
         let hello = Hello { magic: MAGIC, abi, ring_page_order, queues, data_pages };
@@ -180,8 +177,18 @@ impl Client {
     }
 }
 
-/// Sends `hello` as it is, and receives what comes.
-fn shake_hands(socket: &OwnedFd, hello: &Hello) -> Result<(Welcome, Vec<OwnedFd>), Error> {
+/// Connects to the socket at `path`, and says nothing.
+pub fn open_socket(path: &Path) -> Result<OwnedFd, Error> {
+    let open = || {
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(socket)
+    };
+    open().map_err(|source| Error::Connect { path: path.into(), source })
+}
+
+/// Sends `hello` as it is, wrong or not, and receives what comes.
+pub fn shake_hands(socket: &OwnedFd, hello: &Hello) -> Result<(Welcome, Vec<OwnedFd>), Error> {
     setsockopt(socket, ReceiveTimeout, &TimeVal::new(HANDSHAKE_TIMEOUT, 0))?;
     fdpass::send(socket.as_fd(), hello.as_bytes(), &[])?;
     let mut welcome = Welcome::new_zeroed();

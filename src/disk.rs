@@ -33,6 +33,22 @@ enum State {
     Closed,
 }
 
+/// What a turn did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Nothing: there was nothing to do.
+    Nothing,
+    /// Something; what comes next is told by an event.
+    Worked,
+    /// Something, and so few I/Os are in flight that somebody is likely to wait for each.
+    Submitted,
+    /// Somebody got an answer whose next request, which may come soon, memory will show.
+    Answered,
+}
+
+/// I/Os in flight up to which a completion is looked for: with more, there is enough to do, and waiting batches them.
+const LONELY: usize = 2;
+
 /// How far a write barrier is; it is the last request that was pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Barrier {
@@ -165,18 +181,23 @@ impl Disk {
         self.queue.engine()
     }
 
-    /// Everything that can be done without waiting. False: there was nothing.
-    pub fn turn(&mut self) -> bool {
+    /// Everything that can be done without waiting.
+    pub fn turn(&mut self) -> Turn {
         let mut worked = self.pull();
         worked |= self.start();
         self.queue.kick(&self.slots);
         worked |= self.queue.reap() > 0;
         worked |= self.finish();
-        worked |= self.answer();
+        let (answered, in_memory) = self.answer();
         for frontend in &mut self.frontends {
             frontend.publish();
         }
-        worked | self.advance()
+        match answered | worked | self.advance() {
+            false => Turn::Nothing,
+            true if in_memory => Turn::Answered,
+            true if self.queue.in_flight() <= LONELY => Turn::Submitted,
+            true => Turn::Worked,
+        }
     }
 
     fn pull(&mut self) -> bool {
@@ -262,9 +283,11 @@ impl Disk {
             "offset" => transfer.offset, "len" => transfer.len, "errno" => %errno, "suppressed_before" => suppressed);
     }
 
-    fn answer(&mut self) -> bool {
+    /// Whether there was something to answer, and for a frontend whose requests memory shows.
+    fn answer(&mut self) -> (bool, bool) {
+        let mut in_memory = false;
         if self.done.is_empty() {
-            return false;
+            return (false, false);
         }
         let now = now();
         while let Some(id) = self.done.pop_front() {
@@ -277,11 +300,13 @@ impl Disk {
                 self.flush_error = request.error;
                 self.state = State::Closed;
             } else {
-                self.frontends[usize::from(request.frontend)].answer(request);
+                let frontend = &mut self.frontends[usize::from(request.frontend)];
+                in_memory |= frontend.in_memory();
+                frontend.answer(request);
             }
             self.slots.release(id);
         }
-        true
+        (true, in_memory)
     }
 
     /// Goes on with a drain.

@@ -13,7 +13,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use slog::{Logger, error, info, warn};
 
 use crate::control::Control;
-use crate::disk::Disk;
+use crate::disk::{Disk, Turn};
 use crate::log::Log;
 use crate::stats::now;
 
@@ -41,7 +41,10 @@ pub struct MainLoop {
     disk: Disk,
     control: Control,
     signals: SignalFd,
-    spin: Spin,
+    /// After answers: for the requests that follow them.
+    after_answer: Spin,
+    /// After submissions: for their completions.
+    after_submit: Spin,
     logging: Log,
     log: Logger,
 }
@@ -64,7 +67,16 @@ impl MainLoop {
         watch(disk.engine().event().as_fd().as_raw_fd(), ENGINE)?;
         disk.register(registry, |i| token(FRONTENDS + i, 0))?;
         let control = Control::bind(control.0, control.1, registry.try_clone()?, token(CONTROL, 0), log.clone())?;
-        Ok(MainLoop { poll, disk, control, signals, spin: Spin::new(spin_us), logging, log })
+        Ok(MainLoop {
+            poll,
+            disk,
+            control,
+            signals,
+            after_answer: Spin::new(spin_us),
+            after_submit: Spin::new(spin_us),
+            logging,
+            log,
+        })
     }
 
     /// Where the control socket is.
@@ -76,8 +88,13 @@ impl MainLoop {
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut turns = 0;
+        let mut last = Turn::Nothing;
         loop {
-            let worked = self.disk.turn();
+            let turn = self.disk.turn();
+            let worked = turn != Turn::Nothing;
+            if worked {
+                last = turn;
+            }
             if let Some(result) = self.disk.closed() {
                 return self.end(result.map_err(io::Error::from));
             }
@@ -85,16 +102,33 @@ impl MainLoop {
             let sleep = if turns >= TURNS_MAX {
                 turns = 0;
                 false
-            } else if worked || self.spin.run(|| self.disk.ready()) || self.disk.arm() {
+            } else if worked || self.spin(last) || self.disk.arm() {
                 continue;
             } else {
                 true
             };
-            self.wait(&mut events, sleep)?;
+            let slept = self.wait(&mut events, sleep)?;
+            if sleep {
+                match last {
+                    Turn::Answered => self.after_answer.slept(slept),
+                    Turn::Submitted => self.after_submit.slept(slept),
+                    Turn::Worked | Turn::Nothing => {}
+                }
+            }
         }
     }
 
-    fn wait(&mut self, events: &mut Events, sleep: bool) -> io::Result<()> {
+    /// Looks at memory for a while, if that may pay after such a turn. True: there is something.
+    fn spin(&self, last: Turn) -> bool {
+        match last {
+            Turn::Answered => self.after_answer.run(|| self.disk.ready()),
+            Turn::Submitted => self.after_submit.run(|| self.disk.ready()),
+            Turn::Worked | Turn::Nothing => false,
+        }
+    }
+
+    /// Waits for events if there are none, and handles them. Gives the time it waited, in ns.
+    fn wait(&mut self, events: &mut Events, sleep: bool) -> io::Result<u64> {
         let begin = now();
         let deadline = self.disk.deadline().into_iter().chain(self.control.deadline()).min();
         let timeout = match deadline {
@@ -103,12 +137,10 @@ impl MainLoop {
             None => None,
         };
         match self.poll.poll(events, timeout) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => other?,
         }
-        if sleep {
-            self.spin.slept(now() - begin);
-        }
+        let slept = now() - begin;
         for event in &*events {
             let (source, index) = (event.token().0 >> 32, event.token().0 & 0xffff_ffff);
             match source {
@@ -120,7 +152,7 @@ impl MainLoop {
             }
         }
         self.control.expire();
-        Ok(())
+        Ok(slept)
     }
 
     fn signal(&mut self) {
@@ -129,7 +161,7 @@ impl MainLoop {
             match Signal::try_from(received.ssi_signo as i32) {
                 Ok(Signal::SIGUSR1) => match serde_json::to_string(&self.disk.inspect()) {
                     Ok(dump) => {
-                        info!(self.log, "debug-queue"; "dump" => dump, "log_dropped" => self.logging.dropped())
+                        info!(self.log, "debug-queue"; "dump" => dump, "log_dropped" => self.logging.dropped());
                     }
                     Err(error) => error!(self.log, "debug-queue"; "error" => %error),
                 },
@@ -178,7 +210,7 @@ impl Spin {
     }
 
     /// True: there is something.
-    fn run(&mut self, mut ready: impl FnMut() -> bool) -> bool {
+    fn run(&self, ready: impl Fn() -> bool) -> bool {
         if self.window == 0 {
             return false;
         }

@@ -1,18 +1,71 @@
-//! placeholder
+//! # Architecture
+//!
+//! One process serves one disk. Data goes this way, and the modules are listed in that order:
+//!
+//! ```text
+//! ring -> Request -> stack (plan) -> queue (merge) -> submit thread -> engine -> kernel
+//!                                                                                 |
+//! ring <- answer  <- finish  <------------------ split <- reap on the main loop <-+
+//! ```
+//!
+//! The main loop ([`event`]) is one mio `Poll`. Its turn ([`disk::Disk::turn`]) reads top to bottom: pull, start, submit,
+//! reap, finish, answer, publish. All that a turn found is handed on in one batch: one kick of the submit thread, one
+//! notification a ring.
+//!
+//! ## Invariants
+//!
+//! 1. **Reaping never waits for submitting.** `io_submit` can block for memory, and what frees memory can be the
+//!    completion of I/O in flight. So the main loop hands I/Os to the [submit thread](submit) and goes on completing;
+//!    completions reach it by an eventfd. It submits by itself only where nothing at all is in flight, a single I/O, and
+//!    with `RWF_NOWAIT`; and never a write to a regular file, because a frozen file system holds that up in spite of the
+//!    flag.
+//! 2. **Nothing is allocated on the data path.** Slots, tiocbs, I/Os and their iovecs are made at the start, a client's
+//!    memory when it connects. Where slots run out, the loop stops pulling, and the ring or socket holds the client back.
+//!
+//! ## Boundaries
+//!
+//! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one.
+//! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
+//!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
+//! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
+//!
+//! ## Ownership
+//!
+//! A request lives in a [slot](request::Slots); a [tiocb](queue) is one transfer of it; an [I/O](sys::io::Io) is one or more
+//! contiguous tiocbs. An I/O owns a share of the memory that it points into, and whoever has it in flight owns the I/O:
+//! main loop, submit thread, or kernel. So a client can go at any moment, and its memory goes after the last I/O on it.
+//!
+//! All unsafe code is in [`sys`].
+//!
+//! ## Errors
+//!
+//! What is opened or configured fails with a text that names the file, the key and the remedy. What fails on the data
+//! path is an errno: it is logged once where it arose, with operation, file, offset and length, and goes to the client.
+
 pub mod args;
-pub mod client;
 pub mod config;
-pub mod control;
-pub mod disk;
-pub mod engine;
-pub mod event;
-pub mod frontend;
-pub mod image;
-pub mod log;
-pub mod queue;
-pub mod request;
 pub mod serve;
+
+pub mod event;
+
+pub mod disk;
+
+pub mod frontend;
+
+pub mod request;
+
 pub mod stack;
-pub mod stats;
+
+pub mod queue;
+
 pub mod submit;
+
+pub mod engine;
+
+pub mod image;
+
+pub mod client;
+pub mod control;
+pub mod log;
+pub mod stats;
 pub mod sys;

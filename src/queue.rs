@@ -144,7 +144,8 @@ pub struct Queue {
     free: u32,
     waiting: (u32, u32),
     waiting_count: usize,
-    /// I/Os that are not in flight.
+    /// I/Os that are not in flight. In boxes, because they move between threads and the kernel keeps their address.
+    #[allow(clippy::vec_box)]
     idle: Vec<Box<Io>>,
     /// First tiocb of each I/O in flight, by its tag.
     heads: Vec<u32>,
@@ -309,7 +310,7 @@ impl Queue {
     /// Submits the only I/O there is, which the kernel is told not to block for. False: it goes to the thread.
     fn submit_nowait(&mut self) -> bool {
         self.batch[0].nowait = true;
-        match self.submit.submit(&mut self.batch) {
+        match self.submit.submit(&mut self.batch, 1) {
             Ok(n) if n > 0 => {
                 self.counters.took(n);
                 self.report.inline += n as u64;
@@ -361,10 +362,10 @@ impl Queue {
         let mut reap = std::mem::replace(&mut self.reap, Box::new(Nothing));
         let count = reap.reap(&mut |io, result| self.complete(io, result));
         self.reap = reap;
-        if count > 0 {
-            if let Some(thread) = &self.thread {
-                thread.handover().completed();
-            }
+        if count > 0
+            && let Some(thread) = &self.thread
+        {
+            thread.handover().completed();
         }
         let refused = |queue: &Queue| queue.thread.as_ref()?.handover().take_refused();
         while let Some((io, errno)) = refused(self) {
@@ -502,6 +503,11 @@ impl Queue {
                 index = self.finish(index, Some(Err(Errno::ECANCELED)));
             }
         }
+    }
+
+    /// I/Os that are submitted or being submitted.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
     /// Whether nothing waits, is in flight, or is finished and not taken.

@@ -131,7 +131,7 @@ impl<T> Handover<T> {
     /// Thread: says that it is about to ask for what a completion frees. From here on none is missed.
     pub fn starve(&self) {
         self.state.lock().unwrap().completed = false;
-        self.starved.store(true, Ordering::Relaxed);
+        self.starved.store(true, Relaxed);
         // Either our next submission sees the room that a completion made, or `completed` sees that we starve.
         fence(Ordering::SeqCst);
     }
@@ -150,13 +150,13 @@ impl<T> Handover<T> {
             }
         }
         drop(state);
-        self.starved.store(false, Ordering::Relaxed);
+        self.starved.store(false, Relaxed);
     }
 
     /// Main loop: something has completed.
     pub fn completed(&self) {
         fence(Ordering::SeqCst);
-        if self.starved.load(Ordering::Relaxed) {
+        if self.starved.load(Relaxed) {
             self.state.lock().unwrap().completed = true;
             self.wake.notify_one();
         }
@@ -204,8 +204,9 @@ impl Counters {
     }
 }
 
-/// Submits all of `batch`. Partial acceptance goes on with the rest; EAGAIN calls `wait` and tries again if that
-/// says so; any other refusal fails only the first, by `refuse`.
+/// Submits all of `batch`: first one I/O, so that the disk begins at once, then twice as many each time. Partial
+/// acceptance goes on with the rest; EAGAIN calls `wait` and tries again if that says so; any other refusal fails only
+/// the first, by `refuse`.
 pub fn submit_all(
     engine: &dyn Submit,
     counters: &Counters,
@@ -213,12 +214,16 @@ pub fn submit_all(
     mut wait: impl FnMut() -> bool,
     mut refuse: impl FnMut(Box<Io>, Errno),
 ) {
+    let mut limit = 1;
     while !batch.is_empty() {
         counters.since.store(crate::stats::now(), Relaxed);
-        let result = engine.submit(batch);
+        let result = engine.submit(batch, limit);
         counters.since.store(0, Relaxed);
         match result {
-            Ok(n) if n > 0 => counters.took(n),
+            Ok(n) if n > 0 => {
+                counters.took(n);
+                limit = limit.saturating_mul(2);
+            }
             Ok(_) | Err(Errno::EAGAIN) => {
                 Counters::add(&counters.busy, 1);
                 if !wait() {

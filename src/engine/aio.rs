@@ -64,12 +64,12 @@ impl AioSubmit {
 }
 
 impl Submit for AioSubmit {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>) -> Result<usize, Errno> {
-        let diverted = batch.iter().take_while(|io| self.for_worker(io)).count();
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+        let diverted = batch.iter().take(limit).take_while(|io| self.for_worker(io)).count();
         if diverted > 0 {
             return Ok(self.divert(batch, diverted));
         }
-        let limit = batch.iter().take_while(|io| !self.for_worker(io)).count();
+        let limit = batch.iter().take_while(|io| !self.for_worker(io)).count().min(limit);
         match self.context.submit(batch, limit) {
             Err(Errno::EINVAL) if batch.front().is_some_and(|io| io.op == IoOp::Flush) => {
                 self.flushes.store(false, Ordering::Relaxed);

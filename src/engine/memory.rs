@@ -49,7 +49,7 @@ struct State {
     done: VecDeque<(Box<Io>, Result<u64, Errno>)>,
 }
 
-fn run(image: &mut Vec<u8>, io: &Io) -> Result<u64, Errno> {
+fn run(image: &mut [u8], io: &Io) -> Result<u64, Errno> {
     if io.op == IoOp::Flush {
         return Ok(0);
     }
@@ -67,11 +67,11 @@ fn run(image: &mut Vec<u8>, io: &Io) -> Result<u64, Errno> {
 }
 
 impl Submit for Shared {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>) -> Result<usize, Errno> {
-        let count = batch.len();
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+        let count = batch.len().min(limit);
         let mut state = self.state.lock().unwrap();
         let State { image, done } = &mut *state;
-        for io in batch.drain(..) {
+        for io in batch.drain(..count) {
             let result = match image {
                 Some(image) => run(image, &io),
                 None => {

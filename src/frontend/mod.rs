@@ -108,6 +108,9 @@ pub trait Frontend {
     /// Makes the answers of this turn visible: one notification a client.
     fn publish(&mut self);
 
+    /// Whether memory shows its requests, so that looking at it can be quicker than waiting for an event.
+    fn in_memory(&self) -> bool;
+
     /// Whether memory shows something to pull.
     fn ready(&self) -> bool;
 

@@ -123,7 +123,7 @@ impl Double {
 }
 
 impl Submit for Shared {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
         let mut state = self.state.lock().unwrap();
         while state.block_at.is_some_and(|count| state.held.len() + state.done.len() >= count) {
             state = self.reaped.wait(state).unwrap();
@@ -133,7 +133,7 @@ impl Submit for Shared {
             return Err(errno);
         }
         let room = state.block_at.map_or(usize::MAX, |count| count - state.held.len() - state.done.len());
-        let count = state.accept.min(batch.len()).min(room);
+        let count = state.accept.min(batch.len()).min(limit).min(room);
         for io in batch.drain(..count) {
             state.seen.push(Seen { op: io.op, offset: io.offset, len: io.len });
             state.held.push_back(io);

@@ -2,3 +2,6 @@
 #![allow(dead_code, missing_docs, unreachable_pub)] // each test uses its part
 
 pub mod double;
+pub mod guest;
+pub mod served;
+pub mod world;

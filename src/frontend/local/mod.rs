@@ -190,6 +190,10 @@ impl Frontend for Local {
         self.clients.iter_mut().flatten().for_each(Client::publish);
     }
 
+    fn in_memory(&self) -> bool {
+        true
+    }
+
     fn ready(&self) -> bool {
         self.clients.iter().flatten().any(Client::ready)
     }

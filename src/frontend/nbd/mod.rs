@@ -273,6 +273,10 @@ impl Frontend for Nbd {
         self.clear();
     }
 
+    fn in_memory(&self) -> bool {
+        false
+    }
+
     fn ready(&self) -> bool {
         (self.acceptable && !self.listeners.is_empty() && self.accept_at == 0)
             || self.connections().any(Connection::is_ready)

@@ -21,6 +21,9 @@ const RUNTIME: Duration = Duration::from_secs(10);
 const MISMATCHES_SHOWN: usize = 10;
 
 pub(super) fn run(args: &Run) -> Result<Outcome, Failure> {
+    if args.bs.max > lane::MAX_REQUEST {
+        return Err(Failure::Usage(format!("a request can't have more than {} bytes", lane::MAX_REQUEST)));
+    }
     let order = args.ring_page_order;
     let options = lane::options(args.connection.abi, args.queues, args.depth, args.bs.max, order);
     let entries = options.abi.entries(options.ring_page_order);

@@ -19,6 +19,12 @@ use super::{Failure, client};
 /// Until when a lane looks at its ring before sleeping, if nothing else is said.
 const SPIN_DEFAULT: Duration = Duration::from_micros(20);
 
+/// Below this it is not worth to look at all.
+const SPIN_LEAST: Duration = Duration::from_micros(1);
+
+/// At the rate of late, the answers that a sleep is for come within this time.
+const SOON: Duration = Duration::from_micros(30);
+
 /// How long to try again where the server has too many clients: it may not have seen yet that one has left.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -52,10 +58,13 @@ impl Op {
     }
 }
 
-/// How many bytes one request can have.
+/// The most bytes that an entry can describe.
+pub(super) const MAX_REQUEST: u32 = (MAX_INDIRECT_PAGES * SEGMENTS_PER_PAGE * PAGE_SIZE) as u32;
+
+/// The most bytes that a request to this server can have.
 pub(super) fn max_request(limits: &Limits) -> u32 {
-    let indirect = (limits.indirect_segments as usize).min(MAX_INDIRECT_PAGES * SEGMENTS_PER_PAGE);
-    (indirect.max(MAX_SEGMENTS) * PAGE_SIZE) as u32
+    let segments = (limits.indirect_segments as usize).max(MAX_SEGMENTS);
+    segments.saturating_mul(PAGE_SIZE).min(MAX_REQUEST as usize) as u32
 }
 
 /// Pages that a request of up to `len` bytes needs: of data, and to describe them.
@@ -146,6 +155,10 @@ pub(super) struct Lane {
     slot_pages: u32,
     timeout: Duration,
     spin: Spin,
+    /// When it went to sleep last.
+    slept: Instant,
+    /// Answers since then.
+    answers: u32,
 }
 
 impl Lane {
@@ -171,6 +184,8 @@ impl Lane {
             slot_pages,
             timeout,
             spin: spin.into(),
+            slept: Instant::now(),
+            answers: 0,
         };
         if indirect > 0 {
             for slot in 0..depth {
@@ -243,6 +258,7 @@ impl Lane {
             return Err(Failure::Protocol(format!("{response:?} answers a {}", slot.op.name())));
         }
         slot.busy = false;
+        self.answers = self.answers.wrapping_add(1);
         let index = response.id as u32;
         self.free.push(index);
         let Slot { op, offset, len, issued, .. } = *slot;
@@ -251,16 +267,11 @@ impl Lane {
 
     /// Waits for answers. Something must be in flight, and published.
     pub(super) fn wait(&mut self) -> Result<(), Failure> {
-        if self.queue.ring.ready() {
+        let ring = &self.queue.ring;
+        if ring.ready() || self.spin.until(|| ring.ready()) {
             return Ok(());
         }
-        let began = Instant::now();
-        if self.spin.until(began, || self.queue.ring.ready()) {
-            return Ok(());
-        }
-        // A single answer of many is not worth a wake-up, which costs both sides more than the answer itself. What is
-        // in flight is answered whatever we do, so this many will come.
-        let batch = (self.outstanding() / 4).max(1);
+        let batch = self.batch();
         while !self.queue.ring.arm_at(batch) {
             match self.queue.wait(Some(self.timeout))? {
                 Wake::Called => {}
@@ -272,8 +283,18 @@ impl Lane {
                 }
             }
         }
-        self.spin.slept(began.elapsed());
         Ok(())
+    }
+
+    /// For how many answers to sleep. One of many is not worth a wake-up, which costs both sides more than the answer
+    /// itself; but they are to be seen soon, or a slow disk would seem slower than it is. What is in flight is answered
+    /// whatever we do, so this many will come.
+    fn batch(&mut self) -> u32 {
+        let now = Instant::now();
+        let since = now.duration_since(self.slept).as_nanos().max(1);
+        let soon = u128::from(self.answers) * SOON.as_nanos() / since;
+        (self.slept, self.answers) = (now, 0);
+        soon.clamp(1, u128::from((self.outstanding() / 4).max(1))) as u32
     }
 
     fn rebuild(&mut self, index: u32, op: Op, len: u32) {
@@ -321,44 +342,61 @@ impl Lane {
     }
 }
 
-/// How long to look before sleeping. Looking that does not find is CPU time lost, so it goes on only while it pays.
+/// How long to look before sleeping. Looking in vain is CPU time lost, and worse where the server waits for the very CPU
+/// that looks. So it goes on only while it finds something, and once in a while it is tried again.
 #[derive(Debug)]
 struct Spin {
     max: Duration,
     now: Duration,
     adapts: bool,
+    /// Sleeps since it was given up.
+    sleeps: u32,
 }
+
+/// Sleeps after which looking is tried again.
+const SLEEPS_UNTIL_TRIED: u32 = 64;
 
 impl From<Option<u64>> for Spin {
     fn from(micros: Option<u64>) -> Spin {
         let max = micros.map_or(SPIN_DEFAULT, Duration::from_micros);
-        Spin { max, now: max, adapts: micros.is_none() }
+        Spin { max, now: max, adapts: micros.is_none(), sleeps: 0 }
     }
 }
 
 impl Spin {
-    fn until(&self, began: Instant, ready: impl Fn() -> bool) -> bool {
-        if self.now.is_zero() {
-            return false;
-        }
-        loop {
-            for _ in 0..16 {
-                if ready() {
-                    return true;
+    /// Looks until `ready`; false: it is time to sleep.
+    fn until(&mut self, ready: impl Fn() -> bool) -> bool {
+        if !self.now.is_zero() {
+            let began = Instant::now();
+            loop {
+                for _ in 0..16 {
+                    if ready() {
+                        self.now = self.max;
+                        return true;
+                    }
+                    spin_loop();
                 }
-                spin_loop();
-            }
-            if began.elapsed() >= self.now {
-                return false;
+                if began.elapsed() >= self.now {
+                    break;
+                }
             }
         }
+        if self.adapts {
+            self.in_vain();
+        }
+        false
     }
 
-    /// Looking was in vain, and the wait was this long in all.
-    fn slept(&mut self, waited: Duration) {
-        if self.adapts {
-            // A wake-up alone takes as long as `max`, so what took twice that could have been found by looking.
-            self.now = if waited <= self.max * 2 { self.max } else { self.now / 2 };
+    fn in_vain(&mut self) {
+        if self.now > SPIN_LEAST {
+            self.now /= 2;
+            return;
+        }
+        self.now = Duration::ZERO;
+        self.sleeps += 1;
+        if self.sleeps == SLEEPS_UNTIL_TRIED {
+            self.sleeps = 0;
+            self.now = self.max;
         }
     }
 }
@@ -369,4 +407,37 @@ pub(super) fn check_size(disk: &Disk, bytes: u64) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::Usage(format!("{bytes} bytes are no whole sectors: the disk's are of {} bytes", disk.sector_size)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looking_is_given_up_where_it_finds_nothing_and_tried_again() {
+        let mut spin = Spin::from(None);
+        assert!(spin.until(|| true));
+        assert!(!(0..20).any(|_| spin.until(|| false)));
+        assert!(!spin.until(|| true), "it does not even look");
+        assert!((0..SLEEPS_UNTIL_TRIED).any(|_| spin.until(|| true)));
+        assert_eq!(spin.now, SPIN_DEFAULT);
+        let mut fixed = Spin::from(Some(1));
+        assert!(!(0..100).any(|_| fixed.until(|| false)));
+        assert!(fixed.until(|| true));
+        assert!(!Spin::from(Some(0)).until(|| true));
+    }
+
+    #[test]
+    fn a_request_has_pages_for_its_data_and_for_their_description() {
+        assert_eq!(pages(512), (1, 0));
+        assert_eq!(pages(11 * 4096), (11, 0));
+        assert_eq!(pages(11 * 4096 + 512), (12, 1));
+        assert_eq!(pages(513 * 4096), (513, 2));
+        let limits = |indirect_segments| Limits { indirect_segments, ..Limits::default() };
+        assert_eq!(max_request(&limits(0)), 45_056);
+        assert_eq!(max_request(&limits(256)), 1 << 20);
+        assert_eq!(max_request(&limits(u32::MAX)), 16 << 20, "what an entry can describe");
+        let options = options(super::super::args::AbiName::Native, 2, 33, 4096, None);
+        assert_eq!((options.ring_page_order, options.data_pages), (1, 33));
+    }
 }

@@ -1,0 +1,168 @@
+//! A tapdisk process under test, with its files in a folder that goes with it.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// A program of the workspace that is built beside tapdisk.
+pub fn tool(name: &str) -> Command {
+    let path = Path::new(env!("CARGO_BIN_EXE_tapdisk")).with_file_name(name);
+    assert!(path.exists(), "{} is missing: run tests/run, or cargo build --workspace", path.display());
+    Command::new(path)
+}
+
+/// Runs a command to its end and gives what it printed; panics if it fails or takes very long.
+pub fn run(command: &mut Command) -> String {
+    let output = output(command);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{text}\n{errors}", output.status);
+    text
+}
+
+/// Runs a command to its end, whatever that is. `timeout` ends it after two minutes.
+pub fn output(command: &mut Command) -> Output {
+    let mut limited = Command::new("timeout");
+    limited.arg("120").arg(command.get_program()).args(command.get_args());
+    for (key, value) in command.get_envs() {
+        limited.env(key, value.unwrap_or_default());
+    }
+    limited.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// A folder for images, on a file system with O_DIRECT.
+pub fn folder() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// A running tapdisk. It is killed when this is dropped.
+pub struct Served {
+    child: Child,
+    /// For sockets: short paths.
+    sockets: TempDir,
+    log: PathBuf,
+}
+
+impl Served {
+    /// Serves with the `[image]` table `image` and `rest` of a configuration. `{s}` is the folder of sockets.
+    pub fn start(image: &str, rest: &str) -> Served {
+        let sockets = tempfile::tempdir().unwrap();
+        let child = Self::spawn(image, rest, sockets.path());
+        let log = sockets.path().join("log");
+        let mut served = Served { child, sockets, log };
+        let mut line = String::new();
+        BufReader::new(served.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("/ctl"), "it did not start: {line}{}", served.log());
+        served
+    }
+
+    /// What it says when it can't serve, and its exit code.
+    pub fn refused(image: &str, rest: &str) -> (i32, String) {
+        let sockets = tempfile::tempdir().unwrap();
+        let mut child = Self::spawn(image, rest, sockets.path());
+        let mut text = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        (child.wait().unwrap().code().unwrap(), text)
+    }
+
+    fn spawn(image: &str, rest: &str, sockets: &Path) -> Child {
+        let text = format!("[image]\n{image}\n{rest}\n[control]\ndirectory = '{{s}}'\n");
+        let text =
+            if text.contains("[log]") { text } else { format!("{text}[log]\nfile = '{{s}}/log'\nlevel='debug'\n") };
+        let config = sockets.join("disk.toml");
+        std::fs::write(&config, text.replace("{s}", sockets.to_str().unwrap())).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+        command.arg(config).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    /// The folder of sockets.
+    pub fn sockets(&self) -> &Path {
+        self.sockets.path()
+    }
+
+    /// The local ring's socket, by convention.
+    pub fn ring(&self) -> PathBuf {
+        self.sockets().join("ring")
+    }
+
+    /// The NBD server's URI.
+    pub fn nbd(&self) -> String {
+        format!("nbd+unix:///?socket={}/nbd", self.sockets().display())
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until the log has `text`.
+    pub fn wait_log(&self, text: &str) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !self.log().contains(text) {
+            assert!(Instant::now() < end, "no {text:?} in the log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// A command that speaks to its control socket.
+    pub fn tap_ctl(&self) -> Command {
+        let mut command = tool("tap-ctl");
+        command.arg("--directory").arg(self.sockets());
+        command
+    }
+
+    /// debug-queue.
+    pub fn debug_queue(&self) -> serde_json::Value {
+        serde_json::from_str(&run(self.tap_ctl().args(["debug-queue", "--json"]))).unwrap()
+    }
+
+    /// Open descriptors.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// Whether it runs.
+    pub fn alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// The exit code of a process that has ended.
+    pub fn code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// Ends it in order, and gives its exit code and log.
+    pub fn stop(mut self) -> (Option<i32>, String) {
+        self.signal(Signal::SIGTERM);
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status.code(), self.log());
+            }
+            assert!(Instant::now() < end, "it does not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

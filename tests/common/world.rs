@@ -1,0 +1,101 @@
+//! A disk of 64 KiB with a ring in plain memory and no doorbells, on any engine: turned by hand.
+
+use std::sync::{Arc, Mutex};
+
+use slog::{Discard, Logger, o};
+use tapdisk::disk::Disk;
+use tapdisk::engine::Engine;
+use tapdisk::frontend::blkif::queue::{Limits, Pages, RingQueue};
+use tapdisk::frontend::blkif::ring::{BackRing, FrontRing, Shared};
+use tapdisk::frontend::blkif::wire::Abi;
+use tapdisk::frontend::{DiskInfo, Frontend, Intake};
+use tapdisk::queue::{Queue, SubmitMode};
+use tapdisk::request::{Request, Slots};
+use tapdisk::stack::{Layer, Stack};
+use tapdisk::sys::io::FileId;
+use tapdisk::sys::memory::{Memory, PAGE_SIZE};
+
+/// Bytes of the disk.
+pub const SIZE: u64 = 64 << 10;
+/// Data pages of the ring's client; the ring itself is the page before them.
+pub const PAGES: u32 = 16;
+
+/// Data pages.
+pub struct DataPages(Arc<Memory>);
+
+impl Pages for DataPages {
+    fn memory(&self) -> &Arc<Memory> {
+        &self.0
+    }
+    fn offset(&self, gref: u32) -> Option<u32> {
+        (gref < PAGES).then(|| (gref + 1) * PAGE_SIZE as u32)
+    }
+}
+
+/// One ring in memory, without doorbells.
+pub struct Ring {
+    queue: Arc<Mutex<RingQueue>>,
+    pages: DataPages,
+}
+
+impl Frontend for Ring {
+    fn register(&mut self, _: mio::Registry, _: usize) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn event(&mut self, _: usize, _: &mio::event::Event) {}
+    fn pull(&mut self, intake: &mut Intake) {
+        // A ring that overflows gives nothing any more.
+        let _ = self.queue.lock().unwrap().pull(intake, &self.pages, 0);
+    }
+    fn answer(&mut self, request: &Request) {
+        self.queue.lock().unwrap().answer(request.tag as u16, request);
+    }
+    fn publish(&mut self) {
+        self.queue.lock().unwrap().publish();
+    }
+    fn in_memory(&self) -> bool {
+        true
+    }
+    fn ready(&self) -> bool {
+        self.queue.lock().unwrap().ready()
+    }
+    fn arm(&mut self) -> bool {
+        self.queue.lock().unwrap().arm()
+    }
+    fn close(&mut self) {}
+    fn inspect(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}
+
+/// A disk, the client's side of its ring, and the ring's memory.
+pub struct World {
+    pub disk: Disk,
+    pub front: FrontRing,
+    pub queue: Arc<Mutex<RingQueue>>,
+    pub memory: Arc<Memory>,
+}
+
+/// One on RAM.
+pub fn ram(abi: Abi, sector_size: u32, read_only: bool) -> World {
+    world(abi, sector_size, read_only, tapdisk::engine::memory::ram(SIZE, 8).unwrap())
+}
+
+/// One on `engine`.
+pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> World {
+    let memory = Arc::new(Memory::anonymous((PAGES as usize + 1) * PAGE_SIZE).unwrap());
+    let shared = Shared::new(Arc::clone(&memory), 0, abi, 0);
+    let front = FrontRing::init(shared.clone());
+    let limits = Limits { indirect_segments: 32, sector_size };
+    let queue = Arc::new(Mutex::new(RingQueue::new(BackRing::attach(shared), limits)));
+    let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)) };
+    let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
+    let layer = Layer { format: Box::new(raw), file: FileId(0), path: "image".into() };
+    let info = DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() };
+    let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20 };
+    let queue_of_disk = Queue::new(engine, SubmitMode::Auto, limits).unwrap();
+    let slots = Slots::new(16, 32);
+    let log = Logger::root(Discard, o!());
+    let disk = Disk::new(info, vec![Box::new(ring)], slots, Stack::new(layer), queue_of_disk, None, log);
+    World { disk, front, queue, memory }
+}

@@ -1,0 +1,30 @@
+//! The example configurations are valid, and the reference shows every key with its default.
+
+use std::path::Path;
+
+use tapdisk::config::Config;
+
+#[test]
+fn every_example_is_valid() {
+    let mut seen = 0;
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("conf")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            Config::load(&path).unwrap();
+            seen += 1;
+        }
+    }
+    assert!(seen >= 6, "only {seen}");
+}
+
+#[test]
+fn the_reference_says_the_defaults() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/reference.toml");
+    let minimal = "[image]\npath = '/srv/vm/disk.img'\n[frontend.local]\nsocket = '/run/tapdisk/ring.sock'\n\
+                   [frontend.nbd]\nsocket = '/run/tapdisk/nbd.sock'\n";
+    assert_eq!(Config::load(&path).unwrap(), Config::parse(minimal, &path).unwrap());
+    let text = std::fs::read_to_string(&path).unwrap();
+    for key in ["size", "create", "sector_size", "listen", "file"] {
+        assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
+    }
+}

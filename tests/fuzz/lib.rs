@@ -1,0 +1,4 @@
+//! What the targets share.
+
+#[path = "../common/world.rs"]
+pub mod world;

@@ -1,0 +1,21 @@
+//! Any bytes as a control message: always an answer, of whole messages.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use slog::{Discard, Logger, o};
+use tapdisk::control::proto::{MESSAGE_SIZE, Message, text};
+use tapdisk::control::respond;
+use tapdisk::frontend::blkif::wire::Abi;
+use tapdisk_fuzz::world::ram;
+use zerocopy::FromBytes;
+
+fuzz_target!(|data: &[u8]| {
+    let mut bytes = [0; MESSAGE_SIZE];
+    let len = data.len().min(MESSAGE_SIZE);
+    bytes[..len].copy_from_slice(&data[..len]);
+    let message = Message::read_from_bytes(&bytes).unwrap();
+    let _ = text(&bytes[8..]);
+    let mut world = ram(Abi::Native, 512, false);
+    let answer = respond(&message, 0, &mut world.disk, &Logger::root(Discard, o!()));
+    assert!(answer.len() >= MESSAGE_SIZE);
+});

@@ -1,0 +1,208 @@
+//! Images: sizes, sectors, locks, read-only, O_DIRECT, and what happens when the file below goes wrong.
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use common::guest::Guest;
+use common::served::{Served, folder, run};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+const LOCAL: &str = "[frontend.local]\nsocket = '{s}/ring'\n";
+
+fn image(size: usize) -> (TempDir, PathBuf) {
+    let folder = folder();
+    let path = folder.path().join("disk.img");
+    std::fs::write(&path, vec![0x5a; size]).unwrap();
+    (folder, path)
+}
+
+fn path(path: &std::path::Path) -> String {
+    format!("path = '{}'", path.display())
+}
+
+#[test]
+fn two_writers_are_refused_and_the_holder_is_named() {
+    let (_folder, file) = image(1 << 20);
+    let first = Served::start(&path(&file), LOCAL);
+    let (code, text) = Served::refused(&path(&file), LOCAL);
+    assert_eq!(code, 1);
+    assert!(text.contains(&format!("in use by process {} (tapdisk)", first.pid())), "{text}");
+    let (_, text) = Served::refused(&format!("{}\nread_only = true", path(&file)), LOCAL);
+    assert!(text.contains("in use by"), "a reader beside a writer: {text}");
+    assert_eq!(first.stop().0, Some(0));
+    let reader = Served::start(&format!("{}\nread_only = true", path(&file)), LOCAL);
+    let second = Served::start(&format!("{}\nread_only = true", path(&file)), LOCAL);
+    drop((reader, second));
+    Served::start(&path(&file), LOCAL);
+}
+
+#[test]
+fn an_odd_size_is_refused_or_rounded() {
+    let (_folder, file) = image(4096 + 700);
+    let (code, text) = Served::refused(&path(&file), LOCAL);
+    assert!(code == 1 && text.contains("4796 bytes") && text.contains("round-up"), "{text}");
+    let served = Served::start(&format!("{}\nodd_size = 'round-up'", path(&file)), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.disk.sectors, 10);
+    let mut expected = vec![0x5a; 700];
+    expected.resize(1024, 0);
+    assert_eq!(guest.read(8, 1024), Ok(expected), "what the file lacks reads as zeros");
+    assert_eq!(guest.write(9, &[0x66; 512]), 0);
+    assert_eq!(guest.read(9, 512), Ok(vec![0x66; 512]));
+    drop(served);
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), 5120);
+    let (_folder, file) = image(4096 + 700);
+    let served = Served::start(&format!("{}\nodd_size = 'round-down'", path(&file)), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.disk.sectors, 9);
+    assert_eq!(guest.read(9, 512), Err(-1));
+}
+
+#[test]
+fn missing_empty_and_unfit_images_are_refused_with_their_name() {
+    let (folder, file) = image(0);
+    let (code, text) = Served::refused(&path(&file), LOCAL);
+    assert!(code == 1 && text.contains("disk.img") && text.contains("no whole 512-byte sector"), "{text}");
+    let (_, text) = Served::refused(&path(&folder.path().join("none")), LOCAL);
+    assert!(text.contains("none: cannot open it: No such file"), "{text}");
+    let (_, text) = Served::refused(&path(folder.path()), LOCAL);
+    assert!(text.contains("Is a directory"), "{text}");
+    let (_, text) = Served::refused("path = '/dev/null'", LOCAL);
+    assert!(text.contains("neither a regular file nor a block device"), "{text}");
+    let (code, text) = Served::refused(&format!("{}\nreadonly = true", path(&file)), LOCAL);
+    assert!(code == 2 && text.contains("disk.toml:3: ") && text.contains("`read_only`"), "{text}");
+}
+
+/// A loop device over a file, gone when this is dropped. None where the machine does not let us have one.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &std::path::Path, sector: u32) -> Option<Loop> {
+        let mut command = Command::new("losetup");
+        let output = command.args(["--find", "--show", "--sector-size"]).arg(sector.to_string()).arg(file).output();
+        let output = output.expect("losetup is installed");
+        let name = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        if !output.status.success() {
+            eprintln!("SKIPPED: no loop devices here: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        output.status.success().then_some(Loop(name))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // Nothing can be done if the device is still in use.
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_with_4096_byte_sectors_is_served_as_it_is() {
+    let (_folder, file) = image(1 << 20);
+    let Some(device) = Loop::new(&file, 4096) else { return };
+    let served = Served::start(&format!("path = '{}'", device.0), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!((guest.disk.sectors, guest.disk.sector_size), (2048, 4096), "sectors count 512 bytes");
+    assert!(served.log().contains("direct: true"), "{}", served.log());
+    // In both directions: the 512-byte sector number 16 is byte 8192.
+    assert_eq!(guest.write(16, &[0x77; 8192]), 0);
+    assert_eq!(guest.read(16, 4096), Ok(vec![0x77; 4096]));
+    assert_eq!(guest.read(17, 512), Err(-1));
+    assert_eq!(guest.write(1, &[0; 4096]), -1);
+    assert_eq!(guest.read(2040, 4096), Ok(vec![0x5a; 4096]));
+    assert_eq!(served.stop().0, Some(0));
+    run(Command::new("blockdev").args(["--flushbufs", &device.0]));
+    let mut bytes = [0; 8192];
+    std::fs::File::open(&file).unwrap().read_exact_at(&mut bytes, 8192).unwrap();
+    assert_eq!(bytes, [0x77; 8192]);
+    // 512-byte sectors on it need the page cache.
+    let (_, text) = Served::refused(&format!("path = '{}'\nsector_size = 512\ndirect = 'on'", device.0), LOCAL);
+    assert!(text.contains("512") && text.contains("4096") && text.contains("direct"), "{text}");
+    let served = Served::start(&format!("path = '{}'\nsector_size = 512\ndirect = 'off'", device.0), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(3, &[0x12; 512]), 0);
+    assert_eq!(guest.read(2, 1024).map(|bytes| (bytes[0], bytes[512])), Ok((0x5a, 0x12)));
+}
+
+#[test]
+fn a_file_can_have_4096_byte_sectors() {
+    let (_folder, file) = image(1 << 20);
+    let served = Served::start(&format!("{}\nsector_size = 4096", path(&file)), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!((guest.disk.sectors, guest.disk.sector_size), (2048, 4096));
+    assert_eq!(guest.write(8, &[1; 4096]), 0);
+    assert_eq!(guest.read(0, 12288).map(|bytes| (bytes[4095], bytes[4096], bytes[8192])), Ok((0x5a, 1, 0x5a)));
+}
+
+#[test]
+fn a_full_disk_fails_the_writes_that_met_it_and_nothing_else() {
+    let folder = folder();
+    let file = folder.path().join("small.ext4");
+    run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-O", "^has_journal"]).arg(&file).arg("8m"));
+    let Some(device) = Loop::new(&file, 512) else { return };
+    let mount = folder.path().join("mnt");
+    std::fs::create_dir(&mount).unwrap();
+    run(Command::new("mount").arg(&device.0).arg(&mount));
+    let served = Served::start(&format!("{}\ncreate = '32 MiB'", path(&mount.join("disk.img"))), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    let statuses: Vec<_> = (0..800).map(|i| guest.write(i * 64, &[i as u8; 32768])).collect();
+    let failed = statuses.iter().filter(|status| **status != 0).count();
+    assert!(failed > 100 && statuses[..100].iter().all(|status| *status == 0), "{failed} failed");
+    for (i, status) in statuses.iter().enumerate().filter(|(_, status)| **status == 0) {
+        assert_eq!(guest.read(i as u64 * 64, 32768), Ok(vec![i as u8; 32768]), "write {i} had status {status}");
+    }
+    let log = served.log();
+    assert!(log.contains("I/O error") && log.contains("ENOSPC") && log.contains("offset: "), "{log}");
+    assert!(log.matches("I/O error").count() < failed, "repeated errors are limited:\n{log}");
+    // What is there can be written still.
+    assert_eq!(guest.write(0, &[0xee; 512]), 0);
+    drop(guest);
+    drop(served);
+    run(Command::new("umount").arg(&mount));
+}
+
+/// A frozen file system holds every write up, as a hung array does.
+#[test]
+fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
+    let folder = folder();
+    let file = folder.path().join("fs.ext4");
+    run(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&file).arg("64m"));
+    let Some(device) = Loop::new(&file, 512) else { return };
+    let mount = folder.path().join("mnt");
+    std::fs::create_dir(&mount).unwrap();
+    run(Command::new("mount").arg(&device.0).arg(&mount));
+    let served = Served::start(&format!("{}\ncreate = '16 MiB'", path(&mount.join("disk.img"))), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(0, &[1; 4096]), 0);
+    run(Command::new("fsfreeze").arg("--freeze").arg(&mount));
+    let entry = guest.entry(1).with_sector(64).with_segments(1, &[common::guest::page(0)]);
+    for _ in 0..8 {
+        guest.queue.ring.push(&entry);
+    }
+    guest.queue.publish().unwrap();
+    assert!(guest.try_response(std::time::Duration::from_millis(1200)).is_none(), "the file system is not frozen");
+    let queue = served.debug_queue();
+    served.signal(Signal::SIGUSR1);
+    served.wait_log("debug-queue");
+    run(Command::new("fsfreeze").arg("--unfreeze").arg(&mount));
+    let requests = queue["requests"].as_array().unwrap();
+    assert_eq!(requests.len(), 8, "{queue}");
+    for request in requests {
+        assert!(request["age_us"].as_u64().unwrap() > 1_000_000, "{request}");
+        assert_eq!(
+            (&request["op"], &request["offset"], &request["len"]),
+            (&"write".into(), &32768.into(), &4096.into())
+        );
+    }
+    assert!(queue["queue"]["submitting_us"].as_u64().unwrap() > 1_000_000, "{queue}");
+    for _ in 0..8 {
+        assert_eq!(guest.response().status, 0);
+    }
+    drop(guest);
+    assert_eq!(served.stop().0, Some(0));
+    run(Command::new("umount").arg(&mount));
+}

@@ -1,0 +1,72 @@
+//! Nothing is allocated on the data path: with two mixed loads running, one through the ring and one through NBD, a
+//! counting allocator sees nothing from any thread of the server.
+
+mod common;
+
+use std::alloc::System;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use common::served::{folder, tool};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use tapdisk::config::Config;
+use tapdisk::log::Log;
+use tapdisk::{event, serve};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+fn quiet(command: &mut Command) -> Child {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn none_between_warm_up_and_the_end_of_a_mixed_load() {
+    let folder = folder();
+    let sockets = tempfile::tempdir().unwrap();
+    let (image, s) = (folder.path().join("disk.img"), sockets.path());
+    let text = format!(
+        "[image]\npath = '{}'\ncreate = '64 MiB'\n[control]\ndirectory = '{s}'\n[frontend.local]\nsocket = '{s}/ring'\n\
+         [frontend.nbd]\nsocket = '{s}/nbd'\n",
+        image.display(),
+        s = s.display()
+    );
+    let config = Config::parse(&text, Path::new("test")).unwrap();
+    event::signals().thread_block().unwrap();
+    let (logging, log) = Log::open(config.log.format, slog::Level::Error, None).unwrap();
+    let (ready, serving) = std::sync::mpsc::channel();
+    let server = std::thread::spawn(move || {
+        let main_loop = serve::open(&config, logging, &log).unwrap();
+        ready.send(()).unwrap();
+        main_loop.run().unwrap();
+    });
+    serving.recv().unwrap();
+    let mut ring = quiet(
+        tool("ring-load")
+            .args(["run", "--rw", "randrw", "--bs", "512-256k", "--depth", "32", "--queues", "2", "--runtime", "4s"])
+            .args(["--fsync", "100", "--ring-page-order", "2", "--socket"])
+            .arg(s.join("ring")),
+    );
+    let mut nbd = quiet(
+        Command::new("fio")
+            .args(["--name=load", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-512k"])
+            .args(["--blockalign=512", "--iodepth=32", "--runtime=4", "--time_based", "--fsync=100", "--size=64m"])
+            .arg(format!("--uri=nbd+unix:///?socket={}/nbd", s.display())),
+    );
+    // Connections are set up, and every buffer has been used.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(ring.try_wait().unwrap().is_none() && nbd.try_wait().unwrap().is_none(), "the loads do not run");
+    let probe = Region::new(ALLOCATOR);
+    drop(std::hint::black_box(vec![0u8; 100]));
+    assert!(probe.change().allocations > 0, "the allocator does not count");
+    let region = Region::new(ALLOCATOR);
+    std::thread::sleep(Duration::from_millis(1500));
+    let change = region.change();
+    assert!(ring.try_wait().unwrap().is_none() && nbd.try_wait().unwrap().is_none(), "the loads ended early");
+    assert!(ring.wait().unwrap().success() && nbd.wait().unwrap().success());
+    // The control socket allocates; it is no part of the data path.
+    tapdisk::control::client::exit(s, std::process::id() as i32).unwrap();
+    server.join().unwrap();
+    assert_eq!((change.allocations, change.reallocations, change.deallocations), (0, 0, 0), "{change:?}");
+}

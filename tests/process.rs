@@ -1,0 +1,233 @@
+//! The process: its command line, signals, log, control socket, and tap-ctl's output.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::guest::{Guest, page};
+use common::served::{Served, folder, output, run, tool};
+use nix::sys::signal::Signal;
+
+const RAM: &str = "type = 'ram'\nsize = '1 MiB'";
+const LOCAL: &str = "[frontend.local]\nsocket = '{s}/ring'\n";
+
+#[test]
+fn check_prints_all_keys_and_refuses_with_file_line_key_and_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.toml");
+    std::fs::write(&path, "[image]\ntype = 'ram'\nsize = '1 MiB'\n").unwrap();
+    let tapdisk = || Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+    let printed = run(tapdisk().arg("--check").arg(&path));
+    assert!(printed.contains("spin_us = ") && printed.contains("[engine]"), "{printed}");
+    std::fs::write(&path, "[image]\ntype = 'ram'\nsize = '1 MiB'\n[engine]\ndepth = 5000\n").unwrap();
+    let refused = output(tapdisk().arg("--check").arg(&path));
+    assert_eq!(refused.status.code(), Some(2));
+    let message = String::from_utf8(refused.stderr).unwrap();
+    let expected = format!("tapdisk: {}:5: engine.depth: ", path.display());
+    assert!(message.starts_with(&expected) && message.contains("an integer from 1 to 4096"), "{message}");
+    assert_eq!(output(tapdisk().arg("/nonexistent.toml")).status.code(), Some(2));
+    let help = run(tapdisk().arg("--help"));
+    assert!(help.contains("SIGTERM") && help.contains("Examples:"), "{help}");
+}
+
+#[test]
+fn sigterm_and_sigint_finish_what_is_in_flight_flush_and_exit_0() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let folder = folder();
+        let image = folder.path().join("disk.img");
+        let mut served = Served::start(&format!("path = '{}'\ncreate = '16 MiB'", image.display()), LOCAL);
+        let mut guest = Guest::connect(&served.ring());
+        guest.queue.memory().write(guest.queue.page_at(0), &[0x42; 4096]);
+        for i in 0..32 {
+            let entry = guest.entry(1).with_sector(i * 64).with_segments(1, &[page(0)]);
+            guest.queue.ring.push(&entry);
+        }
+        guest.queue.publish().unwrap();
+        let first = guest.response();
+        assert_eq!(first.status, 0);
+        served.signal(signal);
+        while guest.try_response(Duration::from_secs(5)).is_some() {}
+        let end = Instant::now() + Duration::from_secs(10);
+        while served.alive() {
+            assert!(Instant::now() < end);
+        }
+        assert!(served.log().contains("drained and flushed"), "{}", served.log());
+        assert!(!served.ring().exists(), "the socket is gone");
+        assert_eq!(served.code(), Some(0));
+        assert_eq!(std::fs::read(&image).unwrap()[..4096], [0x42; 4096]);
+    }
+}
+
+#[test]
+fn sighup_reopens_the_log_and_sigusr1_dumps_the_queue_into_it() {
+    let served = Served::start(RAM, LOCAL);
+    let log = served.sockets().join("log");
+    let old = served.sockets().join("log.1");
+    std::fs::rename(&log, &old).unwrap();
+    served.signal(Signal::SIGHUP);
+    served.wait_log("log reopened");
+    served.signal(Signal::SIGUSR1);
+    served.wait_log("debug-queue");
+    assert!(served.log().contains("slots_used"), "{}", served.log());
+    assert!(!std::fs::read_to_string(old).unwrap().contains("debug-queue"));
+}
+
+#[test]
+fn the_json_log_has_an_object_a_line() {
+    let rest = format!("{LOCAL}[log]\nformat = 'json'\nfile = '{{s}}/log'\n");
+    let (code, log) = Served::start(RAM, &rest).stop();
+    assert_eq!(code, Some(0));
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().any(|line| line["msg"] == "serving" && line["level"] == "INFO"), "{log}");
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_nothing_up_and_what_was_dropped_is_counted() {
+    use std::os::unix::fs::FileExt;
+    let folder = folder();
+    let image = folder.path().join("disk.img");
+    // Nobody reads this pipe's other end until the end.
+    let fifo = folder.path().join("log.fifo");
+    run(Command::new("mkfifo").arg(&fifo));
+    let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    let rest = format!("{LOCAL}[log]\nlevel = 'debug'\nfile = '{}'\n", fifo.display());
+    let served = Served::start(&format!("path = '{}'\ncreate = '1 MiB'", image.display()), &rest);
+    for _ in 0..6000 {
+        served.signal(Signal::SIGUSR1);
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(0, &[9; 512]), 0, "the disk is served all the same");
+    let mut byte = [0];
+    std::fs::File::open(&image).unwrap().read_exact_at(&mut byte, 0).unwrap();
+    assert_eq!(byte, [9]);
+    let drain = std::thread::spawn(move || {
+        let (mut text, mut buffer) = (Vec::new(), vec![0; 65536]);
+        while !String::from_utf8_lossy(&text).contains("the end") {
+            let count = reader.read(&mut buffer).unwrap();
+            text.extend_from_slice(&buffer[..count]);
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    served.signal(Signal::SIGUSR1);
+    assert_eq!(served.stop().0, Some(0));
+    let text = drain.join().unwrap();
+    assert!(text.contains("log records were dropped"), "nothing was dropped of {} bytes", text.len());
+}
+
+#[test]
+fn tap_ctl_prints_what_storage_managers_parse() {
+    let served = Served::start(RAM, LOCAL);
+    let pid = served.pid();
+    let expected = format!("pid={pid} minor=0 state=0 args=ram:1 MiB\n");
+    assert_eq!(run(served.tap_ctl().arg("list")), expected);
+    assert_eq!(run(served.tap_ctl().args(["list", "-p", &pid.to_string(), "-m", "0", "-t", "ram"])), expected);
+    assert_eq!(run(served.tap_ctl().args(["list", "-t", "vhd"])), "");
+    assert_eq!(run(served.tap_ctl().args(["list", "-m", "1"])), "");
+    let json: serde_json::Value = serde_json::from_str(&run(served.tap_ctl().args(["list", "--json"]))).unwrap();
+    assert_eq!(json, serde_json::json!([{ "pid": pid, "minor": 0, "state": 0, "name": "ram:1 MiB" }]));
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(0, &[1; 4096]), 0);
+    assert!(guest.read(0, 512).is_ok());
+    let stats = run(served.tap_ctl().arg("stats"));
+    assert_eq!(stats.lines().count(), 1);
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    assert_eq!((&stats["secs"], &stats["reqs_outstanding"]), (&serde_json::json!([1, 8]), &0.into()));
+    let text = run(served.tap_ctl().arg("debug-queue"));
+    for part in
+        ["ram:1 MiB: running, 1048576 bytes", "queue: size 256, depth 128", "p99.9 us", "requests: 0", "kicks_in"]
+    {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    let missing = output(served.tap_ctl().args(["stats", "-p", "999999", "-m", "0"]));
+    assert_eq!(missing.status.code(), Some(2), "ENOENT");
+    assert_eq!(String::from_utf8(missing.stderr).unwrap(), "No such file or directory\n");
+    let missing = output(served.tap_ctl().args(["stats", "-p", &pid.to_string(), "-m", "7"]));
+    assert_eq!((missing.status.code(), missing.stderr.as_slice()), (Some(19), &b"No such device\n"[..]));
+    run(served.tap_ctl().arg("exit"));
+    served.wait_log("drained and flushed");
+}
+
+#[test]
+fn broken_control_clients_disturb_nobody() {
+    let mut served = Served::start(RAM, LOCAL);
+    let path = served.sockets().join(format!("ctl{}", served.pid()));
+    // Half a message, and a hang-up.
+    let mut half = UnixStream::connect(&path).unwrap();
+    half.write_all(&[3, 0, 0, 0, 9]).unwrap();
+    half.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    half.read_to_end(&mut answer).unwrap();
+    assert_eq!((answer.len(), answer[0], answer[8]), (544, 1, 22), "ERROR, EINVAL");
+    // An unknown type.
+    let mut unknown = UnixStream::connect(&path).unwrap();
+    unknown.write_all(&[77; 544]).unwrap();
+    answer.clear();
+    unknown.read_to_end(&mut answer).unwrap();
+    assert_eq!((answer[0], answer[8]), (1, 95), "ERROR, EOPNOTSUPP");
+    // PID, and more than was asked for.
+    let mut long = UnixStream::connect(&path).unwrap();
+    let mut message = vec![0; 600];
+    message[0] = 3;
+    long.write_all(&message).unwrap();
+    let mut pid = [0; 544];
+    long.read_exact(&mut pid).unwrap();
+    assert_eq!((pid[0], i32::from_ne_bytes(pid[8..12].try_into().unwrap())), (4, served.pid()));
+    // One that asks and never reads, many that connect and say nothing.
+    let mut deaf = UnixStream::connect(&path).unwrap();
+    message[0] = 19;
+    deaf.write_all(&message[..544]).unwrap();
+    drop((half, unknown, long));
+    let before = served.descriptors();
+    for _ in 0..500 {
+        drop(UnixStream::connect(&path).unwrap());
+    }
+    let silent: Vec<_> = (0..8).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    assert!(run(served.tap_ctl().arg("list")).starts_with("pid="), "one place is left");
+    let more: Vec<_> = (0..5).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(0, &[1; 512]), 0);
+    drop((silent, more, deaf, guest));
+    let end = Instant::now() + Duration::from_secs(10);
+    while served.descriptors() > before {
+        assert!(Instant::now() < end, "{} descriptors, {before} before", served.descriptors());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(served.alive());
+}
+
+#[test]
+fn man_pages_and_completions_are_made_of_the_command_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    run(tool("docs").arg(folder.path()));
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+    assert!(read("man1/tapdisk.1").contains("SIGUSR1"));
+    assert!(read("man1/tap-ctl-debug-queue.1").contains("stuck in I/O"));
+    assert!(read("man1/ring-load-run.1").contains("depth"));
+    assert!(read("completions/tap-ctl.bash").contains("debug-queue"));
+}
+
+#[test]
+fn idle_means_asleep() {
+    let served = Served::start(RAM, LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(0, &[1; 512]), 0);
+    std::thread::sleep(Duration::from_millis(500));
+    let switches = || -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", served.pid())).unwrap();
+        tasks
+            .map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())
+            .flat_map(|text| {
+                let counts = text.lines().filter(|line| line.contains("voluntary_ctxt_switches"));
+                counts.map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).collect::<Vec<_>>()
+            })
+            .sum()
+    };
+    let before = switches();
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(switches() - before, 0, "something woke up");
+}
