@@ -332,3 +332,6 @@ impl Frontend for Nbd {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
