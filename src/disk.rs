@@ -318,7 +318,7 @@ impl Disk {
         for frontend in &mut self.frontends {
             frontend.close();
         }
-        if let Some(request) = self.slots.next() {
+        if let Some(request) = self.slots.vacant() {
             (request.op, request.offset, request.len) = (Op::Flush, 0, 0);
             (request.frontend, request.born, request.planning) = (INTERNAL, now(), true);
         }

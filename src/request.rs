@@ -230,7 +230,7 @@ impl Slots {
     }
 
     /// The slot that [`take`](Self::take) would take, to be filled in.
-    pub fn next(&mut self) -> Option<&mut Request> {
+    pub fn vacant(&mut self) -> Option<&mut Request> {
         let &index = self.free.last()?;
         let request = &mut self.slots[index as usize].request;
         request.payload.clear();
@@ -239,12 +239,12 @@ impl Slots {
     }
 
     /// The same slot again, as it was filled in.
-    pub fn next_filled(&mut self) -> Option<&mut Request> {
+    pub fn filled(&mut self) -> Option<&mut Request> {
         let &index = self.free.last()?;
         Some(&mut self.slots[index as usize].request)
     }
 
-    /// Takes the slot of [`next`](Self::next).
+    /// Takes the slot of [`vacant`](Self::vacant).
     pub fn take(&mut self) -> Option<RequestId> {
         let index = self.free.pop()?;
         self.slots[index as usize].used = true;
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn a_slice_of_a_payload_is_cut_at_both_ends() {
         let mut slots = Slots::new(1, 3);
-        let payload = &mut slots.next().unwrap().payload;
+        let payload = &mut slots.vacant().unwrap().payload;
         payload.push(0, 512);
         payload.push(512, 512);
         payload.push(4096, 1024);
@@ -318,10 +318,10 @@ mod tests {
     #[test]
     fn slots_run_out_and_come_back() {
         let mut slots = Slots::new(2, 1);
-        assert!(slots.next().is_some());
+        assert!(slots.vacant().is_some());
         let first = slots.take().unwrap();
         slots.take().unwrap();
-        assert!(slots.next().is_none() && slots.take().is_none());
+        assert!(slots.vacant().is_none() && slots.take().is_none());
         slots.release(first);
         assert_eq!((slots.room(), slots.used()), (1, 1));
     }

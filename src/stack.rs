@@ -103,3 +103,67 @@ impl Stack {
         Some(error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::queue::{Limits, SubmitMode};
+    use crate::sys::memory::Memory;
+
+    /// Every other 4096 bytes are nowhere; the others are at half their offset.
+    struct Sparse;
+
+    impl Format for Sparse {
+        fn name(&self) -> &'static str {
+            "sparse"
+        }
+        fn size(&self) -> u64 {
+            1 << 20
+        }
+        fn plan(&mut self, _: drivers::Op, extent: Extent) -> Plan {
+            let count = extent.len.min(4096 - extent.offset % 4096);
+            let at = extent.offset / 8192 * 4096 + extent.offset % 4096;
+            if (extent.offset / 4096).is_multiple_of(2) { Plan::Data { at, count } } else { Plan::Zero { count } }
+        }
+        fn zeros_from(&self) -> u64 {
+            1 << 19
+        }
+    }
+
+    #[test]
+    fn a_request_is_planned_extent_by_extent_as_far_as_there_is_room() {
+        let engine = crate::engine::memory::null(4).unwrap();
+        let limits = Limits { tiocbs: 2, iovecs: 4, merge_bytes: 0 };
+        let mut queue = Queue::new(engine, SubmitMode::Inline, limits).unwrap();
+        let mut stack = Stack::new(Layer { format: Box::new(Sparse), file: FileId(0), path: "x".into() });
+        let mut slots = Slots::new(1, 1);
+        let memory = Arc::new(Memory::anonymous(32768).unwrap());
+        memory.write(0, &[0x77; 32768]);
+        let request = slots.vacant().unwrap();
+        (request.op, request.offset, request.len) = (Op::Read, 2048, 24576);
+        request.payload.set_memory(&memory);
+        request.payload.push(0, 24576);
+        let id = slots.take().unwrap();
+        assert!(!stack.start(id, &mut slots, &mut queue), "a third transfer has no room");
+        let mut finished = Vec::new();
+        for _ in 0..3 {
+            queue.kick(&slots);
+            queue.reap();
+            while let Some((transfer, result)) = queue.next_finished() {
+                assert_eq!(stack.finish(&transfer, result, &mut slots), None);
+                finished.push((transfer.offset, transfer.at, transfer.len));
+            }
+            stack.start(id, &mut slots, &mut queue);
+        }
+        let request = slots.get(id);
+        assert_eq!((request.planned, request.pieces), (24576, 0));
+        assert_eq!(finished, [(2048, 0, 2048), (4096, 6144, 4096), (8192, 14336, 4096), (12288, 22528, 2048)]);
+        let mut data = vec![0; 24576];
+        memory.read(0, &mut data);
+        let zeros = |range: std::ops::Range<usize>| data[range].iter().all(|byte| *byte == 0);
+        assert!(zeros(2048..6144) && zeros(10240..14336) && zeros(18432..22528), "what is nowhere is zeros");
+        assert!(data[6144..10240].iter().all(|byte| *byte == 0x77), "the rest is the engine's affair");
+    }
+}

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+#[cfg(not(loom))]
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -33,6 +34,7 @@ pub const STACK_SIZE: usize = 128 * 1024;
 
 /// How long the thread waits for a completion after EAGAIN before it tries again all the same: the kernel also says
 /// EAGAIN for resources that other processes hold, and nobody tells us when they are free.
+#[cfg(not(loom))]
 const EAGAIN_WAIT: Duration = Duration::from_millis(10);
 
 /// What the main loop and a thread hand to each other. All its room is made at the start.

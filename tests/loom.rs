@@ -12,19 +12,24 @@ use loom::thread;
 use nix::errno::Errno;
 use tapdisk::submit::Handover;
 
+/// A thread that takes all there is until it is told to stop.
+fn taker(handover: &Arc<Handover<u32>>) -> thread::JoinHandle<Vec<u32>> {
+    let theirs = Arc::clone(handover);
+    thread::spawn(move || {
+        let (mut all, mut batch) = (Vec::new(), VecDeque::new());
+        while theirs.take(&mut batch) {
+            all.extend(batch.drain(..));
+        }
+        all
+    })
+}
+
 /// Whatever is given is taken once and in order, and the thread ends when it is told to.
 #[test]
 fn nothing_is_lost_and_no_wake_up_is_missed() {
     loom::model(|| {
         let handover = Arc::new(Handover::<u32>::new(4));
-        let theirs = Arc::clone(&handover);
-        let thread = thread::spawn(move || {
-            let (mut all, mut batch) = (Vec::new(), VecDeque::new());
-            while theirs.take(&mut batch) {
-                all.extend(batch.drain(..));
-            }
-            all
-        });
+        let thread = taker(&handover);
         handover.give([1, 2].into_iter());
         handover.give([3].into_iter());
         handover.stop();
@@ -95,14 +100,7 @@ fn the_completion_that_makes_room_is_not_missed() {
 fn an_item_is_either_taken_or_cancelled() {
     loom::model(|| {
         let handover = Arc::new(Handover::<u32>::new(4));
-        let theirs = Arc::clone(&handover);
-        let thread = thread::spawn(move || {
-            let (mut all, mut batch) = (Vec::new(), VecDeque::new());
-            while theirs.take(&mut batch) {
-                all.extend(batch.drain(..));
-            }
-            all
-        });
+        let thread = taker(&handover);
         handover.give([1, 2].into_iter());
         let cancelled = handover.cancel();
         handover.stop();

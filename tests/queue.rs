@@ -36,7 +36,7 @@ impl Bench {
     /// Queues a request of one transfer, with memory that is apart from the others'.
     fn push(&mut self, op: IoOp, file: u16, offset: u64, len: u64) -> RequestId {
         let used = self.slots.used() as u32;
-        let request = self.slots.next().unwrap();
+        let request = self.slots.vacant().unwrap();
         request.op = Op::Read;
         request.payload.set_memory(&self.memory);
         request.payload.push(used * 4096, len as u32);

@@ -71,14 +71,14 @@ impl Intake<'_> {
     }
 
     /// The next request, with an empty payload, to be filled in: operation, offset, length, payload and tag.
-    pub fn next(&mut self) -> Option<&mut Request> {
-        if self.room() == 0 { None } else { self.slots.next() }
+    pub fn vacant(&mut self) -> Option<&mut Request> {
+        if self.room() == 0 { None } else { self.slots.vacant() }
     }
 
-    /// Puts in what [`next`](Self::next) gave. A request that the disk refuses is answered like any other.
+    /// Puts in what [`vacant`](Self::vacant) gave. A request that the disk refuses is answered like any other.
     pub fn accept(&mut self) {
         let (frontend, now, disk) = (self.frontend, self.now, self.disk);
-        let Some(request) = self.slots.next_filled() else { return };
+        let Some(request) = self.slots.filled() else { return };
         (request.frontend, request.born, request.planning) = (frontend, now, true);
         request.error = disk.check(request.op, request.offset, request.len).err();
         let barrier = request.op == Op::Barrier && request.error.is_none();

@@ -97,7 +97,7 @@ impl RingQueue {
         let Limits { indirect_segments, sector_size } = self.limits;
         let parsed = parse(&entry, indirect_segments, sector_size, &mut self.segments, read_page);
         let filled = parsed.and_then(|command| {
-            let request = intake.next().ok_or(super::wire::RSP_ERROR)?;
+            let request = intake.vacant().ok_or(super::wire::RSP_ERROR)?;
             (request.op, request.offset, request.len) = (command.op, command.offset, command.len);
             if !self.segments.is_empty() {
                 request.payload.set_memory(pages.memory());

@@ -420,7 +420,7 @@ impl Connection {
 
     /// Hands in a part of a command. False: the disk takes none now. There must be room for it in the table.
     fn issue(&mut self, intake: &mut Intake, id: u16, op: Op, len: u32, run: Option<Run>) -> bool {
-        let Some(request) = intake.next() else { return false };
+        let Some(request) = intake.vacant() else { return false };
         let command = self.commands.get(id);
         let at = command.issued;
         (request.op, request.offset, request.len) = (op, command.offset + u64::from(at), u64::from(len));
