@@ -130,7 +130,7 @@ impl Nbd {
     }
 
     fn accept(&mut self) {
-        if !self.acceptable || now() < self.accept_at {
+        if !self.acceptable || self.must_wait() || now() < self.accept_at {
             return;
         }
         (self.acceptable, self.accept_at) = (false, 0);
@@ -139,9 +139,19 @@ impl Nbd {
         }
     }
 
+    /// Whether all places that have no client still have requests of one that left. That ends by itself, and so the next
+    /// client is not refused but waits to be accepted.
+    fn must_wait(&self) -> bool {
+        let mut vacant = self.seats.iter().filter(|seat| seat.connection.is_none()).peekable();
+        vacant.peek().is_some() && vacant.all(|seat| seat.orphans > 0)
+    }
+
     /// Accepts from one listener. True: there may be more.
     fn accept_from(&mut self, index: usize) -> bool {
         for _ in 0..ACCEPTS_A_TURN {
+            if self.must_wait() {
+                return true;
+            }
             match self.listeners[index].accept() {
                 Ok(socket) => self.seat(socket),
                 Err(error) => match error.kind() {
@@ -199,7 +209,7 @@ impl Nbd {
             connection.deregister(registry);
             (seat.orphans, seat.generation) = (connection.in_flight(), seat.generation.wrapping_add(1));
             match connection.failure() {
-                Some(why) => warn!(self.log, "an NBD client is disconnected"; "client" => index, "reason" => why),
+                Some(why) => info!(self.log, "an NBD client is disconnected"; "client" => index, "reason" => why),
                 None => debug!(self.log, "an NBD client leaves"; "client" => index),
             }
         }
@@ -278,7 +288,7 @@ impl Frontend for Nbd {
     }
 
     fn ready(&self) -> bool {
-        (self.acceptable && !self.listeners.is_empty() && self.accept_at == 0)
+        (self.acceptable && !self.listeners.is_empty() && self.accept_at == 0 && !self.must_wait())
             || self.connections().any(Connection::is_ready)
     }
 
@@ -322,3 +332,6 @@ impl Frontend for Nbd {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
