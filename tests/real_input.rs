@@ -129,7 +129,14 @@ fn fio_verifies_mixed_sizes_through_nbd() {
     let folder = folder();
     let image = folder.path().join("disk.img");
     let served = Served::start(&format!("path = '{}'\ncreate = '128 MiB'", image.display()), BOTH);
-    let common = ["--ioengine=nbd", "--iodepth=32", "--size=128m", "--verify=crc32c", "--verify_fatal=1"];
+    let common = [
+        "--ioengine=nbd",
+        "--iodepth=32",
+        "--size=128m",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+    ];
     run(Command::new("fio")
         .args(["--name=verify", "--rw=randwrite", "--bsrange=512-256k", "--blockalign=512", "--do_verify=1"])
         .args(common)
