@@ -98,15 +98,15 @@ impl MainLoop {
             if let Some(result) = self.disk.closed() {
                 return self.end(result.map_err(io::Error::from));
             }
-            turns = if worked { turns + 1 } else { 0 };
+            turns += 1;
             let sleep = if turns >= TURNS_MAX {
-                turns = 0;
                 false
             } else if worked || self.spin(last) || self.disk.arm() {
                 continue;
             } else {
                 true
             };
+            turns = 0;
             let slept = self.wait(&mut events, sleep)?;
             if sleep {
                 match last {
