@@ -403,6 +403,10 @@ impl Disk {
     /// Everything there is to see.
     pub fn inspect(&self) -> DebugQueue {
         let now = now();
+        let mut tiocbs: Vec<Vec<TiocbReport>> = vec![Vec::new(); self.slots.capacity()];
+        for (owner, tiocb) in self.queue.inspect() {
+            tiocbs[owner.index() as usize].push(tiocb);
+        }
         let mut requests: Vec<_> = self
             .slots
             .iter()
@@ -413,7 +417,7 @@ impl Disk {
                 len: request.len,
                 age_us: (now - request.born) / 1000,
                 held_by: if request.planning { "stack" } else { "queue" }.to_owned(),
-                tiocbs: self.queue.inspect(id),
+                tiocbs: std::mem::take(&mut tiocbs[id.index() as usize]),
             })
             .collect();
         requests.sort_by_key(|request| std::cmp::Reverse(request.age_us));

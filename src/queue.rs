@@ -533,27 +533,25 @@ impl Queue {
         }
     }
 
-    /// The tiocbs of a request.
-    pub fn inspect(&self, owner: RequestId) -> Vec<TiocbReport> {
+    /// All tiocbs, each with its request.
+    pub fn inspect(&self) -> Vec<(RequestId, TiocbReport)> {
         let mut unbegun = Vec::new();
         if let Some(thread) = &self.thread {
             thread.handover().look(|io| unbegun.push(io.tag));
         }
-        let of_owner = |tiocb: &Tiocb| tiocb.transfer.filter(|transfer| transfer.owner == owner);
-        let found = (0..).zip(&self.tiocbs).filter_map(|(index, tiocb)| Some((index, tiocb.state, of_owner(tiocb)?)));
-        found
-            .map(|(tiocb, state, transfer)| {
-                let io = if let State::Pending(tag) = state { Some(tag) } else { None };
-                let held_by = match io {
-                    None => "waiting",
-                    Some(tag) if unbegun.contains(&tag) => "submit thread",
-                    Some(_) => "engine",
-                };
-                let merged_into = io.map(|tag| self.heads[tag as usize]).filter(|head| *head != tiocb);
-                let Transfer { offset, len, .. } = transfer;
-                TiocbReport { held_by: held_by.to_owned(), io, merged_into, tiocb, offset, len }
-            })
-            .collect()
+        let used = (0..).zip(&self.tiocbs).filter_map(|(index, tiocb)| Some((index, tiocb.state, tiocb.transfer?)));
+        used.map(|(tiocb, state, transfer)| {
+            let io = if let State::Pending(tag) = state { Some(tag) } else { None };
+            let held_by = match io {
+                None => "waiting",
+                Some(tag) if unbegun.contains(&tag) => "submit thread",
+                Some(_) => "engine",
+            };
+            let merged_into = io.map(|tag| self.heads[tag as usize]).filter(|head| *head != tiocb);
+            let Transfer { offset, len, owner, .. } = transfer;
+            (owner, TiocbReport { held_by: held_by.to_owned(), io, merged_into, tiocb, offset, len })
+        })
+        .collect()
     }
 }
 

@@ -28,8 +28,6 @@ pub mod kind {
 
 /// State bits of LIST.
 pub mod state {
-    /// The disk has no image.
-    pub const CLOSED: i32 = 2;
     /// It is being drained.
     pub const QUIESCE_REQUESTED: i32 = 4;
 }

@@ -15,8 +15,8 @@ mod worker;
 
 /// The submitting half, called from the submit thread or the main loop.
 pub trait Submit: Send + Sync {
-    /// Takes the first I/Os of `batch`, at most `limit`, and says how many: those are removed. On an error, none; the error is the
-    /// first one's. EAGAIN (or `Ok(0)`) means that there is no room until something completes. May block.
+    /// Takes the first I/Os of `batch`, at most `limit`, and says how many: those are removed. On an error, none; the
+    /// error is the first one's. EAGAIN (or `Ok(0)`) means that there is no room until something completes. May block.
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno>;
 
     /// Becomes readable with each completion.

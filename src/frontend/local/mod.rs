@@ -77,6 +77,7 @@ impl Local {
         let explain = |error: io::Error| {
             io::Error::new(error.kind(), format!("local ring socket {}: {error}", config.socket.display()))
         };
+        assert!((config.max_queues as usize) < TOKENS, "each queue's doorbell has a token");
         let listener = Self::listen(&config).map_err(explain)?;
         let clients = std::iter::repeat_with(|| None).take(config.max_clients).collect();
         let listener = Some(listener);
