@@ -212,6 +212,20 @@ fn man_pages_and_completions_are_made_of_the_command_lines() {
 }
 
 #[test]
+fn a_reader_of_the_tools_output_may_go() {
+    let served = Served::start(RAM, LOCAL);
+    let mut ring_load = tool("ring-load");
+    ring_load.arg("info").arg("--socket").arg(served.ring());
+    let mut tap_ctl = served.tap_ctl();
+    tap_ctl.arg("list");
+    for mut command in [ring_load, tap_ctl] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        assert_eq!(command.stdout(writer).status().unwrap().code(), Some(0), "{command:?}");
+    }
+}
+
+#[test]
 fn idle_means_asleep() {
     let served = Served::start(RAM, LOCAL);
     let mut guest = Guest::connect(&served.ring());

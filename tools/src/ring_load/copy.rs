@@ -139,7 +139,7 @@ fn progress(len: u64) -> ProgressBar {
 fn summary(len: u64, began: Instant) {
     let seconds = began.elapsed().as_secs_f64();
     let rate = len as f64 / f64::from(1 << 20) / seconds.max(1e-9);
-    println!("{len} bytes in {seconds:.2} s, {rate:.1} MiB/s");
+    super::say(format_args!("{len} bytes in {seconds:.2} s, {rate:.1} MiB/s"));
 }
 
 /// A lane, and where in the disk the file is.

@@ -11,7 +11,8 @@ mod server;
 mod units;
 mod verify;
 
-use std::io;
+use std::fmt;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -55,6 +56,14 @@ enum Outcome {
     Errors,
     /// Some data is wrong.
     Mismatch,
+}
+
+/// Prints a line. Whoever read it may have gone; the exit code still says how it went.
+fn say(line: fmt::Arguments) {
+    match writeln!(io::stdout(), "{line}") {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => eprintln!("ring-load: standard output: {error}"),
+        _ => {}
+    }
 }
 
 /// Does what the command line says.

@@ -175,7 +175,7 @@ impl Report {
             eprintln!("ring-load: {} requests failed, first: {failure}", self.figures.errors());
         }
         if as_json {
-            println!("{:#}", self.json());
+            super::say(format_args!("{:#}", self.json()));
         } else {
             self.text();
         }
@@ -209,13 +209,16 @@ impl Report {
             let (iops, rate) = (self.per_second(side.latency.len()), self.per_second(side.bytes));
             let mib = rate / f64::from(1 << 20);
             let (count, errors) = (side.latency.len(), side.errors);
-            println!("{name:<7} {iops:.0} IOPS, {mib:.1} MiB/s, {count} requests, {errors} errors");
+            super::say(format_args!("{name:<7} {iops:.0} IOPS, {mib:.1} MiB/s, {count} requests, {errors} errors"));
             let latencies = side.latencies().map(|(name, micros)| format!("{name} {micros:.1}"));
-            println!("        latency in µs: {}", latencies.join(", "));
+            super::say(format_args!("        latency in µs: {}", latencies.join(", ")));
         }
         let cpu = |name: &str, cpu: Duration| {
             let percent = self.cores(cpu) * 100.0;
-            println!("{name:<7} {:.3} µs of CPU time a request, {percent:.0} % of a core", self.micros_each(cpu));
+            super::say(format_args!(
+                "{name:<7} {:.3} µs of CPU time a request, {percent:.0} % of a core",
+                self.micros_each(cpu)
+            ));
         };
         if self.requests() > 0 {
             cpu("client", self.figures.cpu);
@@ -224,7 +227,10 @@ impl Report {
             }
         }
         if let Some(Checked { elapsed, bytes, wrong, .. }) = &self.checked {
-            println!("checked {bytes} bytes in {:.2} s, {wrong} wrong sectors", elapsed.as_secs_f64());
+            super::say(format_args!(
+                "checked {bytes} bytes in {:.2} s, {wrong} wrong sectors",
+                elapsed.as_secs_f64()
+            ));
         }
     }
 
