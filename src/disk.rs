@@ -315,10 +315,15 @@ impl Disk {
         (true, in_memory)
     }
 
-    /// Goes on with a drain.
+    /// Goes on with a drain, or begins one.
     fn advance(&mut self) -> bool {
-        if self.state != State::Draining || self.slots.used() > 0 {
-            return false;
+        match self.state {
+            State::Running if self.frontends.iter().any(|frontend| frontend.is_gone()) => {
+                self.drain();
+                return true;
+            }
+            State::Draining if self.slots.used() == 0 => {}
+            _ => return false,
         }
         self.state = State::Flushing;
         for frontend in &mut self.frontends {
@@ -360,7 +365,8 @@ impl Disk {
 
     /// Whether it is drained, and with which error of the last flush.
     pub fn closed(&self) -> Option<Result<(), Errno>> {
-        (self.state == State::Closed).then(|| self.flush_error.map_or(Ok(()), Err))
+        let closed = self.state == State::Closed && self.frontends.iter().all(|frontend| frontend.is_closed());
+        closed.then(|| self.flush_error.map_or(Ok(()), Err))
     }
 
     /// Whether a turn would find something, as far as memory shows.

@@ -52,6 +52,7 @@ pub mod disk;
 
 pub mod frontend;
 
+pub mod payload;
 pub mod request;
 
 pub mod stack;

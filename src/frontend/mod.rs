@@ -11,6 +11,7 @@ use crate::request::{Op, Request, RequestId, Slots};
 pub mod blkif;
 pub mod local;
 pub mod nbd;
+pub mod xen;
 
 /// What clients are told of a disk.
 #[derive(Clone, Debug)]
@@ -124,6 +125,16 @@ pub trait Frontend {
 
     /// Lets nobody in any more and says goodbye to those who are.
     fn close(&mut self);
+
+    /// Whether the goodbye is over.
+    fn is_closed(&self) -> bool {
+        true
+    }
+
+    /// Whether what it serves is gone for good, and the disk with it.
+    fn is_gone(&self) -> bool {
+        false
+    }
 
     /// For debug-queue and LIST.
     fn inspect(&self) -> serde_json::Value;

@@ -11,6 +11,8 @@ use std::sync::atomic::AtomicU32;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
 
+use super::gntdev::Grants;
+
 /// Bytes in a page of the ring and of grants.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -19,6 +21,8 @@ pub const PAGE_SIZE: usize = 4096;
 pub struct Memory {
     base: NonNull<u8>,
     len: usize,
+    /// What Xen is told when the pages, which are a guest's, are unmapped.
+    grants: Option<Grants>,
 }
 
 // SAFETY: `Memory` is a plain range of addresses. All access is by raw copies and atomics, which assume that
@@ -34,17 +38,29 @@ impl Memory {
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address the kernel chooses touches no memory of ours.
         let base = unsafe { mmap_anonymous(None, size, rw, MapFlags::MAP_PRIVATE) }?;
-        Ok(Memory { base: base.cast(), len: size.get() })
+        Ok(Memory { base: base.cast(), len: size.get(), grants: None })
     }
 
     /// The first `len` bytes of `fd`, shared. A file that shrinks under its mapping makes an access a SIGBUS, so a
     /// server maps only a memfd that it made and sealed itself.
     pub fn shared(fd: impl AsFd, len: usize) -> io::Result<Memory> {
+        Self::at_offset(fd, 0, len)
+    }
+
+    /// The same from byte `offset` of `fd` on.
+    pub(super) fn at_offset(fd: impl AsFd, offset: u64, len: usize) -> io::Result<Memory> {
         let size = Self::size(len)?;
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: as in `anonymous`.
-        let base = unsafe { mmap(None, size, rw, MapFlags::MAP_SHARED, fd, 0) }?;
-        Ok(Memory { base: base.cast(), len: size.get() })
+        let base = unsafe { mmap(None, size, rw, MapFlags::MAP_SHARED, fd, offset as i64) }?;
+        Ok(Memory { base: base.cast(), len: size.get(), grants: None })
+    }
+
+    /// Pages of a guest, `len` bytes.
+    pub(super) fn granted(grants: Grants, len: usize) -> io::Result<Memory> {
+        let mut memory = Self::at_offset(&*grants.file, grants.index, len)?;
+        memory.grants = Some(grants);
+        Ok(memory)
     }
 
     fn size(len: usize) -> io::Result<std::num::NonZeroUsize> {
@@ -124,6 +140,7 @@ impl Drop for Memory {
         // SAFETY: the mapping is ours, and no `Io` points into it: each holds an `Arc` of the memory it uses.
         let unmapped = unsafe { munmap(self.base.cast(), self.len) };
         debug_assert!(unmapped.is_ok());
+        drop(self.grants.take());
     }
 }
 

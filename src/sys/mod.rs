@@ -3,8 +3,11 @@
 #![allow(unsafe_code)]
 
 pub mod aio;
+pub mod evtchn;
 pub mod fdpass;
 pub mod file;
+pub mod gntalloc;
+pub mod gntdev;
 pub mod io;
 pub mod memory;
 pub mod socket;

@@ -51,16 +51,16 @@ impl Frontend for Ring {
         self.queue.lock().unwrap().answer(request.tag as u16, request);
     }
     fn publish(&mut self) {
-        self.queue.lock().unwrap().publish();
+        self.queue.lock().unwrap().ring_mut().publish();
     }
     fn in_memory(&self) -> bool {
         true
     }
     fn ready(&self) -> bool {
-        self.queue.lock().unwrap().ready()
+        self.queue.lock().unwrap().ring().ready()
     }
     fn arm(&mut self) -> bool {
-        self.queue.lock().unwrap().arm()
+        self.queue.lock().unwrap().ring_mut().arm()
     }
     fn close(&mut self) {}
     fn inspect(&self) -> serde_json::Value {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::ring::{BackRing, Indices, Overflow};
-use super::wire::{RSP_OKAY, Response, Segment};
+use super::wire::{Entry, RSP_OKAY, Response, Segment};
 use super::{parse, response_operation, status};
 use crate::frontend::Intake;
 use crate::request::Request;
@@ -48,31 +48,158 @@ pub struct Counters {
     pub kicks_out: u64,
 }
 
-/// A ring being served.
+impl std::ops::Add for Counters {
+    type Output = Counters;
+
+    fn add(self, other: Counters) -> Counters {
+        Counters {
+            requests: self.requests + other.requests,
+            responses: self.responses + other.responses,
+            errors: self.errors + other.errors,
+            malformed: self.malformed + other.malformed,
+            kicks_in: self.kicks_in + other.kicks_in,
+            kicks_idle: self.kicks_idle + other.kicks_idle,
+            kicks_out: self.kicks_out + other.kicks_out,
+        }
+    }
+}
+
+/// A ring with what was counted on it.
+#[derive(Debug)]
+pub struct CountedRing {
+    ring: BackRing,
+    /// What was counted.
+    pub counters: Counters,
+}
+
+impl CountedRing {
+    /// Nothing is counted yet.
+    pub fn new(ring: BackRing) -> CountedRing {
+        CountedRing { ring, counters: Counters::default() }
+    }
+
+    /// Requests that are there and not taken.
+    pub fn pending(&self) -> Result<u32, Overflow> {
+        self.ring.pending()
+    }
+
+    /// Takes the next request out. [`pending`](Self::pending) has said that there is one.
+    pub fn pop(&mut self) -> Entry {
+        self.counters.requests += 1;
+        self.ring.pop()
+    }
+
+    /// Puts a response in, not yet visible.
+    pub fn respond(&mut self, response: Response) {
+        self.counters.responses += 1;
+        self.counters.errors += u64::from(response.status != RSP_OKAY);
+        self.ring.push(response);
+    }
+
+    /// The same for a request that makes no sense.
+    pub fn refuse(&mut self, response: Response) {
+        self.counters.malformed += 1;
+        self.respond(response);
+    }
+
+    /// Makes the responses visible. True: the client is to be notified.
+    pub fn publish(&mut self) -> bool {
+        let notify = self.ring.unpublished() && self.ring.publish();
+        self.counters.kicks_out += u64::from(notify);
+        notify
+    }
+
+    /// Whether there is something to take.
+    pub fn ready(&self) -> bool {
+        self.ring.pending() != Ok(0)
+    }
+
+    /// Asks for a notification; true: something is there already.
+    pub fn arm(&mut self) -> bool {
+        self.ring.arm()
+    }
+
+    /// Entries of the ring.
+    pub fn entries(&self) -> u32 {
+        self.ring.shared().entries()
+    }
+
+    /// The ring's indices.
+    pub fn indices(&self) -> Indices {
+        self.ring.indices()
+    }
+}
+
+/// Doorbells without a request, one after the other, after which a client's doorbell is left alone for a while.
+const IDLE_KICKS_MAX: u32 = 1000;
+/// That while, in ns.
+pub const MUTE: u64 = 10_000_000;
+
+/// Finds out a client that rings its doorbell for nothing.
+#[derive(Debug, Default)]
+pub struct Doorbell {
+    kicked: bool,
+    idle_kicks: u32,
+}
+
+impl Doorbell {
+    /// It was rung.
+    pub fn ring(&mut self, counters: &mut Counters) {
+        self.kicked = true;
+        counters.kicks_in += 1;
+    }
+
+    /// The client's requests were looked at, and `taken` of them were taken. True: it rang for nothing too often.
+    pub fn storm(&mut self, taken: u32, counters: &mut Counters) -> bool {
+        if !std::mem::take(&mut self.kicked) && taken == 0 {
+            return false;
+        }
+        if taken > 0 {
+            self.idle_kicks = 0;
+            return false;
+        }
+        counters.kicks_idle += 1;
+        self.idle_kicks += 1;
+        let storm = self.idle_kicks >= IDLE_KICKS_MAX;
+        if storm {
+            self.idle_kicks = 0;
+        }
+        storm
+    }
+}
+
+/// A ring being served, whose requests name memory that we can use as it is.
 #[derive(Debug)]
 pub struct RingQueue {
-    ring: BackRing,
+    ring: CountedRing,
     limits: Limits,
     /// Id and operation of each request that is taken and not answered.
     pending: Vec<(u64, u8)>,
     free: Vec<u16>,
     segments: Vec<Segment>,
-    /// What was counted.
-    pub counters: Counters,
 }
 
 impl RingQueue {
     /// Serves `ring`.
     pub fn new(ring: BackRing, limits: Limits) -> RingQueue {
-        let entries = ring.shared().entries();
+        let ring = CountedRing::new(ring);
         RingQueue {
-            pending: vec![(0, 0); entries as usize],
-            free: (0..entries as u16).rev().collect(),
+            pending: vec![(0, 0); ring.entries() as usize],
+            free: (0..ring.entries() as u16).rev().collect(),
             segments: Vec::with_capacity(limits.indirect_segments.max(super::wire::MAX_SEGMENTS)),
             ring,
             limits,
-            counters: Counters::default(),
         }
+    }
+
+    /// The ring.
+    pub fn ring(&self) -> &CountedRing {
+        &self.ring
+    }
+
+    /// The ring.
+    pub fn ring_mut(&mut self) -> &mut CountedRing {
+        &mut self.ring
     }
 
     /// Moves requests from the ring to `intake`, at most one ring full, while there is room. A request is tagged with
@@ -90,7 +217,6 @@ impl RingQueue {
 
     fn take(&mut self, intake: &mut Intake, pages: &impl Pages, tag: u64) {
         let entry = self.ring.pop();
-        self.counters.requests += 1;
         let (id, operation) = (entry.id(), response_operation(&entry));
         let read_page =
             |gref, to: &mut [u8]| pages.offset(gref).map(|offset| pages.memory().read(offset as usize, to)).is_some();
@@ -114,10 +240,7 @@ impl RingQueue {
         });
         match filled {
             Ok(()) => intake.accept(),
-            Err(status) => {
-                self.counters.malformed += 1;
-                self.respond(Response { id, operation, status });
-            }
+            Err(status) => self.ring.refuse(Response { id, operation, status }),
         }
     }
 
@@ -125,44 +248,11 @@ impl RingQueue {
     pub fn answer(&mut self, place: u16, request: &Request) {
         let (id, operation) = self.pending[usize::from(place)];
         self.free.push(place);
-        self.respond(Response { id, operation, status: status(request.result()) });
-    }
-
-    fn respond(&mut self, response: Response) {
-        self.counters.responses += 1;
-        self.counters.errors += u64::from(response.status != RSP_OKAY);
-        self.ring.push(response);
-    }
-
-    /// Makes the answers visible. True: the client is to be notified.
-    pub fn publish(&mut self) -> bool {
-        let notify = self.ring.unpublished() && self.ring.publish();
-        self.counters.kicks_out += u64::from(notify);
-        notify
-    }
-
-    /// Whether there is something to pull.
-    pub fn ready(&self) -> bool {
-        self.ring.pending() != Ok(0)
-    }
-
-    /// Asks for a notification; true: something is there already.
-    pub fn arm(&mut self) -> bool {
-        self.ring.arm()
+        self.ring.respond(Response { id, operation, status: status(request.result()) });
     }
 
     /// Requests that are taken and not answered.
     pub fn in_flight(&self) -> usize {
         self.pending.len() - self.free.len()
-    }
-
-    /// Entries of the ring.
-    pub fn entries(&self) -> u32 {
-        self.ring.shared().entries()
-    }
-
-    /// The ring's indices.
-    pub fn indices(&self) -> Indices {
-        self.ring.indices()
     }
 }

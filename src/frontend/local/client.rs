@@ -16,17 +16,12 @@ use zerocopy::{FromBytes, FromZeros};
 
 use super::Config;
 use super::wire::{ABIS, Hello, INFO_READ_ONLY, MAGIC, Welcome};
-use crate::frontend::blkif::queue::{Limits, Pages, RingQueue};
+use crate::frontend::blkif::queue::{Doorbell, Limits, MUTE, Pages, RingQueue};
 use crate::frontend::blkif::ring::{BackRing, Shared};
 use crate::frontend::{DiskInfo, Intake};
 use crate::request::Request;
 use crate::sys::fdpass;
 use crate::sys::memory::{Memory, PAGE_SIZE};
-
-/// Doorbells without a request, one after the other, after which a client's doorbell is left alone for a while.
-const IDLE_KICKS_MAX: u32 = 1000;
-/// That while, in ns.
-const MUTE: u64 = 10_000_000;
 
 /// What a request's tag says.
 pub(super) struct Tag {
@@ -72,8 +67,7 @@ struct Queue {
     kick: EventFd,
     /// We write it.
     call: EventFd,
-    kicked: bool,
-    idle_kicks: u32,
+    doorbell: Doorbell,
     muted_until: Option<u64>,
 }
 
@@ -189,8 +183,7 @@ impl Client {
 
     pub(super) fn kicked(&mut self, queue: usize) {
         if let Some(queue) = self.queues.get_mut(queue) {
-            queue.kicked = true;
-            queue.ring.counters.kicks_in += 1;
+            queue.doorbell.ring(&mut queue.ring.ring_mut().counters);
         }
     }
 
@@ -208,7 +201,7 @@ impl Client {
                     overflow.req_prod, overflow.req_cons
                 )
             })?;
-            if queue.storm(taken) {
+            if queue.doorbell.storm(taken, &mut queue.ring.ring_mut().counters) {
                 let fd = queue.kick.as_fd().as_raw_fd();
                 registry.deregister(&mut SourceFd(&fd)).map_err(|error| error.to_string())?;
                 queue.muted_until = Some(intake.now + MUTE);
@@ -231,7 +224,7 @@ impl Client {
 
     pub(super) fn publish(&mut self) {
         for queue in &mut self.queues {
-            if queue.ring.publish() {
+            if queue.ring.ring_mut().publish() {
                 // Full only if the client made it so, and then it is awake.
                 let _ = queue.call.write(1);
             }
@@ -239,11 +232,11 @@ impl Client {
     }
 
     pub(super) fn ready(&self) -> bool {
-        self.queues.iter().any(|queue| queue.ring.ready())
+        self.queues.iter().any(|queue| queue.ring.ring().ready())
     }
 
     pub(super) fn arm(&mut self) -> bool {
-        self.queues.iter_mut().fold(false, |ready, queue| queue.ring.arm() | ready)
+        self.queues.iter_mut().fold(false, |ready, queue| queue.ring.ring_mut().arm() | ready)
     }
 
     pub(super) fn deadline(&self) -> Option<u64> {
@@ -257,10 +250,10 @@ impl Client {
     pub(super) fn inspect(&self) -> serde_json::Value {
         let queue = |queue: &Queue| {
             serde_json::json!({
-                "entries": queue.ring.entries(),
+                "entries": queue.ring.ring().entries(),
                 "in_flight": queue.ring.in_flight(),
-                "indices": queue.ring.indices(),
-                "counters": queue.ring.counters,
+                "indices": queue.ring.ring().indices(),
+                "counters": queue.ring.ring().counters,
                 "muted": queue.muted_until.is_some(),
             })
         };
@@ -273,23 +266,7 @@ impl Queue {
     fn new(ring: RingQueue, pages: DataPages) -> io::Result<Queue> {
         let doorbell = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let (kick, call) = (doorbell()?, doorbell()?);
-        Ok(Queue { ring, pages, kick, call, kicked: false, idle_kicks: 0, muted_until: None })
-    }
-
-    /// Counts doorbells that nothing came with. True: there were too many.
-    fn storm(&mut self, taken: u32) -> bool {
-        if taken > 0 {
-            self.idle_kicks = 0;
-        } else if std::mem::take(&mut self.kicked) {
-            self.ring.counters.kicks_idle += 1;
-            self.idle_kicks += 1;
-            if self.idle_kicks >= IDLE_KICKS_MAX {
-                self.idle_kicks = 0;
-                return true;
-            }
-        }
-        self.kicked = false;
-        false
+        Ok(Queue { ring, pages, kick, call, doorbell: Doorbell::default(), muted_until: None })
     }
 }
 

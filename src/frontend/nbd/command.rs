@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::arena::Run;
+use crate::payload::Run;
 use super::negotiate::{MAX_PAYLOAD, Session};
 use super::wire::{
     CMD_BLOCK_STATUS, CMD_FLAG_DF, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM,

@@ -12,7 +12,7 @@ use mio::{Interest, Registry, Token, event::Source};
 use nix::errno::Errno;
 use zerocopy::FromBytes;
 
-use super::arena::{Arena, Run};
+use crate::payload::{Arena, Run};
 use super::command::{Command, Part, Table};
 use super::negotiate::{Export, MAX_OPTION, Negotiation, Session, Step};
 use super::status;

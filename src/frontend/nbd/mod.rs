@@ -5,7 +5,6 @@
 //! `negotiate` is the handshake. Then `connection` takes a client's bytes apart into commands, hands these in as
 //! requests whose data is in the client's `arena`, and `transmit` sends the replies of a turn together.
 
-mod arena;
 mod command;
 mod connection;
 mod listen;

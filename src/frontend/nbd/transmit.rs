@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::arena::{Arena, Run};
+use crate::payload::{Arena, Run};
 use super::command::Command;
 use super::wire::{
     BASE_ALLOCATION_ID, CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR, CHUNK_ERROR_OFFSET, CHUNK_MAGIC,

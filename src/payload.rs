@@ -1,4 +1,5 @@
-//! A client's payload memory: one mapping, made when it connects, of which runs of pages are lent out.
+//! Payload memory that is ours: one mapping, made at the start or when a client connects, of which runs of pages are lent
+//! out.
 
 use std::io;
 use std::sync::Arc;
@@ -7,21 +8,21 @@ use crate::sys::memory::{Memory, PAGE_SIZE};
 
 /// Pages that are lent out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
+pub struct Run {
     first: u32,
     pages: u32,
 }
 
 impl Run {
     /// Its first byte in the memory.
-    pub(super) fn offset(self) -> u32 {
+    pub fn offset(self) -> u32 {
         self.first * PAGE_SIZE as u32
     }
 }
 
 /// The memory and which of its pages are lent out.
 #[derive(Debug)]
-pub(super) struct Arena {
+pub struct Arena {
     memory: Arc<Memory>,
     used: Box<[bool]>,
     free: u32,
@@ -31,19 +32,19 @@ pub(super) struct Arena {
 
 impl Arena {
     /// `bytes` of memory, rounded up to pages.
-    pub(super) fn new(bytes: usize) -> io::Result<Arena> {
+    pub fn new(bytes: usize) -> io::Result<Arena> {
         let memory = Arc::new(Memory::anonymous(bytes)?);
         let pages = memory.len() / PAGE_SIZE;
         Ok(Arena { memory, used: vec![false; pages].into(), free: pages as u32, from: 0 })
     }
 
     /// The memory of all runs.
-    pub(super) fn memory(&self) -> &Arc<Memory> {
+    pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }
 
     /// The first run of free pages that has `bytes`.
-    pub(super) fn alloc(&mut self, bytes: u32) -> Option<Run> {
+    pub fn alloc(&mut self, bytes: u32) -> Option<Run> {
         let pages = bytes.div_ceil(PAGE_SIZE as u32);
         if pages > self.free {
             return None;
@@ -65,7 +66,7 @@ impl Arena {
     }
 
     /// Takes a run back.
-    pub(super) fn free(&mut self, run: Run) {
+    pub fn free(&mut self, run: Run) {
         let first = run.first as usize;
         let pages = &mut self.used[first..first + run.pages as usize];
         debug_assert!(pages.iter().all(|used| *used), "a run is given back twice");
@@ -75,7 +76,7 @@ impl Arena {
     }
 
     /// Bytes that are lent out.
-    pub(super) fn lent(&self) -> usize {
+    pub fn lent(&self) -> usize {
         (self.used.len() - self.free as usize) * PAGE_SIZE
     }
 }

@@ -1,0 +1,118 @@
+//! One ring of a guest: its pages, mapped, and its event channel, bound.
+
+use std::sync::Arc;
+
+use crate::frontend::blkif::queue::{CountedRing, Doorbell};
+use crate::frontend::blkif::ring::{BackRing, Shared};
+use crate::frontend::blkif::wire::{Abi, Entry, GrantRef};
+use crate::sys::evtchn::{Evtchn, evtchn_port_t};
+use crate::sys::gntdev::{Gntdev, domid_t};
+
+/// Where a guest has a ring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RingAt {
+    /// `ring-ref` or `ring-ref0` and so on: its pages, a power of two.
+    pub grefs: Vec<GrantRef>,
+    /// `event-channel`: the guest's port.
+    pub event_channel: evtchn_port_t,
+}
+
+/// A port of ours, given back when it is dropped.
+pub struct Port {
+    evtchn: Arc<Evtchn>,
+    number: evtchn_port_t,
+}
+
+impl Port {
+    /// As the device numbers it.
+    pub fn number(&self) -> evtchn_port_t {
+        self.number
+    }
+
+    /// Sends an event. A guest that is gone has nobody to hear it.
+    pub fn notify(&self) {
+        let _ = self.evtchn.notify(self.number);
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        // Nothing can be done about it, and the port goes with the process.
+        let _ = self.evtchn.unbind(self.number);
+    }
+}
+
+/// A ring that is served.
+pub struct GuestRing {
+    /// The ring.
+    pub ring: CountedRing,
+    /// Its event channel.
+    pub port: Port,
+    /// A request that was taken from the ring, and has no room yet.
+    pub held: Option<Entry>,
+    /// Finds out event storms.
+    pub doorbell: Doorbell,
+    /// Until when its events are left alone, ns of [`crate::stats::now`].
+    pub muted_until: Option<u64>,
+    /// An event came, and its port is masked.
+    masked: bool,
+}
+
+impl GuestRing {
+    /// Maps the ring and binds its port.
+    pub fn connect(
+        gntdev: &Gntdev,
+        evtchn: &Arc<Evtchn>,
+        domain: domid_t,
+        abi: Abi,
+        at: &RingAt,
+    ) -> Result<GuestRing, String> {
+        let memory = gntdev
+            .map(domain, &at.grefs)
+            .map_err(|error| format!("cannot map the ring, grant references {:?}: {error}", at.grefs))?;
+        let number = evtchn
+            .bind_interdomain(domain, at.event_channel)
+            .map_err(|error| format!("cannot bind event channel {}: {error}", at.event_channel))?;
+        let shared = Shared::new(Arc::new(memory), 0, abi, at.grefs.len().ilog2());
+        Ok(GuestRing {
+            ring: CountedRing::new(BackRing::attach(shared)),
+            port: Port { evtchn: Arc::clone(evtchn), number },
+            held: None,
+            doorbell: Doorbell::default(),
+            muted_until: None,
+            masked: false,
+        })
+    }
+
+    /// An event came.
+    pub fn kicked(&mut self) {
+        self.masked = true;
+        self.doorbell.ring(&mut self.ring.counters);
+    }
+
+    /// Asks for an event. True: a request is there already.
+    pub fn arm(&mut self, now: u64) -> bool {
+        if self.muted_until.is_some_and(|until| now < until) {
+            return self.ring.ready();
+        }
+        self.muted_until = None;
+        if self.masked {
+            // What came while it was masked comes now.
+            self.masked = self.port.evtchn.unmask(&[self.port.number]).is_err();
+        }
+        self.ring.arm()
+    }
+
+    /// For debug-queue.
+    pub fn inspect(&self) -> serde_json::Value {
+        serde_json::json!({
+            "entries": self.ring.entries(),
+            "port": self.port.number,
+            "masked": self.masked,
+            "muted": self.muted_until.is_some(),
+            "held": self.held.is_some(),
+            "indices": self.ring.indices(),
+            "counters": self.ring.counters,
+        })
+    }
+}

@@ -1,0 +1,82 @@
+//! `/dev/xen/gntalloc`: pages of ours that another domain may use (the kernel's `include/uapi/xen/gntalloc.h`). What a
+//! frontend does; here it serves a client in the host's own domain.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::gntdev::{GrantRef, domid_t};
+use super::memory::{Memory, PAGE_SIZE};
+
+/// The device.
+pub const PATH: &str = "/dev/xen/gntalloc";
+
+/// `GNTALLOC_FLAG_WRITABLE`.
+const WRITABLE: u16 = 1;
+
+/// The most pages of one allocation.
+pub const PAGES_MAX: usize = 256;
+
+/// `struct ioctl_gntalloc_alloc_gref`, with room for all references.
+#[repr(C)]
+struct Alloc {
+    domain: u16,
+    flags: u16,
+    count: u32,
+    index: u64,
+    grefs: [GrantRef; PAGES_MAX],
+}
+
+/// `struct ioctl_gntalloc_dealloc_gref`.
+#[repr(C)]
+struct Dealloc {
+    index: u64,
+    count: u32,
+    pad: u32,
+}
+
+mod ioctl {
+    const fn number(number: u8, size: usize) -> libc::c_ulong {
+        nix::request_code_none!(b'G', number) | (size as libc::c_ulong) << 16
+    }
+    nix::ioctl_readwrite_bad!(alloc, number(5, 24), super::Alloc);
+    nix::ioctl_readwrite_bad!(dealloc, number(6, 16), super::Dealloc);
+}
+
+/// Pages that a domain may use, until they are dropped. A page that the domain still has mapped stays until then.
+#[derive(Debug)]
+pub struct Granted {
+    file: File,
+    index: u64,
+    memory: Memory,
+    /// The pages' references, in the memory's order.
+    pub grefs: Vec<GrantRef>,
+}
+
+impl Granted {
+    /// `count` zeroed pages, [`PAGES_MAX`] at most, that `domain` may read and, if it says so, write.
+    pub fn new(domain: domid_t, count: usize, writable: bool) -> io::Result<Granted> {
+        if !(1..=PAGES_MAX).contains(&count) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let file = OpenOptions::new().read(true).write(true).open(PATH)?;
+        let flags = if writable { WRITABLE } else { 0 };
+        let mut alloc = Alloc { domain, flags, count: count as u32, index: 0, grefs: [0; PAGES_MAX] };
+        // SAFETY: the kernel writes the index and `count` references, for which there is room.
+        unsafe { ioctl::alloc(file.as_raw_fd(), &raw mut alloc) }?;
+        let memory = Memory::at_offset(&file, alloc.index, count * PAGE_SIZE)?;
+        Ok(Granted { file, index: alloc.index, memory, grefs: alloc.grefs[..count].to_vec() })
+    }
+
+    /// The pages.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Takes the grants back, though the memory stays.
+    pub fn revoke(&self) -> io::Result<()> {
+        let mut dealloc = Dealloc { index: self.index, count: self.grefs.len() as u32, pad: 0 };
+        // SAFETY: the kernel reads the struct; the pages are freed when they are mapped nowhere any more.
+        Ok(unsafe { ioctl::dealloc(self.file.as_raw_fd(), &raw mut dealloc) }.map(drop)?)
+    }
+}
