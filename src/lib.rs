@@ -52,6 +52,8 @@ pub mod disk;
 
 pub mod frontend;
 
+pub mod xenstore;
+
 pub mod request;
 
 pub mod stack;
