@@ -52,8 +52,11 @@ pub mod disk;
 
 pub mod frontend;
 
-pub mod payload;
+pub mod xenstore;
+
 pub mod request;
+
+pub mod payload;
 
 pub mod stack;
 

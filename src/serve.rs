@@ -2,12 +2,13 @@
 
 use slog::{Logger, info, warn};
 
-use crate::config::Config;
+use crate::config::{self, Config, OnClose};
 use crate::disk::Disk;
 use crate::event::MainLoop;
 use crate::frontend::local::Local;
 use crate::frontend::nbd::Nbd;
-use crate::frontend::{DiskInfo, Frontend, local, nbd};
+use crate::frontend::xen::Xen;
+use crate::frontend::{DiskInfo, Frontend, local, nbd, xen};
 use crate::image;
 use crate::log::Log;
 use crate::queue::{Limits, Queue};
@@ -46,6 +47,9 @@ fn frontends(
     log: &Logger,
 ) -> Result<Vec<Box<dyn Frontend>>, Box<dyn std::error::Error>> {
     let mut frontends: Vec<Box<dyn Frontend>> = Vec::new();
+    if let Some(xen) = &config.frontend.xen {
+        frontends.push(Box::new(Xen::open(xen_config(config, xen), disk.clone(), log.clone())?));
+    }
     if let Some(local) = &config.frontend.local {
         let config = local::Config {
             socket: local.socket.clone(),
@@ -72,6 +76,28 @@ fn frontends(
         warn!(log, "no frontend is configured: nobody can reach the disk");
     }
     Ok(frontends)
+}
+
+fn xen_config(config: &Config, table: &config::Xen) -> xen::Config {
+    xen::Config {
+        device: xen::xenbus::Config {
+            domain: table.domain as u16,
+            device: table.device.0,
+            backend: table.backend.clone(),
+            exit: table.on_close == OnClose::Exit,
+            wait_for_hotplug: table.wait_for_hotplug,
+            max_ring_page_order: table.max_ring_page_order,
+            max_queues: table.max_queues,
+            max_indirect_segments: table.max_indirect_segments,
+        },
+        limits: xen::vbd::Limits {
+            indirect_segments: table.max_indirect_segments as usize,
+            buffers: table.buffers.0 as usize,
+            requests: config.requests as usize,
+        },
+        store: table.store.clone(),
+        lock_memory: config.memory.lock,
+    }
 }
 
 /// Keeps all that is there now resident. What clients bring later locks itself.

@@ -4,6 +4,7 @@
 //! expected. [`Config::to_toml`] prints all of it with the defaults filled in.
 
 mod units;
+mod xen;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::units::Size;
 use self::units::{in_range, log_level, sector_size};
+pub use self::xen::{Device, OnClose, Xen};
 use crate::log;
 pub use crate::queue::SubmitMode;
 
@@ -155,6 +157,9 @@ pub struct MainLoop {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Frontends {
+    /// A Xen guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xen: Option<Xen>,
     /// The blkif ring over shared memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<Local>,
@@ -257,6 +262,12 @@ mod defaults {
     }
     pub(super) fn clients() -> u32 {
         16
+    }
+    pub(super) fn backend() -> String {
+        "vbd3".into()
+    }
+    pub(super) fn buffers() -> Size {
+        Size(16 << 20)
     }
 }
 
@@ -393,6 +404,14 @@ impl Config {
         }
         if self.frontend.local.as_ref().is_some_and(|local| !(4096..=1 << 30).contains(&local.max_data.0)) {
             return wrong("frontend.local.max_data", "expected from 4 KiB to 1 GiB");
+        }
+        if let Some(xen) = &self.frontend.xen
+            && !(u64::from(xen.max_indirect_segments.max(11)) * 4096..=1 << 30).contains(&xen.buffers.0)
+        {
+            return wrong(
+                "frontend.xen.buffers",
+                "expected at most 1 GiB, and at least 44 KiB and 4 KiB for each of max_indirect_segments",
+            );
         }
         Ok(())
     }

@@ -2,13 +2,13 @@
 
 use nix::errno::Errno;
 
-use crate::payload::Run;
 use super::negotiate::{MAX_PAYLOAD, Session};
 use super::wire::{
     CMD_BLOCK_STATUS, CMD_FLAG_DF, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM,
     CMD_WRITE, CMD_WRITE_ZEROES, RequestHead,
 };
 use crate::frontend::DiskInfo;
+use crate::payload::Run;
 use crate::request::Op;
 
 /// The most bytes of a read or write that go to the disk as one request; more becomes several parts.

@@ -12,13 +12,13 @@ use mio::{Interest, Registry, Token, event::Source};
 use nix::errno::Errno;
 use zerocopy::FromBytes;
 
-use crate::payload::{Arena, Run};
 use super::command::{Command, Part, Table};
 use super::negotiate::{Export, MAX_OPTION, Negotiation, Session, Step};
 use super::status;
 use super::transmit::{Sent, Transmit};
 use super::wire::{CMD_DISC, CMD_WRITE, REQUEST_MAGIC, RequestHead};
 use crate::frontend::{DiskInfo, Intake};
+use crate::payload::{Arena, Run};
 use crate::request::Op;
 use crate::sys::socket;
 

@@ -8,12 +8,12 @@ use nix::errno::Errno;
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::payload::{Arena, Run};
 use super::command::Command;
 use super::wire::{
     BASE_ALLOCATION_ID, CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR, CHUNK_ERROR_OFFSET, CHUNK_MAGIC,
     CHUNK_OFFSET_DATA, ChunkError, ChunkErrorOffset, ChunkHead, SIMPLE_REPLY_MAGIC, SimpleReply, error,
 };
+use crate::payload::{Arena, Run};
 use crate::sys::socket::{self, Piece};
 
 /// The longest head: that of a chunk, and an error with its place.

@@ -31,17 +31,8 @@ impl XenbusState {
     /// From a node's value.
     pub fn parse(value: &[u8]) -> XenbusState {
         use XenbusState::*;
-        const ALL: [XenbusState; 9] = [
-            Unknown,
-            Initialising,
-            InitWait,
-            Initialised,
-            Connected,
-            Closing,
-            Closed,
-            Reconfiguring,
-            Reconfigured,
-        ];
+        const ALL: [XenbusState; 9] =
+            [Unknown, Initialising, InitWait, Initialised, Connected, Closing, Closed, Reconfiguring, Reconfigured];
         super::xenbus::number(value).and_then(|number| ALL.get(number as usize).copied()).unwrap_or(Unknown)
     }
 }

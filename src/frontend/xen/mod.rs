@@ -94,9 +94,15 @@ impl Backend for Shared {
 
 /// The handshake, or what is left of it.
 enum Talk {
-    On { store: Rc<Store>, task: Task<End> },
+    On {
+        store: Rc<Store>,
+        task: Task<End>,
+    },
     /// No connection to XenStore; it is tried again at that time. The guest is served on.
-    Off { stage: Stage, retry_at: u64 },
+    Off {
+        stage: Stage,
+        retry_at: u64,
+    },
     Over,
 }
 

@@ -11,13 +11,13 @@ use serde::Serialize;
 use slog::{Logger, warn};
 
 use super::ring::{GuestRing, RingAt};
+use crate::frontend::Intake;
 use crate::frontend::blkif::queue::{Counters, MUTE};
 use crate::frontend::blkif::wire::{
     Abi, Entry, GrantRef, MAX_SEGMENTS, OP_INDIRECT, OP_READ, OP_WRITE, OP_WRITE_BARRIER, RSP_ERROR, Response,
     SEGMENT_SIZE, Segment,
 };
 use crate::frontend::blkif::{Command, parse, response_operation, status};
-use crate::frontend::Intake;
 use crate::log::Limiter;
 use crate::payload::{Arena, Run};
 use crate::request::{Op, Request};

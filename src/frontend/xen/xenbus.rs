@@ -497,9 +497,7 @@ impl<B: Backend> Handshake<B> {
 fn ring_at(folder: &str, channel: Option<&[u8]>, pages: &[Option<Vec<u8>>]) -> Result<RingAt, String> {
     let value = |key: &str, value: Option<&[u8]>| match value {
         None => Err(format!("{folder}{key} is missing")),
-        Some(value) => {
-            number(value).ok_or_else(|| format!("{folder}{key} \"{}\" is not a number", text(value)))
-        }
+        Some(value) => number(value).ok_or_else(|| format!("{folder}{key} \"{}\" is not a number", text(value))),
     };
     let event_channel = value("event-channel", channel)?;
     let grefs = pages.iter().map(|page| value("ring-ref", page.as_deref())).collect::<Result<Vec<_>, _>>()?;
