@@ -28,6 +28,7 @@
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
 //! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
+//! - The **XenStore** ([`xenstore`]) is asked without waiting: its client's requests are futures, polled on the main loop.
 //!
 //! ## Ownership
 //!

@@ -19,9 +19,9 @@ const DEFAULTS: [&str; 2] = ["/run/xenstored/socket", "/dev/xen/xenbus"];
 
 /// xenstored's socket, or the kernel's device.
 ///
-/// The device (Linux, `drivers/xen/xenbus/xenbus_dev_frontend.c`) wants each message in a `write` of its own, takes it at
-/// once, and answers what it does not like with an error of that `write`. So nothing ever waits to be sent to it, which
-/// is good, as it never polls writable.
+/// The device (Linux, `drivers/xen/xenbus/xenbus_dev_frontend.c`) takes each `write` at once, never polls writable, and
+/// answers some of what it does not like with an error of the `write`. It wants each message in a `write` of its own, and
+/// only when the one before is answered: it has one buffer for what is written, and sends from there later.
 pub(super) struct Channel {
     fd: OwnedFd,
     device: bool,
@@ -61,8 +61,8 @@ impl Channel {
         if self.device { PAYLOAD_MAX - HEADER_LEN } else { PAYLOAD_MAX }
     }
 
-    /// Whether an error of [`send`](Channel::send) is about the one message only.
-    pub(super) fn refuses_single(&self) -> bool {
+    /// Whether it takes one request at a time only, and an error of [`send`](Channel::send) is about that one.
+    pub(super) fn single(&self) -> bool {
         self.device
     }
 

@@ -1,8 +1,9 @@
 //! A client of the XenStore, for the main loop: it never waits. Through xenstored's Unix socket, or through the kernel's
 //! device where xenstored runs in another domain.
 //!
-//! A request is sent when its function is called, so several can be on their way, and gives a [`Reply`], a future.
-//! Nothing wakes a future of this module: whoever owns a [`Task`] polls it after each [`Store::progress`].
+//! A request gives a [`Reply`], a future. It is sent when its function is called, so several can be on their way; only the
+//! device takes the next one when the one before is answered. Nothing wakes a future of this module: whoever owns a
+//! [`Task`] polls it after each [`Store::progress`].
 //!
 //! ```no_run
 //! use std::rc::Rc;
@@ -104,6 +105,8 @@ impl Store {
         }
     }
 
+    /// Until there is nothing more, as an edge-triggered poll wants it. That comes soon even in a storm of events: to make
+    /// one takes xenstored longer than it takes us to read it.
     fn receive(&self, state: &mut State) -> io::Result<()> {
         let mut bytes = [0; 16 << 10];
         loop {
@@ -123,6 +126,9 @@ impl Store {
 
     fn flush(&self, state: &mut State) -> io::Result<()> {
         while let Some((_, message)) = state.outgoing.front() {
+            if self.channel.single() && state.awaits() {
+                return Ok(());
+            }
             match self.channel.send(&message[state.sent..]) {
                 Ok(count) => {
                     state.sent += count;
@@ -131,7 +137,7 @@ impl Store {
                     }
                 }
                 Err(Errno::EAGAIN) => return Ok(()),
-                Err(errno) if self.channel.refuses_single() => state.sent(Err(errno)),
+                Err(errno) if self.channel.single() => state.sent(Err(errno)),
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -199,8 +205,8 @@ impl Store {
         self.request(Kind::SET_PERMS, tx, (&texts, b""), done)
     }
 
-    /// Watches a node, which need not be there, and all below it. The watch fires once by itself when it is set. `EEXIST`
-    /// if there is one with this path and this token.
+    /// Watches a node, which need not be there, and all below it. The watch fires once by itself when it is set. Over the
+    /// socket, `EEXIST` if there is one with this path and this token.
     pub fn watch(&self, path: &str, token: &str) -> Reply<()> {
         self.request(Kind::WATCH, Tx::NONE, (&[path, token], b""), done)
     }
@@ -286,7 +292,7 @@ impl Drop for Open<'_> {
         self.tx = self.tx.or_else(|| self.start.take()?.ok());
         if self.tx.is_some() {
             // If that fails, there is no transaction.
-            let _ = self.end(false);
+            drop(self.end(false));
         }
     }
 }

@@ -134,6 +134,11 @@ impl State {
         }
     }
 
+    /// Whether a request is sent and not answered.
+    pub(super) fn awaits(&self) -> bool {
+        self.pending.len() > self.outgoing.len()
+    }
+
     #[cfg(test)]
     pub(super) fn is_idle(&self) -> bool {
         self.pending.is_empty() && self.outgoing.is_empty()

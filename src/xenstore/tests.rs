@@ -174,8 +174,10 @@ fn lies_end_the_connection_and_all_that_waits_for_it() {
     }
 }
 
+type Endless = Task<Result<Option<()>, Errno>>;
+
 /// A task that is in a transaction for ever, its store, and the other end.
-fn in_transaction() -> (Task<Result<Option<()>, Errno>>, Rc<Store>, UnixStream) {
+fn in_transaction() -> (Endless, Rc<Store>, UnixStream) {
     let (store, theirs) = pair();
     let mut task = Task::new({
         let store = Rc::clone(&store);

@@ -5,3 +5,4 @@ pub mod double;
 pub mod guest;
 pub mod served;
 pub mod world;
+pub mod xenstored;
