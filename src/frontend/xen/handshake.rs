@@ -106,7 +106,9 @@ pub fn decide(stage: Stage, seen: &Seen) -> Act {
         return Act::Forget;
     }
     let close = if stage == S::Closed { Act::Wait } else { Act::Close };
-    let Some(front) = seen.front else { return close };
+    // A toolstack may make the two directories one after the other.
+    let early = stage == S::Start && back.online && back.state == X::Initialising;
+    let Some(front) = seen.front else { return if early { Act::Wait } else { close } };
     // The toolstack takes the device away. A frontend that uses it is given the time to finish.
     let leaving = !back.online && matches!(back.state, X::Closing | X::Closed);
     match (front, stage) {
@@ -164,6 +166,14 @@ mod tests {
         assert_eq!(decide(S::Closed, &seen(X::Closed, X::Closed)), Act::Wait);
         let gone = Seen { back: None, front: None, new_rings: false };
         assert_eq!((decide(S::Closed, &gone), decide(S::Start, &gone)), (Act::Forget, Act::Wait));
+    }
+
+    #[test]
+    fn a_frontend_that_is_not_there_yet_is_waited_for() {
+        let early = Seen { front: None, ..seen(X::Initialising, X::Unknown) };
+        assert_eq!(decide(S::Start, &early), Act::Wait);
+        let late = Seen { front: None, ..seen(X::Connected, X::Unknown) };
+        assert_eq!(decide(S::Start, &late), Act::Close);
     }
 
     #[test]

@@ -234,10 +234,7 @@ impl<B: Backend> Handshake<B> {
         }
         if look.seen.front.is_none() {
             info!(self.log, "removing the backend's directory: the guest is gone"; "node" => &self.directory);
-            match self.store.remove(Tx::NONE, &self.directory).await {
-                Err(Errno::ENOENT) => {}
-                other => other?,
-            }
+            self.remove().await?;
         }
         if !self.config.exit {
             self.wait(None).await;
@@ -266,6 +263,19 @@ impl<B: Backend> Handshake<B> {
             if wait { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
+    }
+
+    /// Removes the backend's directory, and the guest's, if it was the last one in it.
+    async fn remove(&self) -> Result<(), Errno> {
+        let (guest, _) = self.directory.rsplit_once('/').unwrap_or_default();
+        let removed = self.store.transaction(async |tx| {
+            optional(self.store.remove(tx, &self.directory).await.map(|()| Vec::new()))?;
+            if self.store.directory(tx, guest).await.is_ok_and(|others| others.is_empty()) {
+                self.store.remove(tx, guest).await?;
+            }
+            Ok(Some(()))
+        });
+        removed.await.map(drop)
     }
 
     fn node(&self, name: &str) -> String {
