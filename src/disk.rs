@@ -14,6 +14,7 @@ use slog::{Logger, error, info};
 use crate::engine::Submit;
 use crate::frontend::{DiskInfo, Frontend, Intake};
 use crate::log::Limiter;
+use crate::polling::{Polling, PollingReport};
 use crate::queue::{Queue, QueueReport, TiocbReport, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::Stack;
@@ -77,6 +78,8 @@ pub struct Disk {
     done: VecDeque<RequestId>,
     barrier: Option<RequestId>,
     barrier_state: Barrier,
+    /// When a frontend whose requests memory shows last brought one or got an answer.
+    last_in_memory: Option<u64>,
     state: State,
     /// An error of the last flush.
     flush_error: Option<Errno>,
@@ -105,6 +108,8 @@ pub struct DebugQueue {
     pub slots_used: usize,
     /// The queue's counters.
     pub queue: QueueReport,
+    /// The main loop's polling.
+    pub polling: PollingReport,
     /// Requests that are not answered, oldest first.
     pub requests: Vec<RequestReport>,
     /// Counters and latencies by operation.
@@ -156,6 +161,7 @@ impl Disk {
             done: VecDeque::with_capacity(capacity),
             barrier: None,
             barrier_state: Barrier::Draining,
+            last_in_memory: None,
             state: State::Running,
             flush_error: None,
             _lock: lock,
@@ -213,6 +219,7 @@ impl Disk {
         self.first = self.first.wrapping_add(1);
         let count = self.frontends.len();
         for i in (0..count).map(|i| (self.first % count + i) % count) {
+            let had = self.started.len();
             self.frontends[i].pull(&mut Intake {
                 slots: &mut self.slots,
                 started: &mut self.started,
@@ -221,6 +228,9 @@ impl Disk {
                 frontend: i as u16,
                 now,
             });
+            if self.started.len() > had && self.frontends[i].in_memory() {
+                self.last_in_memory = Some(now);
+            }
         }
         self.started.len() > before
     }
@@ -312,6 +322,9 @@ impl Disk {
             }
             self.slots.release(id);
         }
+        if in_memory {
+            self.last_in_memory = Some(now);
+        }
         (true, in_memory)
     }
 
@@ -368,6 +381,11 @@ impl Disk {
         self.queue.ready() || (self.may_pull() && self.frontends.iter().any(|frontend| frontend.ready()))
     }
 
+    /// When a frontend whose requests memory shows last brought one or got an answer, ns of [`now`].
+    pub fn last_in_memory(&self) -> Option<u64> {
+        self.last_in_memory
+    }
+
     /// Before the loop sleeps: asks clients to wake it. True: a turn is due.
     pub fn arm(&mut self) -> bool {
         // Where nothing can be pulled, a completion is what wakes the loop, and then it looks at the rings anyway.
@@ -401,7 +419,7 @@ impl Disk {
     }
 
     /// Everything there is to see.
-    pub fn inspect(&self) -> DebugQueue {
+    pub fn inspect(&self, polling: &Polling) -> DebugQueue {
         let now = now();
         let mut tiocbs: Vec<Vec<TiocbReport>> = vec![Vec::new(); self.slots.capacity()];
         for (owner, tiocb) in self.queue.inspect() {
@@ -430,6 +448,7 @@ impl Disk {
             slots: self.slots.capacity(),
             slots_used: self.slots.used(),
             queue: self.queue.report(),
+            polling: polling.report(),
             requests,
             operations: self.stats.report(),
             frontends: self.frontends.iter().map(|frontend| frontend.inspect()).collect(),
