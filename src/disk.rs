@@ -19,6 +19,7 @@ use crate::queue::{Queue, QueueReport, TiocbReport, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::Stack;
 use crate::stats::{OpReport, Stats, now};
+use crate::sys::file::geometry;
 
 /// The disk's own requests.
 const INTERNAL: u16 = u16::MAX;
@@ -83,8 +84,8 @@ pub struct Disk {
     state: State,
     /// An error of the last flush.
     flush_error: Option<Errno>,
-    /// Held as long as the disk can write.
-    _lock: Option<Flock<File>>,
+    /// Held as long as the disk can write; also the file whose size is asked for. None: there is no file.
+    lock: Option<Flock<File>>,
     log: Logger,
     limiter: Limiter,
 }
@@ -137,6 +138,31 @@ pub struct RequestReport {
     pub tiocbs: Vec<TiocbReport>,
 }
 
+/// Why a disk does not take on its file's new size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// Its image is no file.
+    #[error("it has no file that could grow")]
+    NoFile,
+    /// The system says no.
+    #[error("cannot see its size: {0}")]
+    Io(#[from] std::io::Error),
+    /// The image does not go with that size.
+    #[error(transparent)]
+    Format(#[from] drivers::OpenError),
+}
+
+impl ResizeError {
+    /// As a client is told.
+    pub fn errno(&self) -> Errno {
+        match self {
+            ResizeError::NoFile => Errno::EOPNOTSUPP,
+            ResizeError::Io(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            ResizeError::Format(_) => Errno::EINVAL,
+        }
+    }
+}
+
 impl Disk {
     /// A disk of these parts.
     pub fn new(
@@ -164,7 +190,7 @@ impl Disk {
             last_in_memory: None,
             state: State::Running,
             flush_error: None,
-            _lock: lock,
+            lock,
             log,
             limiter: Limiter::default(),
         }
@@ -406,6 +432,19 @@ impl Disk {
     /// What clients are told.
     pub fn info(&self) -> &DiskInfo {
         &self.info
+    }
+
+    /// Looks whether the image's file has grown, and if so, takes requests for all of it from now on, and tells the
+    /// frontends. Gives the disk's size before and now, in bytes. What it asks the kernel needs no I/O on a local disk.
+    pub fn resize(&mut self) -> Result<(u64, u64), ResizeError> {
+        let file_size = geometry(self.lock.as_ref().ok_or(ResizeError::NoFile)?)?.size;
+        let new = self.stack.file_grown(file_size)?;
+        let old = std::mem::replace(&mut self.info.size, new);
+        if new != old {
+            info!(self.log, "the disk has grown"; "from" => old, "to" => new, "file" => file_size);
+            self.frontends.iter_mut().for_each(|frontend| frontend.resized(&self.info));
+        }
+        Ok((old, new))
     }
 
     /// Counters by operation.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Response, Stat, kind, poll, text};
+use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Response, Stat, kind, poll, text};
 use crate::polling::Settings;
 
 /// How long an answer may take.
@@ -145,6 +145,13 @@ pub fn poll(
     let answer = ask_ours(&path(directory, pid), &Message::new(kind::POLL, minor).with(&wanted))?;
     let Poll { poll_us, poll_idle_percent, .. } = answer.member();
     Ok(Settings { poll_us, poll_idle_percent })
+}
+
+/// Has a disk look whether its file has grown, and gives its size in bytes before and now.
+pub fn resize(directory: &Path, pid: i32, minor: u16) -> io::Result<(u64, u64)> {
+    let answer = ask_ours(&path(directory, pid), &Message::new(kind::RESIZE, minor))?;
+    let Resized { old, new } = answer.member();
+    Ok((old, new))
 }
 
 /// Tells a process to drain, flush and exit.

@@ -16,7 +16,7 @@ use serde_json::json;
 use slog::{Logger, info, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
-use self::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Stat, kind, poll, state, string};
+use self::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
 use crate::disk::Disk;
 use crate::polling::Polling;
 use crate::stats::now;
@@ -197,7 +197,8 @@ pub fn respond(request: &Message, minor: u16, disk: &mut Disk, polling: &mut Pol
             Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
         },
         kind::POLL if ours => set_polling(request, polling, log).as_bytes().to_vec(),
-        kind::STATS | kind::DEBUG_QUEUE | kind::POLL => no_disk(),
+        kind::RESIZE if ours => resize(cookie, disk).as_bytes().to_vec(),
+        kind::STATS | kind::DEBUG_QUEUE | kind::POLL | kind::RESIZE => no_disk(),
         kind::EXIT => {
             info!(log, "told to exit by a control connection");
             disk.drain();
@@ -228,6 +229,16 @@ fn set_polling(request: &Message, polling: &mut Polling, log: &Logger) -> Messag
     }
     let answer = Poll { poll_us: settings.poll_us, poll_idle_percent: settings.poll_idle_percent, flags: 0 };
     Message::new(kind::POLL_RSP, request.cookie).with(&answer)
+}
+
+fn resize(cookie: u16, disk: &mut Disk) -> Message {
+    match disk.resize() {
+        Ok((old, new)) => Message::new(kind::RESIZE_RSP, cookie).with(&Resized { old, new }),
+        Err(error) => {
+            let text = format!("{}: {error}", disk.info().name);
+            Message::error(cookie, error.errno() as i32, &text)
+        }
+    }
 }
 
 fn list(cookie: u16, minor: u16, disk: &Disk) -> Vec<u8> {

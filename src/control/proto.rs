@@ -27,6 +27,9 @@ pub mod kind {
     /// Ours: sets the main loop's polling, or only asks for it.
     pub const POLL: u16 = 0x102;
     pub const POLL_RSP: u16 = 0x103;
+    /// Ours: the image's file may have grown.
+    pub const RESIZE: u16 = 0x104;
+    pub const RESIZE_RSP: u16 = 0x105;
 }
 
 /// State bits of LIST.
@@ -96,6 +99,16 @@ pub struct Poll {
     pub flags: u32,
 }
 
+/// Union member of the answer to RESIZE.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Resized {
+    /// Bytes of the disk before.
+    pub old: u64,
+    /// Bytes of the disk now.
+    pub new: u64,
+}
+
 /// Flags of POLL.
 pub mod poll {
     /// Set `poll_us`.
@@ -108,6 +121,7 @@ const _: () = {
     assert!(size_of::<Message>() == MESSAGE_SIZE && std::mem::offset_of!(Message, body) == 8);
     assert!(size_of::<List>() == 268 && std::mem::offset_of!(List, path) == 12);
     assert!(size_of::<Stat>() == 16 && std::mem::offset_of!(Stat, length) == 8);
+    assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
     assert!(size_of::<Poll>() == 12 && std::mem::offset_of!(Poll, flags) == 8);
     assert!(size_of::<Response>() == 260 && std::mem::offset_of!(Response, message) == 4);
 };

@@ -1,5 +1,6 @@
 //! `tap-ctl`: lists the tapdisks of a host and shows what they do.
 
+mod resize;
 mod show;
 
 use std::io::{self, IsTerminal, Write};
@@ -8,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use nix::errno::Errno;
+use tapdisk::config::Size;
 use tapdisk::control::client::{self, Listed, Refused};
 use tapdisk::control::proto::kind;
 use tapdisk::disk::DebugQueue;
@@ -23,6 +25,7 @@ use tapdisk::disk::DebugQueue;
   tap-ctl list
   tap-ctl debug-queue                      the only tapdisk there is
   tap-ctl debug-queue -p 4711 --json
+  tap-ctl resize -p 4711 --size 20G
   tap-ctl poll --us 1000 --idle-percent 30
   tap-ctl --directory target/quick-start stats"
 )]
@@ -93,6 +96,18 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Tells a tapdisk that its image has grown; prints the disk's size before and now, in bytes
+    ///
+    /// Clients of the ring can use all of it at once, NBD clients when they connect again. No disk shrinks.
+    Resize {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// Lets the image, which must be a regular file, grow to this size first, such as "20 GiB". Not given: the file
+        /// or block device has grown already
+        #[arg(long)]
+        size: Option<Size>,
+    },
     /// Tells a tapdisk to finish what is in flight, make it durable, and exit
     Exit {
         /// Which disk
@@ -159,6 +174,9 @@ fn command(args: &Args) -> io::Result<()> {
         Command::Poll { disk, us, idle_percent, json } => {
             let (pid, minor) = find(args, disk)?;
             show::poll(&mut out, client::poll(&args.directory, pid, minor, *us, *idle_percent)?, *json)
+        }
+        Command::Resize { disk, size } => {
+            resize::resize(&mut out, &args.directory, find(args, disk)?, size.map(|size| size.0))
         }
         Command::Exit { disk } => client::exit(&args.directory, find(args, disk)?.0),
     }
