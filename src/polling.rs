@@ -110,7 +110,8 @@ impl Polling {
         Ok(())
     }
 
-    /// Looks at memory for a while, unless the last request, at that time of [`now`], is too long ago or the host is busy.
+    /// Looks at memory for a while, unless the last request, at that time of [`now`], is too long ago or the host is
+    /// busy.
     pub fn look(&mut self, last_request: Option<u64>, ready: impl Fn() -> bool) -> Look {
         if self.settings.poll_us == 0 {
             self.active = false;
@@ -221,8 +222,8 @@ impl CpuTimes {
 /// Measures how idle the host is.
 #[derive(Debug)]
 struct Meter {
-    /// /proc/stat. The kernel has a buffer for it as long as it is open: a look needs no memory, which a host may not have
-    /// to give before our disk does its I/O.
+    /// /proc/stat. The kernel has a buffer for it as long as it is open: a look needs no memory, which a host may not
+    /// have to give before our disk does its I/O.
     file: Option<File>,
     /// Of the last look, ns.
     at: u64,

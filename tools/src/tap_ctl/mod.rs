@@ -81,7 +81,8 @@ pub enum Command {
     },
     /// Sets for how long a tapdisk looks at rings after the last request, before it sleeps; prints what is in force
     ///
-    /// It is quicker for the guest, and takes a CPU for that time. The configuration's [main_loop] says how it begins.
+    /// It is quicker for the guest, and takes a CPU for that time. Until it is set, the configuration's main_loop.poll_us
+    /// and poll_idle_percent are in force.
     Poll {
         /// Which disk
         #[command(flatten)]
