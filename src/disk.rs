@@ -14,10 +14,12 @@ use slog::{Logger, error, info};
 use crate::engine::Submit;
 use crate::frontend::{DiskInfo, Frontend, Intake};
 use crate::log::Limiter;
+use crate::polling::{Polling, PollingReport};
 use crate::queue::{Queue, QueueReport, TiocbReport, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::Stack;
 use crate::stats::{OpReport, Stats, now};
+use crate::sys::file::geometry;
 
 /// The disk's own requests.
 const INTERNAL: u16 = u16::MAX;
@@ -77,11 +79,13 @@ pub struct Disk {
     done: VecDeque<RequestId>,
     barrier: Option<RequestId>,
     barrier_state: Barrier,
+    /// When a frontend whose requests memory shows last brought one or got an answer.
+    last_in_memory: Option<u64>,
     state: State,
     /// An error of the last flush.
     flush_error: Option<Errno>,
-    /// Held as long as the disk can write.
-    _lock: Option<Flock<File>>,
+    /// Held as long as the disk can write; also the file whose size is asked for. None: there is no file.
+    lock: Option<Flock<File>>,
     log: Logger,
     limiter: Limiter,
 }
@@ -105,6 +109,8 @@ pub struct DebugQueue {
     pub slots_used: usize,
     /// The queue's counters.
     pub queue: QueueReport,
+    /// The main loop's polling.
+    pub polling: PollingReport,
     /// Requests that are not answered, oldest first.
     pub requests: Vec<RequestReport>,
     /// Counters and latencies by operation.
@@ -132,6 +138,31 @@ pub struct RequestReport {
     pub tiocbs: Vec<TiocbReport>,
 }
 
+/// Why a disk does not take on its file's new size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// Its image is no file.
+    #[error("it has no file that could grow")]
+    NoFile,
+    /// The system says no.
+    #[error("cannot see its size: {0}")]
+    Io(#[from] std::io::Error),
+    /// The image does not go with that size.
+    #[error(transparent)]
+    Format(#[from] drivers::OpenError),
+}
+
+impl ResizeError {
+    /// As a client is told.
+    pub fn errno(&self) -> Errno {
+        match self {
+            ResizeError::NoFile => Errno::EOPNOTSUPP,
+            ResizeError::Io(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            ResizeError::Format(_) => Errno::EINVAL,
+        }
+    }
+}
+
 impl Disk {
     /// A disk of these parts.
     pub fn new(
@@ -156,9 +187,10 @@ impl Disk {
             done: VecDeque::with_capacity(capacity),
             barrier: None,
             barrier_state: Barrier::Draining,
+            last_in_memory: None,
             state: State::Running,
             flush_error: None,
-            _lock: lock,
+            lock,
             log,
             limiter: Limiter::default(),
         }
@@ -213,6 +245,7 @@ impl Disk {
         self.first = self.first.wrapping_add(1);
         let count = self.frontends.len();
         for i in (0..count).map(|i| (self.first % count + i) % count) {
+            let had = self.started.len();
             self.frontends[i].pull(&mut Intake {
                 slots: &mut self.slots,
                 started: &mut self.started,
@@ -221,6 +254,9 @@ impl Disk {
                 frontend: i as u16,
                 now,
             });
+            if self.started.len() > had && self.frontends[i].in_memory() {
+                self.last_in_memory = Some(now);
+            }
         }
         self.started.len() > before
     }
@@ -312,6 +348,9 @@ impl Disk {
             }
             self.slots.release(id);
         }
+        if in_memory {
+            self.last_in_memory = Some(now);
+        }
         (true, in_memory)
     }
 
@@ -374,6 +413,11 @@ impl Disk {
         self.queue.ready() || (self.may_pull() && self.frontends.iter().any(|frontend| frontend.ready()))
     }
 
+    /// When a frontend whose requests memory shows last brought one or got an answer, ns of [`now`].
+    pub fn last_in_memory(&self) -> Option<u64> {
+        self.last_in_memory
+    }
+
     /// Before the loop sleeps: asks clients to wake it. True: a turn is due.
     pub fn arm(&mut self) -> bool {
         // Where nothing can be pulled, a completion is what wakes the loop, and then it looks at the rings anyway.
@@ -396,6 +440,19 @@ impl Disk {
         &self.info
     }
 
+    /// Looks whether the image's file has grown, and if so, takes requests for all of it from now on, and tells the
+    /// frontends. Gives the disk's size before and now, in bytes. What it asks the kernel needs no I/O on a local disk.
+    pub fn resize(&mut self) -> Result<(u64, u64), ResizeError> {
+        let file_size = geometry(self.lock.as_ref().ok_or(ResizeError::NoFile)?)?.size;
+        let new = self.stack.file_grown(file_size)?;
+        let old = std::mem::replace(&mut self.info.size, new);
+        if new != old {
+            info!(self.log, "the disk has grown"; "from" => old, "to" => new, "file" => file_size);
+            self.frontends.iter_mut().for_each(|frontend| frontend.resized(&self.info));
+        }
+        Ok((old, new))
+    }
+
     /// Counters by operation.
     pub fn stats(&self) -> &Stats {
         &self.stats
@@ -407,7 +464,7 @@ impl Disk {
     }
 
     /// Everything there is to see.
-    pub fn inspect(&self) -> DebugQueue {
+    pub fn inspect(&self, polling: &Polling) -> DebugQueue {
         let now = now();
         let mut tiocbs: Vec<Vec<TiocbReport>> = vec![Vec::new(); self.slots.capacity()];
         for (owner, tiocb) in self.queue.inspect() {
@@ -436,6 +493,7 @@ impl Disk {
             slots: self.slots.capacity(),
             slots_used: self.slots.used(),
             queue: self.queue.report(),
+            polling: polling.report(),
             requests,
             operations: self.stats.report(),
             frontends: self.frontends.iter().map(|frontend| frontend.inspect()).collect(),

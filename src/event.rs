@@ -12,9 +12,11 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use slog::{Logger, error, info, warn};
 
+use crate::config;
 use crate::control::Control;
 use crate::disk::{Disk, Turn};
 use crate::log::Log;
+use crate::polling::{Look, Polling, Settings};
 use crate::stats::now;
 
 const ENGINE: usize = 0;
@@ -45,16 +47,18 @@ pub struct MainLoop {
     after_answer: Spin,
     /// After submissions: for their completions.
     after_submit: Spin,
+    /// After requests, if that is set.
+    polling: Polling,
     logging: Log,
     log: Logger,
 }
 
 impl MainLoop {
-    /// A loop for `disk`. `spin_us`: the longest to look at memory before it sleeps, µs.
+    /// A loop for `disk`. `settings` are in range.
     pub fn new(
         mut disk: Disk,
         control: (&Path, u16),
-        spin_us: u32,
+        settings: &config::MainLoop,
         logging: Log,
         log: Logger,
     ) -> io::Result<MainLoop> {
@@ -67,6 +71,7 @@ impl MainLoop {
         watch(disk.engine().event().as_fd().as_raw_fd(), ENGINE)?;
         disk.register(registry, |i| token(FRONTENDS + i, 0))?;
         let control = Control::bind(control.0, control.1, registry.try_clone()?, token(CONTROL, 0), log.clone())?;
+        let &config::MainLoop { spin_us, poll_us, poll_idle_percent } = settings;
         Ok(MainLoop {
             poll,
             disk,
@@ -74,6 +79,7 @@ impl MainLoop {
             signals,
             after_answer: Spin::new(spin_us),
             after_submit: Spin::new(spin_us),
+            polling: Polling::new(Settings { poll_us, poll_idle_percent }),
             logging,
             log,
         })
@@ -94,6 +100,7 @@ impl MainLoop {
             let worked = turn != Turn::Nothing;
             if worked {
                 last = turn;
+                self.polling.worked();
             }
             if let Some(result) = self.disk.closed() {
                 return self.end(result.map_err(io::Error::from));
@@ -101,10 +108,14 @@ impl MainLoop {
             turns += 1;
             let sleep = if turns >= TURNS_MAX {
                 false
-            } else if worked || self.spin(last) || self.disk.arm() {
+            } else if worked {
                 continue;
             } else {
-                true
+                match self.look(last) {
+                    Look::Found => continue,
+                    Look::Again => false,
+                    Look::Over => true,
+                }
             };
             turns = 0;
             let slept = self.wait(&mut events, sleep)?;
@@ -115,6 +126,14 @@ impl MainLoop {
                     Turn::Worked | Turn::Nothing => {}
                 }
             }
+        }
+    }
+
+    /// The last turn found nothing: looks at memory, and if it still shows nothing, says whether to sleep.
+    fn look(&mut self, last: Turn) -> Look {
+        match self.polling.look(self.disk.last_in_memory(), || self.disk.ready()) {
+            Look::Over if self.spin(last) || self.disk.arm() => Look::Found,
+            look => look,
         }
     }
 
@@ -147,7 +166,7 @@ impl MainLoop {
                 // Its next turn reaps.
                 ENGINE => {}
                 SIGNALS => self.signal(),
-                CONTROL => self.control.event(index, &mut self.disk),
+                CONTROL => self.control.event(index, &mut self.disk, &mut self.polling),
                 frontend => self.disk.event(frontend - FRONTENDS, index, event),
             }
         }
@@ -159,7 +178,7 @@ impl MainLoop {
         // An error means that there is no signal, after all.
         while let Ok(Some(received)) = self.signals.read_signal() {
             match Signal::try_from(received.ssi_signo as i32) {
-                Ok(Signal::SIGUSR1) => match serde_json::to_string(&self.disk.inspect()) {
+                Ok(Signal::SIGUSR1) => match serde_json::to_string(&self.disk.inspect(&self.polling)) {
                     Ok(dump) => {
                         info!(self.log, "debug-queue"; "dump" => dump, "log_dropped" => self.logging.dropped());
                     }

@@ -48,6 +48,7 @@ pub mod config;
 pub mod serve;
 
 pub mod event;
+pub mod polling;
 
 pub mod disk;
 

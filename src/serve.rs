@@ -33,7 +33,7 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     let slots = Slots::new(requests, segments);
     let disk = Disk::new(image.info, frontends, slots, Stack::new(image.layer), queue, image.lock, log.clone());
     let control = (config.control.directory.as_path(), config.control.minor as u16);
-    let main_loop = MainLoop::new(disk, control, config.main_loop.spin_us, logging, log.clone())?;
+    let main_loop = MainLoop::new(disk, control, &config.main_loop, logging, log.clone())?;
     if config.memory.lock {
         lock_memory(log);
     }

@@ -3,11 +3,12 @@
 
 use std::path::PathBuf;
 
-use drivers::{Extent, Format, Plan};
+use drivers::{Extent, Format, OpenError, Plan};
 use nix::errno::Errno;
 
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
+use crate::stats::now;
 use crate::sys::io::{FileId, IoOp};
 
 /// One image of the chain.
@@ -23,17 +24,32 @@ pub struct Layer {
 /// The layers of a disk. For now one: the leaf.
 pub struct Stack {
     leaf: Layer,
+    /// The format's `zeros_from` when it was opened.
+    zeros_at_open: u64,
+    /// When the file was seen to have grown, ns of [`now`].
+    grown_at: u64,
 }
 
 impl Stack {
     /// A stack of one layer.
     pub fn new(leaf: Layer) -> Stack {
-        Stack { leaf }
+        let zeros_at_open = leaf.format.zeros_from();
+        Stack { leaf, zeros_at_open, grown_at: 0 }
     }
 
     /// The layer that is written.
     pub fn leaf(&self) -> &Layer {
         &self.leaf
+    }
+
+    /// The leaf's file has that size now, in bytes. Gives the disk's.
+    pub fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
+        let before = self.leaf.format.zeros_from();
+        let size = self.leaf.format.file_grown(file_size)?;
+        if self.leaf.format.zeros_from() != before {
+            self.grown_at = now();
+        }
+        Ok(size)
     }
 
     /// Plans a request as far as the queue has room. True: wholly.
@@ -89,8 +105,11 @@ impl Stack {
         let error = match result {
             Err(errno) => errno,
             Ok(done) if done < transfer.len && transfer.op == IoOp::Read => {
-                // The file ends here. That is in order only where it ended when it was opened.
-                if transfer.offset + done < self.leaf.format.zeros_from() {
+                // The file ends here. That is in order only where it ended when it was looked at last; or, for a read
+                // that was under way when it grew, earlier.
+                let format = &self.leaf.format;
+                let zeros = if request.born <= self.grown_at { self.zeros_at_open } else { format.zeros_from() };
+                if transfer.offset + done < zeros {
                     Errno::EIO
                 } else {
                     request.payload.zero(transfer.at + done, transfer.len - done);
@@ -165,5 +184,27 @@ mod tests {
         let zeros = |range: std::ops::Range<usize>| data[range].iter().all(|byte| *byte == 0);
         assert!(zeros(2048..6144) && zeros(10240..14336) && zeros(18432..22528), "what is nowhere is zeros");
         assert!(data[6144..10240].iter().all(|byte| *byte == 0x77), "the rest is the engine's affair");
+    }
+
+    #[test]
+    fn a_read_that_met_the_end_of_the_file_just_before_it_grew_has_lost_nothing() {
+        let raw = drivers::Raw::new(4097, 512, drivers::OddSize::RoundUp).unwrap();
+        let mut stack = Stack::new(Layer { format: Box::new(raw), file: FileId(0), path: "x".into() });
+        let mut slots = Slots::new(2, 1);
+        let mut read = |born| {
+            let request = slots.vacant().unwrap();
+            (request.op, request.offset, request.len, request.pieces) = (Op::Read, 4096, 512, 1);
+            request.born = born;
+            slots.take().unwrap()
+        };
+        let (before, after) = (read(now()), read(u64::MAX));
+        assert_eq!(stack.file_grown(4097), Ok(4608));
+        assert_eq!(stack.grown_at, 0, "it has not grown");
+        assert_eq!(stack.file_grown(8192), Ok(8192));
+        let mut finish = |owner| {
+            let transfer = Transfer { op: IoOp::Read, file: FileId(0), offset: 4096, len: 512, owner, at: 0 };
+            stack.finish(&transfer, Ok(1), &mut slots)
+        };
+        assert_eq!((finish(before), finish(after)), (None, Some(Errno::EIO)));
     }
 }

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use tapdisk::disk::Turn;
 use tapdisk::engine::Inline;
 use tapdisk::frontend::blkif::wire::*;
+use tapdisk::polling::{Polling, Settings};
 use tapdisk::sys::io::IoOp;
 
 const WRITE: IoOp = IoOp::Write { fua: false };
@@ -162,7 +163,7 @@ fn debug_queue_shows_who_holds_what() {
     push(&mut world, OP_WRITE, 2, 1, 1);
     push(&mut world, OP_WRITE, 3, 64, 1);
     turns(&mut world);
-    let queue = world.disk.inspect();
+    let queue = world.disk.inspect(&Polling::new(Settings::default()));
     assert_eq!((queue.queue.pending, queue.queue.in_flight, queue.queue.merged), (3, 2, 1));
     let by_offset = |offset| queue.requests.iter().find(|request| request.offset == offset).unwrap();
     let head = &by_offset(0).tiocbs[0];

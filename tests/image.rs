@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use common::guest::Guest;
-use common::served::{Served, folder, run};
+use common::served::{Served, folder, output, run};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -126,6 +126,86 @@ fn a_block_device_with_4096_byte_sectors_is_served_as_it_is() {
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(3, &[0x12; 512]), 0);
     assert_eq!(guest.read(2, 1024).map(|bytes| (bytes[0], bytes[512])), Ok((0x5a, 0x12)));
+}
+
+/// `tap-ctl resize`: what it prints, or its exit code and why it refuses.
+fn resize(served: &Served, arguments: &[&str]) -> Result<String, (i32, String)> {
+    let output = output(served.tap_ctl().arg("resize").args(arguments));
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    if output.status.success() {
+        return Ok(text(output.stdout));
+    }
+    Err((output.status.code().unwrap(), text(output.stderr)))
+}
+
+fn resized(old: u64, new: u64) -> Result<String, (i32, String)> {
+    Ok(format!("old_size={old} new_size={new}\n"))
+}
+
+#[test]
+fn a_file_grows_under_clients_that_are_connected_and_never_shrinks() {
+    const M: u64 = 1 << 20;
+    let (_folder, file) = image(M as usize);
+    let length = || std::fs::metadata(&file).unwrap().len();
+    let set_length = |size| std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(size).unwrap();
+    let served = Served::start(&path(&file), &format!("{LOCAL}[frontend.nbd]\nsocket = '{{s}}/nbd'\n"));
+    let nbd_size = || run(Command::new("nbdinfo").args(["--size", &served.nbd()])).trim().parse::<u64>().unwrap();
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!((guest.disk.sectors, guest.write(2048, &[7; 4096]), nbd_size()), (2048, -1, M));
+    assert_eq!(resize(&served, &[]), resized(M, M), "nothing has happened");
+    assert_eq!(resize(&served, &["--size", "2 MiB"]), resized(M, 2 * M));
+    assert_eq!((length(), nbd_size(), Guest::connect(&served.ring()).disk.sectors), (2 * M, 2 * M, 4096));
+    // The client that was there before.
+    assert_eq!((guest.write(2047, &[7; 4096]), guest.write(4088, &[8; 4096])), (0, 0));
+    assert_eq!(guest.read(2040, 8192).map(|bytes| (bytes[0], bytes[3584], bytes[7680])), Ok((0x5a, 7, 0)));
+    assert_eq!((guest.read(4088, 4096), guest.read(4089, 4096)), (Ok(vec![8; 4096]), Err(-1)));
+    // Grown by other means.
+    set_length(3 * M);
+    assert_eq!(resize(&served, &[]), resized(2 * M, 3 * M));
+    assert_eq!(resize(&served, &["--size", "3 MiB"]), resized(3 * M, 3 * M));
+    let refused = |arguments: &[&str], why: &str| {
+        let (code, text) = resize(&served, arguments).unwrap_err();
+        assert!(code == 22 && text.contains("disk") && text.contains(why), "{code}: {text}");
+        assert_eq!((&served.debug_queue()["size"], nbd_size()), (&(3 * M).into(), 3 * M));
+    };
+    refused(&["--size", "2 MiB"], "cannot shrink");
+    refused(&["--size", "3145800"], "no whole sectors");
+    assert_eq!(length(), 3 * M);
+    set_length(2 * M);
+    refused(&[], "cannot shrink");
+    set_length(3 * M + 100);
+    refused(&[], "round-up");
+    // Another file has its name.
+    std::fs::rename(&file, file.with_extension("old")).unwrap();
+    std::fs::write(&file, [0; 512]).unwrap();
+    refused(&["--size", "4 MiB"], "no longer, the file");
+    assert_eq!((length(), guest.write(4096, &[9; 512])), (512, 0), "it is served all the same");
+}
+
+#[test]
+fn a_disk_without_a_file_does_not_grow() {
+    let served = Served::start("type = 'ram'\nsize = '1 MiB'", LOCAL);
+    for arguments in [&[][..], &["--size", "2 MiB"]] {
+        let text = "ram:1 MiB: it has no file that could grow\n".to_owned();
+        assert_eq!(resize(&served, arguments), Err((95, text)), "EOPNOTSUPP");
+    }
+}
+
+#[test]
+fn a_block_device_that_grew_is_served_whole() {
+    let (_folder, file) = image(1 << 20);
+    let Some(device) = Loop::new(&file, 512) else { return };
+    let served = Served::start(&format!("path = '{}'", device.0), LOCAL);
+    let mut guest = Guest::connect(&served.ring());
+    let (code, text) = resize(&served, &["--size", "2 MiB"]).unwrap_err();
+    assert!(code == 22 && text.contains("is a block device"), "{text}");
+    std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(2 << 20).unwrap();
+    assert_eq!(resize(&served, &[]), resized(1 << 20, 1 << 20), "the device does not know yet");
+    run(Command::new("losetup").args(["--set-capacity", &device.0]));
+    assert_eq!(resize(&served, &[]), resized(1 << 20, 2 << 20));
+    assert_eq!((guest.write(4088, &[8; 4096]), guest.read(4088, 4096)), (0, Ok(vec![8; 4096])));
+    drop(guest);
+    assert_eq!(served.stop().0, Some(0));
 }
 
 #[test]

@@ -70,9 +70,16 @@ pub trait Format: Send {
     /// The file's byte offset from which a read that meets the end of the file is completed with zeros. A file
     /// that ends before has lost data, and the read is an error.
     fn zeros_from(&self) -> u64;
+
+    /// The layer's file has `file_size` bytes now. Gives the size of the virtual disk, which is never less than before;
+    /// on an error all is as before. A format that has its size in its metadata does not change by this.
+    fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
+        let _ = file_size;
+        Ok(self.size())
+    }
 }
 
-/// Why an image can't be opened.
+/// Why an image can't be opened, or not at its new size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum OpenError {
     /// The file's size is no multiple of the logical sector, and the configuration does not say what to do.
@@ -95,6 +102,14 @@ pub enum OpenError {
         size: u64,
         /// Bytes in a logical sector.
         sector_size: u64,
+    },
+    /// It had more when it was looked at before.
+    #[error("its size, {size} bytes, is less than the {before} bytes that it had; a disk in use cannot shrink")]
+    Shrunk {
+        /// Bytes in the file.
+        size: u64,
+        /// Bytes that it had.
+        before: u64,
     },
     /// Larger than any file can be addressed.
     #[error("its size, {size} bytes, is beyond what a file offset can express")]

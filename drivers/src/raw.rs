@@ -19,8 +19,11 @@ pub enum OddSize {
 pub struct Raw {
     /// Bytes of the disk.
     size: u64,
-    /// Bytes of the file when it was opened.
+    /// Bytes of the file when it was looked at last.
     file_size: u64,
+    /// Bytes in a logical sector.
+    sector_size: u64,
+    odd: OddSize,
 }
 
 impl Raw {
@@ -41,7 +44,7 @@ impl Raw {
         if size == 0 {
             return Err(OpenError::Empty { size: file_size, sector_size });
         }
-        Ok(Raw { size, file_size })
+        Ok(Raw { size, file_size, sector_size, odd })
     }
 }
 
@@ -61,6 +64,14 @@ impl Format for Raw {
 
     fn zeros_from(&self) -> u64 {
         self.file_size
+    }
+
+    fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
+        if file_size < self.file_size {
+            return Err(OpenError::Shrunk { size: file_size, before: self.file_size });
+        }
+        *self = Raw::new(file_size, self.sector_size, self.odd)?;
+        Ok(self.size)
     }
 }
 
@@ -85,6 +96,24 @@ mod tests {
         assert_eq!((up.size(), up.zeros_from()), (8192, 4097));
         let message = odd(OddSize::Refuse).unwrap_err().to_string();
         assert!(message.contains("missing 4095 bytes") && message.contains("last 1 bytes"), "{message}");
+    }
+
+    #[test]
+    fn it_grows_by_the_rules_it_was_opened_by_and_never_shrinks() {
+        let mut raw = Raw::new(8192, 4096, OddSize::Refuse).unwrap();
+        assert_eq!(raw.file_grown(8192), Ok(8192));
+        assert_eq!(raw.file_grown(12289), Err(OpenError::OddSize { size: 12289, sector_size: 4096 }));
+        assert_eq!(raw.file_grown(8191), Err(OpenError::Shrunk { size: 8191, before: 8192 }));
+        assert_eq!(raw.file_grown(u64::MAX), Err(OpenError::TooLarge { size: u64::MAX }));
+        assert_eq!((raw.size(), raw.zeros_from()), (8192, 8192), "errors change nothing");
+        assert_eq!(raw.file_grown(12288), Ok(12288));
+        assert_eq!((raw.size(), raw.zeros_from()), (12288, 12288));
+        let mut up = Raw::new(4097, 4096, OddSize::RoundUp).unwrap();
+        assert_eq!((up.file_grown(8193), up.zeros_from()), (Ok(12288), 8193));
+        let mut down = Raw::new(4097, 4096, OddSize::RoundDown).unwrap();
+        assert_eq!((down.file_grown(8191), down.zeros_from()), (Ok(4096), 8191));
+        assert_eq!(down.file_grown(8190), Err(OpenError::Shrunk { size: 8190, before: 8191 }));
+        assert_eq!(down.file_grown(8192), Ok(8192));
     }
 
     #[test]

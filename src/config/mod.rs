@@ -151,6 +151,12 @@ pub struct MainLoop {
     /// The longest that the loop looks at rings and completions, under load, before it sleeps; µs. 0: never.
     #[serde(deserialize_with = "in_range::<0, 1000, _, _>")]
     pub spin_us: u32,
+    /// How long the loop looks at rings and completions after the last request of a ring; µs. 0: see `spin_us`.
+    #[serde(deserialize_with = "in_range::<0, 1_000_000, _, _>")]
+    pub poll_us: u32,
+    /// How much of the host's CPUs must be idle for that, per cent.
+    #[serde(deserialize_with = "in_range::<0, 100, _, _>")]
+    pub poll_idle_percent: u32,
 }
 
 /// `[frontend]`
@@ -285,7 +291,7 @@ impl Default for Engine {
 
 impl Default for MainLoop {
     fn default() -> MainLoop {
-        MainLoop { spin_us: 50 }
+        MainLoop { spin_us: 50, poll_us: 0, poll_idle_percent: 50 }
     }
 }
 

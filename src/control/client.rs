@@ -8,7 +8,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Response, Stat, kind, text};
+use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Response, Stat, kind, poll, text};
+use crate::polling::Settings;
 
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,19 +43,49 @@ pub fn path(directory: &Path, pid: i32) -> PathBuf {
     directory.join(format!("ctl{pid}"))
 }
 
-fn ask(socket: &Path, request: &Message) -> io::Result<(UnixStream, Message)> {
+/// Why one of our own messages is refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct Refused {
+    /// A positive errno.
+    pub errno: i32,
+    /// The tapdisk's words.
+    pub text: String,
+}
+
+fn send(socket: &Path, request: &Message) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     stream.write_all(request.as_bytes())?;
+    Ok(stream)
+}
+
+fn ask(socket: &Path, request: &Message) -> io::Result<(UnixStream, Message)> {
+    let mut stream = send(socket, request)?;
     let answer = receive(&mut stream)?;
     Ok((stream, answer))
 }
 
-fn receive(stream: &mut UnixStream) -> io::Result<Message> {
+/// Asks what is ours; an error is [`Refused`] within. The answer's type is the request's plus one.
+fn ask_ours(socket: &Path, request: &Message) -> io::Result<Message> {
+    let answer = receive_any(&mut send(socket, request)?)?;
+    if answer.kind == kind::ERROR {
+        let response: Response = answer.member();
+        let text = text(&response.message).unwrap_or("refused").to_owned();
+        return Err(io::Error::other(Refused { errno: response.error, text }));
+    }
+    expect(&answer, request.kind + 1).map(|()| answer)
+}
+
+fn receive_any(stream: &mut UnixStream) -> io::Result<Message> {
     let mut bytes = [0; MESSAGE_SIZE];
     stream.read_exact(&mut bytes)?;
-    let message = Message::read_from_bytes(&bytes).map_err(|_| ErrorKind::InvalidData)?;
+    Ok(Message::read_from_bytes(&bytes).map_err(|_| ErrorKind::InvalidData)?)
+}
+
+fn receive(stream: &mut UnixStream) -> io::Result<Message> {
+    let message = receive_any(stream)?;
     if message.kind == kind::ERROR {
         let response: Response = message.member();
         if response.error != 0 {
@@ -95,6 +126,32 @@ pub fn text_of(directory: &Path, pid: i32, minor: u16, request: u16) -> io::Resu
     let mut answer = String::new();
     stream.take(stat.length).read_to_string(&mut answer)?;
     if answer.len() as u64 == stat.length { Ok(answer) } else { Err(ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Sets what is given of a main loop's polling, and gives what is in force then.
+pub fn poll(
+    directory: &Path,
+    pid: i32,
+    minor: u16,
+    poll_us: Option<u32>,
+    poll_idle_percent: Option<u32>,
+) -> io::Result<Settings> {
+    let flag = |flag, value: Option<u32>| if value.is_some() { flag } else { 0 };
+    let wanted = Poll {
+        poll_us: poll_us.unwrap_or(0),
+        poll_idle_percent: poll_idle_percent.unwrap_or(0),
+        flags: flag(poll::SET_US, poll_us) | flag(poll::SET_IDLE_PERCENT, poll_idle_percent),
+    };
+    let answer = ask_ours(&path(directory, pid), &Message::new(kind::POLL, minor).with(&wanted))?;
+    let Poll { poll_us, poll_idle_percent, .. } = answer.member();
+    Ok(Settings { poll_us, poll_idle_percent })
+}
+
+/// Has a disk look whether its file has grown, and gives its size in bytes before and now.
+pub fn resize(directory: &Path, pid: i32, minor: u16) -> io::Result<(u64, u64)> {
+    let answer = ask_ours(&path(directory, pid), &Message::new(kind::RESIZE, minor))?;
+    let Resized { old, new } = answer.member();
+    Ok((old, new))
 }
 
 /// Tells a process to drain, flush and exit.

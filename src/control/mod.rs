@@ -16,8 +16,9 @@ use serde_json::json;
 use slog::{Logger, info, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
-use self::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Stat, kind, state, string};
+use self::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
 use crate::disk::Disk;
+use crate::polling::Polling;
 use crate::stats::now;
 
 /// Connections at a time, as in blktap.
@@ -81,14 +82,14 @@ impl Control {
     }
 
     /// An event for token `base + index`.
-    pub fn event(&mut self, index: usize, disk: &mut Disk) {
+    pub fn event(&mut self, index: usize, disk: &mut Disk, polling: &mut Polling) {
         match index.checked_sub(1) {
-            None => self.accept(disk),
-            Some(index) => self.advance(index, disk),
+            None => self.accept(disk, polling),
+            Some(index) => self.advance(index, disk, polling),
         }
     }
 
-    fn accept(&mut self, disk: &mut Disk) {
+    fn accept(&mut self, disk: &mut Disk, polling: &mut Polling) {
         loop {
             let mut socket = match self.listener.accept() {
                 Ok((socket, _)) => socket,
@@ -108,13 +109,13 @@ impl Control {
             let (request, response) = ([0; MESSAGE_SIZE], Vec::new());
             let until = now() + TIMEOUT;
             self.connections[index] = Some(Connection { socket, request, received: 0, response, sent: 0, until });
-            self.advance(index, disk);
+            self.advance(index, disk, polling);
         }
     }
 
-    fn advance(&mut self, index: usize, disk: &mut Disk) {
+    fn advance(&mut self, index: usize, disk: &mut Disk, polling: &mut Polling) {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
-        let respond = |request: &Message| respond(request, self.minor, disk, &self.log);
+        let respond = |request: &Message| respond(request, self.minor, disk, polling, &self.log);
         match connection.advance(respond) {
             Ok(Progress::Waiting) => {}
             // A client that hung up early is its own affair.
@@ -180,7 +181,7 @@ impl Connection {
 }
 
 /// The whole answer to a request.
-pub fn respond(request: &Message, minor: u16, disk: &mut Disk, log: &Logger) -> Vec<u8> {
+pub fn respond(request: &Message, minor: u16, disk: &mut Disk, polling: &mut Polling, log: &Logger) -> Vec<u8> {
     let cookie = request.cookie;
     let ours = cookie == minor;
     let no_disk = || Message::error(cookie, Errno::ENODEV as i32, "no such disk").as_bytes().to_vec();
@@ -191,11 +192,13 @@ pub fn respond(request: &Message, minor: u16, disk: &mut Disk, log: &Logger) -> 
         }
         kind::LIST => list(cookie, minor, disk),
         kind::STATS if ours => with_text(kind::STATS_RSP, cookie, &stats(disk).to_string()),
-        kind::DEBUG_QUEUE if ours => match serde_json::to_string(&disk.inspect()) {
+        kind::DEBUG_QUEUE if ours => match serde_json::to_string(&disk.inspect(polling)) {
             Ok(text) => with_text(kind::DEBUG_QUEUE_RSP, cookie, &text),
             Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
         },
-        kind::STATS | kind::DEBUG_QUEUE => no_disk(),
+        kind::POLL if ours => set_polling(request, polling, log).as_bytes().to_vec(),
+        kind::RESIZE if ours => resize(cookie, disk).as_bytes().to_vec(),
+        kind::STATS | kind::DEBUG_QUEUE | kind::POLL | kind::RESIZE => no_disk(),
         kind::EXIT => {
             info!(log, "told to exit by a control connection");
             disk.drain();
@@ -204,6 +207,36 @@ pub fn respond(request: &Message, minor: u16, disk: &mut Disk, log: &Logger) -> 
         other => {
             let text = format!("message type {other} is not known here");
             Message::error(cookie, Errno::EOPNOTSUPP as i32, &text).as_bytes().to_vec()
+        }
+    }
+}
+
+fn set_polling(request: &Message, polling: &mut Polling, log: &Logger) -> Message {
+    let wanted: Poll = request.member();
+    let given = |flag, value| (wanted.flags & flag != 0).then_some(value);
+    let (us, percent) =
+        (given(poll::SET_US, wanted.poll_us), given(poll::SET_IDLE_PERCENT, wanted.poll_idle_percent));
+    let set = match wanted.flags & !(poll::SET_US | poll::SET_IDLE_PERCENT) {
+        0 => polling.set(us, percent),
+        unknown => Err(format!("flags {unknown:#x} are not known here")),
+    };
+    if let Err(text) = set {
+        return Message::error(request.cookie, Errno::EINVAL as i32, &text);
+    }
+    let settings = polling.settings();
+    if us.is_some() || percent.is_some() {
+        info!(log, "polling set"; "poll_us" => settings.poll_us, "poll_idle_percent" => settings.poll_idle_percent);
+    }
+    let answer = Poll { poll_us: settings.poll_us, poll_idle_percent: settings.poll_idle_percent, flags: 0 };
+    Message::new(kind::POLL_RSP, request.cookie).with(&answer)
+}
+
+fn resize(cookie: u16, disk: &mut Disk) -> Message {
+    match disk.resize() {
+        Ok((old, new)) => Message::new(kind::RESIZE_RSP, cookie).with(&Resized { old, new }),
+        Err(error) => {
+            let text = format!("{}: {error}", disk.info().name);
+            Message::error(cookie, error.errno() as i32, &text)
         }
     }
 }

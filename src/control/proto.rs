@@ -24,6 +24,12 @@ pub mod kind {
     /// Ours: answered like STATS, with the JSON of [`DebugQueue`](crate::disk::DebugQueue).
     pub const DEBUG_QUEUE: u16 = 0x100;
     pub const DEBUG_QUEUE_RSP: u16 = 0x101;
+    /// Ours: sets the main loop's polling, or only asks for it.
+    pub const POLL: u16 = 0x102;
+    pub const POLL_RSP: u16 = 0x103;
+    /// Ours: the image's file may have grown.
+    pub const RESIZE: u16 = 0x104;
+    pub const RESIZE_RSP: u16 = 0x105;
 }
 
 /// State bits of LIST.
@@ -81,10 +87,42 @@ pub struct Response {
     pub message: [u8; 256],
 }
 
+/// Union member of POLL, and of its answer: the settings in force.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Poll {
+    /// How long to look at memory after the last request, µs.
+    pub poll_us: u32,
+    /// How much of the host's CPUs must be idle for that, per cent.
+    pub poll_idle_percent: u32,
+    /// [`poll`] bits; 0 in the answer.
+    pub flags: u32,
+}
+
+/// Union member of the answer to RESIZE.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Resized {
+    /// Bytes of the disk before.
+    pub old: u64,
+    /// Bytes of the disk now.
+    pub new: u64,
+}
+
+/// Flags of POLL.
+pub mod poll {
+    /// Set `poll_us`.
+    pub const SET_US: u32 = 1;
+    /// Set `poll_idle_percent`.
+    pub const SET_IDLE_PERCENT: u32 = 2;
+}
+
 const _: () = {
     assert!(size_of::<Message>() == MESSAGE_SIZE && std::mem::offset_of!(Message, body) == 8);
     assert!(size_of::<List>() == 268 && std::mem::offset_of!(List, path) == 12);
     assert!(size_of::<Stat>() == 16 && std::mem::offset_of!(Stat, length) == 8);
+    assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
+    assert!(size_of::<Poll>() == 12 && std::mem::offset_of!(Poll, flags) == 8);
     assert!(size_of::<Response>() == 260 && std::mem::offset_of!(Response, message) == 4);
 };
 

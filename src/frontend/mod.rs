@@ -123,6 +123,9 @@ pub trait Frontend {
         None
     }
 
+    /// The disk has grown; requests beyond its old end are taken already.
+    fn resized(&mut self, _disk: &DiskInfo) {}
+
     /// Lets nobody in any more and says goodbye to those who are.
     fn close(&mut self);
 

@@ -212,6 +212,10 @@ impl Frontend for Local {
         self.clients.iter().flatten().filter_map(Client::deadline).min()
     }
 
+    fn resized(&mut self, disk: &DiskInfo) {
+        self.disk = disk.clone();
+    }
+
     fn close(&mut self) {
         if self.listener.take().is_some() {
             // Nothing can be done about a file that is gone already.

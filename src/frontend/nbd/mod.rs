@@ -302,6 +302,11 @@ impl Frontend for Nbd {
         [handshake, accept, slots].into_iter().flatten().min()
     }
 
+    fn resized(&mut self, disk: &DiskInfo) {
+        // Clients that are connected keep what they were told: the protocol has no way to say more.
+        self.export = Arc::new(Export { name: self.export.name.clone(), disk: disk.clone() });
+    }
+
     fn close(&mut self) {
         if let Some((registry, _)) = &self.registry {
             for mut listener in self.listeners.drain(..) {

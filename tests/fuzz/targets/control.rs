@@ -6,6 +6,7 @@ use slog::{Discard, Logger, o};
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, text};
 use tapdisk::control::respond;
 use tapdisk::frontend::blkif::wire::Abi;
+use tapdisk::polling::{POLL_US_MAX, Polling, Settings};
 use tapdisk_fuzz::world::ram;
 use zerocopy::FromBytes;
 
@@ -16,6 +17,9 @@ fuzz_target!(|data: &[u8]| {
     let message = Message::read_from_bytes(&bytes).unwrap();
     let _ = text(&bytes[8..]);
     let mut world = ram(Abi::Native, 512, false);
-    let answer = respond(&message, 0, &mut world.disk, &Logger::root(Discard, o!()));
+    let mut polling = Polling::new(Settings::default());
+    let answer = respond(&message, 0, &mut world.disk, &mut polling, &Logger::root(Discard, o!()));
     assert!(answer.len() >= MESSAGE_SIZE);
+    let Settings { poll_us, poll_idle_percent } = polling.settings();
+    assert!(poll_us <= POLL_US_MAX && poll_idle_percent <= 100);
 });

@@ -1,5 +1,6 @@
 //! `tap-ctl`: lists the tapdisks of a host and shows what they do.
 
+mod resize;
 mod show;
 
 use std::io::{self, IsTerminal, Write};
@@ -8,7 +9,8 @@ use std::process::ExitCode;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use nix::errno::Errno;
-use tapdisk::control::client::{self, Listed};
+use tapdisk::config::Size;
+use tapdisk::control::client::{self, Listed, Refused};
 use tapdisk::control::proto::kind;
 use tapdisk::disk::DebugQueue;
 
@@ -23,6 +25,8 @@ use tapdisk::disk::DebugQueue;
   tap-ctl list
   tap-ctl debug-queue                      the only tapdisk there is
   tap-ctl debug-queue -p 4711 --json
+  tap-ctl resize -p 4711 --size 20G
+  tap-ctl poll --us 1000 --idle-percent 30
   tap-ctl --directory target/quick-start stats"
 )]
 pub struct Args {
@@ -75,6 +79,36 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Sets for how long a tapdisk looks at rings after the last request, before it sleeps; prints what is in force
+    ///
+    /// It is quicker for the guest, and takes a CPU for that time. Until it is set, the configuration's main_loop.poll_us
+    /// and poll_idle_percent are in force.
+    Poll {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// For how long, 0 to 1000000 µs; 0: not at all
+        #[arg(long, value_name = "MICROSECONDS")]
+        us: Option<u32>,
+        /// Only while so much of the host's CPUs, all together, is idle: 0 to 100
+        #[arg(long, value_name = "PERCENT")]
+        idle_percent: Option<u32>,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tells a tapdisk that its image has grown; prints the disk's size before and now, in bytes
+    ///
+    /// Clients of the ring can use all of it at once, NBD clients when they connect again. No disk shrinks.
+    Resize {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// Lets the image, which must be a regular file, grow to this size first, such as "20 GiB". Not given: the file
+        /// or block device has grown already
+        #[arg(long)]
+        size: Option<Size>,
+    },
     /// Tells a tapdisk to finish what is in flight, make it durable, and exit
     Exit {
         /// Which disk
@@ -101,6 +135,10 @@ pub fn run(args: &Args) -> ExitCode {
         // Whoever read our output has enough of it.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(refused) = error.get_ref().and_then(|error| error.downcast_ref::<Refused>()) {
+                eprintln!("{refused}");
+                return ExitCode::from(u8::try_from(refused.errno).unwrap_or(1));
+            }
             let Some(errno) = error.raw_os_error() else {
                 eprintln!("{error}");
                 return ExitCode::from(if error.kind() == io::ErrorKind::NotFound { Errno::ENOENT as u8 } else { 1 });
@@ -133,6 +171,13 @@ fn command(args: &Args) -> io::Result<()> {
             }
             let queue: DebugQueue = serde_json::from_str(&text)?;
             show::debug_queue(&mut out, &queue)
+        }
+        Command::Poll { disk, us, idle_percent, json } => {
+            let (pid, minor) = find(args, disk)?;
+            show::poll(&mut out, client::poll(&args.directory, pid, minor, *us, *idle_percent)?, *json)
+        }
+        Command::Resize { disk, size } => {
+            resize::resize(&mut out, &args.directory, find(args, disk)?, size.map(|size| size.0))
         }
         Command::Exit { disk } => client::exit(&args.directory, find(args, disk)?.0),
     }

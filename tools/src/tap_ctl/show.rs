@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use tapdisk::control::client::Listed;
 use tapdisk::disk::{DebugQueue, RequestReport};
+use tapdisk::polling::Settings;
 
 /// `list`, as the storage managers parse it where the output is no terminal.
 pub(super) fn list(out: &mut impl Write, disks: &[Listed], json: bool) -> io::Result<()> {
@@ -56,6 +57,7 @@ pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result
     if let Some(us) = q.submitting_us {
         writeln!(out, "a submission has been running for {us} us")?;
     }
+    polling(out, disk)?;
     operations(out, disk)?;
     writeln!(out, "requests: {}", disk.requests.len())?;
     for request in &disk.requests {
@@ -65,6 +67,30 @@ pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result
         writeln!(out, "frontend: {}", serde_json::to_string_pretty(frontend)?)?;
     }
     Ok(())
+}
+
+/// `poll`.
+pub(super) fn poll(out: &mut impl Write, settings: Settings, json: bool) -> io::Result<()> {
+    if json {
+        return writeln!(out, "{}", serde_json::to_string(&settings)?);
+    }
+    let Settings { poll_us, poll_idle_percent } = settings;
+    writeln!(out, "poll_us={poll_us} poll_idle_percent={poll_idle_percent}")
+}
+
+fn polling(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {
+    let p = &disk.polling;
+    let Settings { poll_us, poll_idle_percent } = p.settings;
+    let host = p.host_idle_percent.map_or("not measured".to_owned(), |idle| format!("{idle} % idle"));
+    writeln!(
+        out,
+        "polling: {poll_us} us while the host is {poll_idle_percent} % idle ({host}){}; {} turns found by it, {} sleeps \
+         avoided, {} times the host was busy",
+        if p.active { ", now" } else { "" },
+        p.found,
+        p.sleeps_avoided,
+        p.host_busy
+    )
 }
 
 fn operations(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {

@@ -1,0 +1,71 @@
+//! `resize`: lets the image's file grow, and tells its tapdisk.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use nix::errno::Errno;
+use tapdisk::control::client::{self, Refused};
+use tapdisk::control::proto::kind;
+use tapdisk::disk::DebugQueue;
+
+fn refused(errno: Errno, text: String) -> io::Error {
+    io::Error::other(Refused { errno: errno as i32, text })
+}
+
+/// With a size in bytes, the file grows to it first.
+pub(super) fn resize(
+    out: &mut impl Write,
+    directory: &Path,
+    (pid, minor): (i32, u16),
+    size: Option<u64>,
+) -> io::Result<()> {
+    if let Some(size) = size {
+        // LIST would do, but cuts long paths off.
+        let disk: DebugQueue = serde_json::from_str(&client::text_of(directory, pid, minor, kind::DEBUG_QUEUE)?)?;
+        if !size.is_multiple_of(disk.sector_size.into()) {
+            let text = format!("{size} bytes are no whole sectors: the disk's are of {} bytes", disk.sector_size);
+            return Err(refused(Errno::EINVAL, text));
+        }
+        match disk.name.split_once(':') {
+            Some(("aio", path)) => grow(pid, Path::new(path), size)?,
+            _ => return Err(refused(Errno::EOPNOTSUPP, format!("{}: it has no file that could grow", disk.name))),
+        }
+    }
+    let (old, new) = client::resize(directory, pid, minor)?;
+    writeln!(out, "old_size={old} new_size={new}")
+}
+
+fn grow(pid: i32, path: &Path, size: u64) -> io::Result<()> {
+    let explain = |error: io::Error| {
+        let text = format!("{}: {error}", path.display());
+        refused(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), text)
+    };
+    // A relative path counts from where the tapdisk is.
+    let place = Path::new("/proc").join(pid.to_string()).join("cwd").join(path);
+    let meta = fs::metadata(&place).map_err(explain)?;
+    let path = path.display();
+    if meta.file_type().is_block_device() {
+        let text = format!("{path} is a block device: let it grow by its own tools, and then resize without --size");
+        return Err(refused(Errno::EINVAL, text));
+    }
+    if !meta.is_file() || !is_open(pid, &meta) {
+        let text = format!("{path} is not, or no longer, the file that process {pid} has open");
+        return Err(refused(Errno::EINVAL, text));
+    }
+    if size < meta.len() {
+        let text = format!("{path} has {} bytes, and a disk in use cannot shrink to {size}", meta.len());
+        return Err(refused(Errno::EINVAL, text));
+    }
+    OpenOptions::new().write(true).open(&place).and_then(|file| file.set_len(size)).map_err(explain)
+}
+
+/// Whether a process has the file open: it may have been replaced by another of its name.
+fn is_open(pid: i32, wanted: &fs::Metadata) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    descriptors
+        .flatten()
+        .filter_map(|entry| fs::metadata(entry.path()).ok())
+        .any(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
+}
