@@ -272,6 +272,11 @@ impl Frontend for Xen {
         self.gone
     }
 
+    fn resized(&mut self, disk: &DiskInfo) {
+        *self.shared.disk.borrow_mut() = disk.clone();
+        self.shared.resized.set(true);
+    }
+
     fn inspect(&self) -> serde_json::Value {
         let device = &self.config.device;
         let mut value = self.shared.vbd.borrow().inspect();
