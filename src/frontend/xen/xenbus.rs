@@ -163,7 +163,7 @@ impl<B: Backend> Handshake<B> {
                 Err(errno) => {
                     warn!(self.log, "XenStore refuses"; "node" => &self.directory, "errno" => %errno,
                         "remedy" => "tapdisk needs the rights of the backend's domain; it tries again each second");
-                    self.wait(Some(now() + PAUSE)).await;
+                    self.pause().await;
                     if watched.is_err() {
                         watched = self.store.watch(&self.directory, "backend").await;
                     }
@@ -252,6 +252,14 @@ impl<B: Backend> Handshake<B> {
         })
         .await;
         self.store.fired();
+        self.backend.wake_at(None);
+    }
+
+    /// Waits for a time, whatever changes.
+    async fn pause(&self) {
+        let until = now() + PAUSE;
+        self.backend.wake_at(Some(until));
+        poll_fn(|_| if self.backend.stopping() || now() >= until { Poll::Ready(()) } else { Poll::Pending }).await;
         self.backend.wake_at(None);
     }
 
