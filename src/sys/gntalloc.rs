@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use super::gntdev::{GrantRef, domid_t};
 use super::memory::{Memory, PAGE_SIZE};
@@ -27,28 +28,19 @@ struct Alloc {
     grefs: [GrantRef; PAGES_MAX],
 }
 
-/// `struct ioctl_gntalloc_dealloc_gref`.
-#[repr(C)]
-struct Dealloc {
-    index: u64,
-    count: u32,
-    pad: u32,
-}
-
 mod ioctl {
     const fn number(number: u8, size: usize) -> libc::c_ulong {
         nix::request_code_none!(b'G', number) | (size as libc::c_ulong) << 16
     }
     nix::ioctl_readwrite_bad!(alloc, number(5, 24), super::Alloc);
-    nix::ioctl_readwrite_bad!(dealloc, number(6, 16), super::Dealloc);
 }
 
-/// Pages that a domain may use, until they are dropped. A page that the domain still has mapped stays until then.
+/// Pages that a domain may use, until this and the memory are dropped. What the domain still has mapped stays its own.
 #[derive(Debug)]
 pub struct Granted {
-    file: File,
-    index: u64,
-    memory: Memory,
+    /// What it is closed with takes the grants back.
+    _file: File,
+    memory: Arc<Memory>,
     /// The pages' references, in the memory's order.
     pub grefs: Vec<GrantRef>,
 }
@@ -64,19 +56,12 @@ impl Granted {
         let mut alloc = Alloc { domain, flags, count: count as u32, index: 0, grefs: [0; PAGES_MAX] };
         // SAFETY: the kernel writes the index and `count` references, for which there is room.
         unsafe { ioctl::alloc(file.as_raw_fd(), &raw mut alloc) }?;
-        let memory = Memory::at_offset(&file, alloc.index, count * PAGE_SIZE)?;
-        Ok(Granted { file, index: alloc.index, memory, grefs: alloc.grefs[..count].to_vec() })
+        let memory = Arc::new(Memory::at_offset(&file, alloc.index, count * PAGE_SIZE)?);
+        Ok(Granted { _file: file, memory, grefs: alloc.grefs[..count].to_vec() })
     }
 
     /// The pages.
-    pub fn memory(&self) -> &Memory {
+    pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
-    }
-
-    /// Takes the grants back, though the memory stays.
-    pub fn revoke(&self) -> io::Result<()> {
-        let mut dealloc = Dealloc { index: self.index, count: self.grefs.len() as u32, pad: 0 };
-        // SAFETY: the kernel reads the struct; the pages are freed when they are mapped nowhere any more.
-        Ok(unsafe { ioctl::dealloc(self.file.as_raw_fd(), &raw mut dealloc) }.map(drop)?)
     }
 }

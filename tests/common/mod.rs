@@ -5,4 +5,5 @@ pub mod double;
 pub mod guest;
 pub mod served;
 pub mod world;
+pub mod xen_guest;
 pub mod xenstored;

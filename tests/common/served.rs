@@ -9,9 +9,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// A program of the workspace that is built beside tapdisk.
+/// A program of the workspace, where it was built or, in another machine, where TAPDISK_TEST_BIN says.
 pub fn tool(name: &str) -> Command {
-    let path = Path::new(env!("CARGO_BIN_EXE_tapdisk")).with_file_name(name);
+    let path = match std::env::var_os("TAPDISK_TEST_BIN") {
+        Some(folder) => Path::new(&folder).join(name),
+        None => Path::new(env!("CARGO_BIN_EXE_tapdisk")).with_file_name(name),
+    };
     assert!(path.exists(), "{} is missing: run tests/run, or cargo build --workspace", path.display());
     Command::new(path)
 }
@@ -37,7 +40,8 @@ pub fn output(command: &mut Command) -> Output {
 
 /// A folder for images, on a file system with O_DIRECT.
 pub fn folder() -> TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    let parent = std::env::var_os("TAPDISK_TEST_FOLDER").unwrap_or(env!("CARGO_TARGET_TMPDIR").into());
+    tempfile::tempdir_in(parent).unwrap()
 }
 
 /// A running tapdisk. It is killed when this is dropped.
@@ -81,7 +85,7 @@ impl Served {
             if text.contains("[log]") { text } else { format!("{text}[log]\nfile = '{{s}}/log'\nlevel='debug'\n") };
         let config = sockets.join("disk.toml");
         std::fs::write(&config, text.replace("{s}", sockets.to_str().unwrap())).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+        let mut command = tool("tapdisk");
         command.arg(config).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().unwrap()
     }
