@@ -281,8 +281,9 @@ fn rows_9_and_10_pages_that_are_not_the_guests_to_name() {
     }
     // One that never was, one that another domain may use, one that is revoked, one that may only be read.
     let foreign = Granted::new(77, 1, true).unwrap();
-    let revoked = Granted::new(0, 1, true).unwrap().grefs[0];
     let readable = Granted::new(0, 1, false).unwrap();
+    // The last one, or its number is used again.
+    let revoked = Granted::new(0, 1, true).unwrap().grefs[0];
     let bad = [4_000_000, u32::MAX, foreign.grefs[0], revoked];
     for gref in bad {
         let wrong = Segment { gref, ..page };

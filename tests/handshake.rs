@@ -285,7 +285,8 @@ fn a_guest_connects_and_shuts_down() {
 #[test]
 fn every_layout_of_rings_is_understood() {
     let queue = |queue: u32| RingAt { grefs: vec![10 * queue, 10 * queue + 1], event_channel: 100 + queue };
-    let cases: [(&[(&str, &str)], Abi, Vec<RingAt>); 6] = [
+    type Case<'a> = (&'a [(&'a str, &'a str)], Abi, Vec<RingAt>);
+    let cases: [Case; 6] = [
         (&[("ring-ref", "8"), ("event-channel", "9")], Abi::Native, one_page(8, 9)),
         (&[("ring-page-order", "0"), ("ring-ref0", "8"), ("event-channel", "9")], Abi::Native, one_page(8, 9)),
         (&[("ring-page-order", "0"), ("ring-ref", "8"), ("event-channel", "9")], Abi::Native, one_page(8, 9)),
