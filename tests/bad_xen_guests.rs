@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::served::{Served, folder, tool};
+use common::served::{Served, folder, run, tool};
 use common::xen_guest::{Nodes, PAGES, XenGuest};
 use common::xenstored::rig;
 use tapdisk::frontend::blkif::wire::*;
@@ -25,10 +25,10 @@ fn under_a_real_xen() {
     for name in ["tapdisk", "tap-ctl"] {
         std::fs::copy(tool(name).get_program(), share.path().join(name)).unwrap();
     }
-    let mut run = rig("run");
-    run.args(["-t", "550", "-s"]).arg(share.path()).args(["--", "env", "TAPDISK_TEST_BIN=/share"]);
-    run.args(["TAPDISK_TEST_FOLDER=/scratch", "./test", "--ignored", "--test-threads=1"]);
-    let output = run.output().unwrap();
+    let mut boot = rig("run");
+    boot.args(["-t", "550", "-s"]).arg(share.path()).args(["--", "env", "TAPDISK_TEST_BIN=/share"]);
+    boot.args(["TAPDISK_TEST_FOLDER=/scratch", "./test", "--ignored", "--test-threads=1"]);
+    let output = boot.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}");
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -139,6 +139,10 @@ fn honest_guests_of_every_kind_are_served() {
             guest.data.memory().read((40 - i) * 4096 + 1024, &mut got);
             assert_eq!(got, data[i * 1024..(i + 1) * 1024], "segment {i}");
         }
+        let stats = serde_json::from_str::<serde_json::Value>(&run(disk.served.tap_ctl().arg("stats"))).unwrap();
+        let xenbus = &stats["xenbus"];
+        assert_eq!((&xenbus["domid"], &xenbus["devid"]), (&0.into(), &51712.into()));
+        assert_eq!((&xenbus["reqs"][0], &xenbus["errors"]["img"]), (&xenbus["reqs"][1], &0.into()));
         let vbd = disk.vbd();
         assert_eq!(vbd["queues"][0]["entries"], 32 << order);
         assert_eq!((&vbd["in_flight"], &vbd["payload_bytes"]), (&0.into(), &0.into()));

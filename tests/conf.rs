@@ -21,10 +21,11 @@ fn every_example_is_valid() {
 fn the_reference_says_the_defaults() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/reference.toml");
     let minimal = "[image]\npath = '/srv/vm/disk.img'\n[frontend.local]\nsocket = '/run/tapdisk/ring.sock'\n\
-                   [frontend.nbd]\nsocket = '/run/tapdisk/nbd.sock'\n";
+                   [frontend.nbd]\nsocket = '/run/tapdisk/nbd.sock'\n[frontend.xen]\ndomain = 1\n\
+                   device = 'xvda'\n";
     assert_eq!(Config::load(&path).unwrap(), Config::parse(minimal, &path).unwrap());
     let text = std::fs::read_to_string(&path).unwrap();
-    for key in ["size", "create", "sector_size", "listen", "file"] {
+    for key in ["size", "create", "sector_size", "listen", "file", "store"] {
         assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
     }
 }

@@ -261,7 +261,7 @@ fn stats(disk: &Disk) -> serde_json::Value {
     let sectors = disk.stats().sectors();
     let name = &disk.info().name;
     let (driver, path) = name.split_once(':').unwrap_or(("", name));
-    json!({
+    let mut stats = json!({
         "name": name,
         "secs": sectors,
         "images": [{
@@ -274,5 +274,9 @@ fn stats(disk: &Disk) -> serde_json::Value {
         "nbd_mirror_failed": 0,
         "reqs_outstanding": disk.outstanding(),
         "read_caching": false,
-    })
+    });
+    if let Some(xenbus) = disk.xenbus() {
+        stats["xenbus"] = xenbus;
+    }
+    stats
 }

@@ -139,6 +139,11 @@ pub trait Frontend {
         false
     }
 
+    /// What STATS shows as `xenbus`, in blktap's words.
+    fn xenbus(&self) -> Option<serde_json::Value> {
+        None
+    }
+
     /// For debug-queue and LIST.
     fn inspect(&self) -> serde_json::Value;
 }

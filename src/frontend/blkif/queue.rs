@@ -119,6 +119,11 @@ impl CountedRing {
         self.ring.arm()
     }
 
+    /// Asks for a notification when `count` requests are there; true: they are there already.
+    pub fn arm_at(&mut self, count: u32) -> bool {
+        self.ring.arm_at(count)
+    }
+
     /// Entries of the ring.
     pub fn entries(&self) -> u32 {
         self.ring.shared().entries()

@@ -139,9 +139,14 @@ impl BackRing {
 
     /// Asks to be notified of the next request. True: there is one already.
     pub fn arm(&mut self) -> bool {
-        self.shared.req_event().store(self.req_cons.wrapping_add(1), Ordering::Relaxed);
+        self.arm_at(1)
+    }
+
+    /// Asks to be notified when `count` requests are there. True: they are there already, or the client broke the ring.
+    pub fn arm_at(&mut self, count: u32) -> bool {
+        self.shared.req_event().store(self.req_cons.wrapping_add(count), Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        self.pending() != Ok(0)
+        !matches!(self.pending(), Ok(pending) if pending < count)
     }
 
     /// The layout.

@@ -277,6 +277,22 @@ impl Frontend for Xen {
         self.shared.resized.set(true);
     }
 
+    fn xenbus(&self) -> Option<serde_json::Value> {
+        let vbd = self.shared.vbd.borrow();
+        let (rings, counters) = (vbd.ring_counters(), vbd.counters());
+        let image = rings.errors.saturating_sub(rings.malformed + counters.copy_errors);
+        Some(serde_json::json!({
+            "pool": "",
+            "domid": self.config.device.domain,
+            "devid": self.config.device.device,
+            "reqs": [rings.requests, rings.responses],
+            "kicks": [rings.kicks_in, rings.kicks_out],
+            "errors": {
+                "msg": rings.malformed, "map": counters.copy_errors, "vbd": counters.broken, "img": image,
+            },
+        }))
+    }
+
     fn inspect(&self) -> serde_json::Value {
         let device = &self.config.device;
         let mut value = self.shared.vbd.borrow().inspect();

@@ -90,8 +90,8 @@ impl GuestRing {
         self.doorbell.ring(&mut self.ring.counters);
     }
 
-    /// Asks for an event. True: a request is there already.
-    pub fn arm(&mut self, now: u64) -> bool {
+    /// Asks for an event when `count` requests are there. True: they are there already.
+    pub fn arm(&mut self, now: u64, count: u32) -> bool {
         if self.muted_until.is_some_and(|until| now < until) {
             return self.ring.ready();
         }
@@ -100,7 +100,7 @@ impl GuestRing {
             // What came while it was masked comes now.
             self.masked = self.port.evtchn.unmask(&[self.port.number]).is_err();
         }
-        self.ring.arm()
+        self.ring.arm_at(count)
     }
 
     /// For debug-queue.
