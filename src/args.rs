@@ -6,8 +6,8 @@ use clap::Parser;
 
 /// Serves one virtual disk from user space.
 ///
-/// The configuration says which image is served, by which engine, and how clients reach it: by a blkif ring in
-/// shared memory, or by NBD. tapdisk stays in the foreground. It prints the path of its control socket on standard
+/// The configuration says which image is served, by which engine, and how clients reach it: as a disk of a Xen guest, by
+/// a blkif ring in shared memory, or by NBD. tapdisk stays in the foreground. It prints the path of its control socket on standard
 /// output as soon as clients can connect; tap-ctl(1) speaks to that socket.
 ///
 /// SIGTERM and SIGINT finish the requests that are in flight, make everything durable, and end the process with

@@ -28,6 +28,15 @@
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
 //! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
+//!
+//! ## A Xen guest
+//!
+//! [`frontend::xen`] has two halves. [`vbd`](frontend::xen::vbd) moves requests and data: what a turn finds in the rings is
+//! taken out, indirect descriptors and the data of writes are copied in from the guest's pages with one system call each, and
+//! the data of reads is copied out with one before the answers become visible. [`xenbus`](frontend::xen::xenbus) shakes hands
+//! through [`xenstore`]: an asynchronous function, polled by the main loop, that looks at both sides' nodes whenever one has
+//! changed and does what [`decide`](frontend::xen::handshake::decide) says. A guest that goes leaves its requests behind: they
+//! are finished in memory of ours before the next guest is let in, and before the toolstack is told that the disk is closed.
 //! - The **XenStore** ([`xenstore`]) is asked without waiting: its client's requests are futures, polled on the main loop.
 //!
 //! ## Ownership

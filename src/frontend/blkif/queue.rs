@@ -154,12 +154,12 @@ impl Doorbell {
         counters.kicks_in += 1;
     }
 
-    /// The client's requests were looked at, and `taken` of them were taken. True: it rang for nothing too often.
-    pub fn storm(&mut self, taken: u32, counters: &mut Counters) -> bool {
-        if !std::mem::take(&mut self.kicked) && taken == 0 {
+    /// The client's requests were looked at, and so many were there. True: it rang for nothing too often.
+    pub fn storm(&mut self, there: u32, counters: &mut Counters) -> bool {
+        if !std::mem::take(&mut self.kicked) && there == 0 {
             return false;
         }
-        if taken > 0 {
+        if there > 0 {
             self.idle_kicks = 0;
             return false;
         }

@@ -309,9 +309,12 @@ impl Vbd {
             let before = self.taken.len();
             match ring.ring.pending() {
                 Ok(pending) => {
-                    let count = room.min(pending as usize + usize::from(ring.held.is_some()));
-                    if !self.take_from(ring, index, count) {
+                    let there = pending + u32::from(ring.held.is_some());
+                    if !self.take_from(ring, index, room.min(there as usize)) {
                         room = 0;
+                    }
+                    if ring.doorbell.storm(there, &mut ring.ring.counters) {
+                        ring.muted_until = Some(intake.now + MUTE);
                     }
                 }
                 Err(overflow) => {
@@ -321,11 +324,7 @@ impl Vbd {
                     ));
                 }
             }
-            let taken = self.taken.len() - before;
-            room = room.saturating_sub(taken);
-            if ring.doorbell.storm(taken as u32, &mut ring.ring.counters) {
-                ring.muted_until = Some(intake.now + MUTE);
-            }
+            room = room.saturating_sub(self.taken.len() - before);
         }
         match broken {
             None => self.guest = Some(guest),
@@ -347,6 +346,7 @@ impl Vbd {
     fn take_from(&mut self, ring: &mut GuestRing, queue: usize, count: usize) -> bool {
         let mut indirect = self.taken.iter().filter(|(entry, _)| entry.operation() == OP_INDIRECT).count();
         for _ in 0..count {
+            let Some(&number) = self.free.last() else { return false };
             let entry = ring.held.take().unwrap_or_else(|| ring.ring.pop());
             let pages = pages(&entry, &self.limits);
             indirect += usize::from(entry.operation() == OP_INDIRECT);
@@ -358,7 +358,7 @@ impl Vbd {
                 ring.held = Some(entry);
                 return !self.starved;
             }
-            let Some(number) = self.free.pop() else { return false };
+            self.free.pop();
             let flight = &mut self.flights[usize::from(number)];
             (flight.connection, flight.queue, flight.run) = (self.counters.connections, queue, run);
             (flight.id, flight.operation) = (entry.id(), response_operation(&entry));

@@ -10,9 +10,12 @@ from collections import defaultdict
 rates = defaultdict(list)
 counts = defaultdict(list)
 begun = {}
+syscalls = None
 for line in open(sys.argv[1], errors="replace"):
     if match := re.match(r"RATE (\S+) (\S+) (\S+)", line):
         rates[match[1], match[2]].append(float(match[3]))
+    elif match := re.match(r"SYSCALLS (\d+) (\d+)", line):
+        syscalls = (int(match[1]), int(match[2]))
     elif match := re.match(r"COUNT (BEGIN|END) (\S+) (\d+) (\{.*)", line):
         (vbd,) = json.loads(match[4])["frontends"]
         rings = [queue["counters"] for queue in vbd["queues"]]
@@ -28,7 +31,7 @@ if not rates:
     sys.exit("the guest measured nothing")
 figures = {}
 print(f"{'load':<13} {'tapdisk':>8} {'/blkback':>9} {'/qdisk':>7}   for an I/O: {'kicks out':>9} {'kicks in':>9} {'copies':>7} {'CPU us':>7}")
-for case in dict.fromkeys(case for case, _ in rates):
+for case in dict.fromkeys(case for case, _ in rates if case != "traced"):
     ours = rates[case, "tapdisk"]
 
     def ratio(peer):
@@ -47,5 +50,7 @@ for case in dict.fromkeys(case for case, _ in rates):
         f"{case:<13} {row['iops']:8.0f} {row['blkback']:9.2f} {row['qdisk']:7.2f}"
         f"               {row['kicks_out']:9.3f} {row['kicks_in']:9.3f} {row['copies']:7.3f} {row['cpu_us']:7.0f}"
     )
+if syscalls and syscalls[0]:
+    print(f"system calls for an I/O, 4k read, depth 32, with strace: {syscalls[1] / syscalls[0]:.2f}")
 if path := os.environ.get("JSON"):
     json.dump(figures, open(path, "w"), indent=2)
