@@ -29,7 +29,7 @@ use crate::sys::memory::PAGE_SIZE;
 /// Indirect requests that are taken in one turn: each needs a page for its descriptors.
 const INDIRECT_MAX: usize = 32;
 
-/// An event is asked for each request in so many that are in flight, and for this many at most.
+/// Requests are gathered to one in so many that are in flight, and to this many at most.
 const GATHER_SHARE: usize = 4;
 const GATHER_MAX: usize = 8;
 /// How long requests may gather, ns.
@@ -131,6 +131,10 @@ pub struct Vbd {
     guest: Option<Guest>,
     /// The queue that is asked first, in this turn.
     first: usize,
+    /// Since when a few requests wait for more, ns.
+    gathers_since: Option<u64>,
+    /// What a pull takes, ns, on average.
+    pull_cost: u64,
     /// Requests were taken or answered since the rings were armed.
     moving: bool,
     /// A request waits for payload memory, and none has come back since.
@@ -196,6 +200,8 @@ impl Vbd {
             done: Vec::with_capacity(limits.requests),
             guest: None,
             first: 0,
+            gathers_since: None,
+            pull_cost: 0,
             moving: false,
             starved: false,
             broken: None,
@@ -278,11 +284,16 @@ impl Vbd {
 
     /// Puts the guest's requests into `intake`.
     pub fn pull(&mut self, intake: &mut Intake) {
+        if self.gathers(intake.now) {
+            // The submit thread may have no CPU of its own.
+            return std::thread::yield_now();
+        }
         self.take(intake);
         if self.taken.is_empty() {
             return;
         }
         self.moving = true;
+        let begin = now();
         self.copy_descriptors();
         self.parse_taken();
         let copied = self.copy(true);
@@ -292,6 +303,33 @@ impl Vbd {
         }
         self.taken = taken;
         self.incoming.clear();
+        self.pull_cost = (3 * self.pull_cost + (now() - begin)) / 4;
+    }
+
+    /// Requests that are worth an event, and a copy: with many in flight, a few more can be waited for.
+    fn worth(&self) -> u32 {
+        (self.in_flight() / GATHER_SHARE).clamp(1, GATHER_MAX) as u32
+    }
+
+    /// Whether there are so few requests that more are waited for, at most as long as it takes to pull them. That at worst
+    /// doubles what a pull costs, and mostly saves copies.
+    fn gathers(&mut self, now: u64) -> bool {
+        let rings = self.guest.iter().flat_map(|guest| &guest.rings);
+        let pending = rings.fold(0, |sum: u32, ring| match ring.ring.pending() {
+            Ok(pending) if ring.held.is_none() => sum.saturating_add(pending),
+            // Not to be waited with.
+            _ => u32::MAX,
+        });
+        if pending == 0 || pending >= self.worth() {
+            self.gathers_since = None;
+            return false;
+        }
+        let since = *self.gathers_since.get_or_insert(now);
+        let gathers = now.saturating_sub(since) < self.pull_cost.min(GATHER_NS);
+        if !gathers {
+            self.gathers_since = None;
+        }
+        gathers
     }
 
     /// Takes requests out of the rings as long as there is room for them and their data.
@@ -557,8 +595,7 @@ impl Vbd {
         let now = now();
         // With many requests in flight an answer comes soon, and with it a look at the rings: a few more can gather until
         // then. If none comes, the rings are looked at in a while, and then each request is worth an event again.
-        let gather = if std::mem::take(&mut self.moving) { self.in_flight() / GATHER_SHARE } else { 0 };
-        let count = gather.clamp(1, GATHER_MAX) as u32;
+        let count = if std::mem::take(&mut self.moving) { self.worth() } else { 1 };
         let rings = self.guest.iter_mut().flat_map(|guest| &mut guest.rings);
         let armed = rings.fold(false, |ready, ring| ring.arm(now, count) | ready);
         let muted = self.guest.iter().flat_map(|guest| &guest.rings).filter_map(|ring| ring.muted_until);
