@@ -61,13 +61,13 @@ pub fn parse(
         _ if entry.operation() == OP_INDIRECT => return Err(RSP_ERROR),
         _ => return Err(RSP_EOPNOTSUPP),
     };
-    let offset = entry.sector().checked_mul(drivers::SECTOR_SIZE).ok_or(RSP_ERROR)?;
+    let offset = entry.sector().checked_mul(drivers::SECTOR_SIZE).ok_or(RSP_ERROR);
     if op == Op::Discard {
         if entry.discard_flag() & DISCARD_SECURE != 0 {
             return Err(RSP_EOPNOTSUPP);
         }
         let len = entry.discard_sectors().checked_mul(drivers::SECTOR_SIZE).ok_or(RSP_ERROR)?;
-        return Ok(Command { op, offset, len });
+        return Ok(Command { op, offset: offset?, len });
     }
     if entry.operation() == OP_INDIRECT {
         indirect_segments(entry, max_indirect, segments, &mut read_page)?;
@@ -94,6 +94,8 @@ pub fn parse(
         }
         len += u64::from(last - first + 1) * drivers::SECTOR_SIZE;
     }
+    // Where there is no data there is no place: Linux says sector -1 in a flush.
+    let offset = if segments.is_empty() { 0 } else { offset? };
     Ok(Command { op, offset, len })
 }
 
@@ -117,4 +119,26 @@ fn indirect_segments(
         segments.extend(chunks.iter().map(|bytes| Segment::from_bytes(*bytes)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wire::Abi;
+    use super::*;
+
+    #[test]
+    fn a_flush_and_an_empty_barrier_are_nowhere_and_all_else_is_somewhere() {
+        let parse = |operation| {
+            let entry = Entry::new(Abi::X86_64, operation, 1).with_sector(u64::MAX);
+            parse(&entry, 8, 512, &mut Vec::new(), |_, _| false)
+        };
+        assert_eq!(parse(OP_FLUSH_DISKCACHE), Ok(Command { op: Op::Flush, offset: 0, len: 0 }));
+        assert_eq!(parse(OP_WRITE_BARRIER), Ok(Command { op: Op::Barrier, offset: 0, len: 0 }));
+        assert_eq!(parse(OP_DISCARD), Err(RSP_ERROR));
+        let segment = Segment { gref: 1, first_sect: 0, last_sect: 7 };
+        for operation in [OP_READ, OP_WRITE, OP_WRITE_BARRIER] {
+            let entry = Entry::new(Abi::X86_64, operation, 1).with_sector(u64::MAX).with_segments(1, &[segment]);
+            assert_eq!(super::parse(&entry, 8, 512, &mut Vec::new(), |_, _| false), Err(RSP_ERROR));
+        }
+    }
 }
