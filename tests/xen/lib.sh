@@ -10,6 +10,12 @@ set -E
 trap 'echo "FAILED: ${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND"' ERR
 
 say() { echo "== $(now) s: $*"; }
+# Milliseconds since the machine was started; busybox's date has none.
+ms() {
+    local up
+    read -r up _ </proc/uptime
+    echo $((10#${up/./} * 10))
+}
 fail() {
     echo "FAILED: $*"
     trap - ERR
