@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use slog::{Logger, error, info};
 
 use crate::engine::Submit;
-use crate::frontend::{DiskInfo, Frontend, Intake};
+use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
 use crate::log::Limiter;
 use crate::polling::{Polling, PollingReport};
 use crate::queue::{Queue, QueueReport, TiocbReport, Transfer};
@@ -51,11 +51,6 @@ pub enum Turn {
 /// I/Os in flight up to which a completion is looked for: with more, there is enough to do, and waiting batches them.
 const LONELY: usize = 2;
 
-/// I/Os in flight from which on answers are gathered.
-const GATHER_MIN: usize = 8;
-/// The longest that they are, ns.
-const GATHER_NS: u64 = 500_000;
-
 /// How far a write barrier is; it is the last request that was pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Barrier {
@@ -93,8 +88,8 @@ pub struct Disk {
     lock: Option<Flock<File>>,
     log: Logger,
     limiter: Limiter,
-    /// What it takes to answer what a turn has to, ns, on average.
-    answer_cost: u64,
+    /// Until when answers wait for more of them, ns of [`now`].
+    held_until: Option<u64>,
 }
 
 /// All that debug-queue shows.
@@ -200,7 +195,7 @@ impl Disk {
             lock,
             log,
             limiter: Limiter::default(),
-            answer_cost: 0,
+            held_until: None,
         }
     }
 
@@ -231,14 +226,12 @@ impl Disk {
         self.queue.kick(&self.slots);
         worked |= self.queue.reap() > 0;
         worked |= self.finish();
-        self.gather();
-        let begin = now();
+        if self.holds() {
+            return if worked { Turn::Worked } else { Turn::Nothing };
+        }
         let (answered, in_memory) = self.answer();
         for frontend in &mut self.frontends {
             frontend.publish();
-        }
-        if answered {
-            self.answer_cost = (3 * self.answer_cost + (now() - begin)) / 4;
         }
         match answered | worked | self.advance() {
             false => Turn::Nothing,
@@ -332,20 +325,21 @@ impl Disk {
         worked
     }
 
-    /// Where few of many requests in flight are done, more may be done in a moment: waits for them, at most as long as it
-    /// takes to answer. That at worst doubles what an answer costs, and mostly saves copies and notifications.
-    fn gather(&mut self) {
-        if self.done.is_empty() || self.queue.in_flight() < GATHER_MIN {
-            return;
+    /// Whether answers wait for more of them: few of many requests in flight are done, and clients whose answers cost much
+    /// want them together.
+    fn holds(&mut self) -> bool {
+        let many = gathered(self.queue.in_flight(), 4);
+        let longest = self.frontends.iter().map(|frontend| frontend.gather_ns()).min().unwrap_or(0);
+        if longest == 0 || self.done.is_empty() || self.done.len() >= many || self.state != State::Running {
+            self.held_until = None;
+            return false;
         }
-        let end = now() + self.answer_cost.min(GATHER_NS);
-        while self.done.len() * 3 < self.queue.in_flight() && now() < end {
-            // The submit thread may have no CPU of its own.
-            std::thread::yield_now();
-            if self.queue.reap() > 0 {
-                self.finish();
-            }
+        let now = now();
+        let until = *self.held_until.get_or_insert(now + longest);
+        if now >= until {
+            self.held_until = None;
         }
+        self.held_until.is_some()
     }
 
     fn log_error(&mut self, transfer: &Transfer, errno: Errno) {
@@ -461,7 +455,7 @@ impl Disk {
     /// When a turn is due although nothing happens, ns of [`now`].
     pub fn deadline(&self) -> Option<u64> {
         let retry = self.queue.stalled().then(|| now() + 1_000_000);
-        self.frontends.iter().filter_map(|frontend| frontend.deadline()).chain(retry).min()
+        self.frontends.iter().filter_map(|frontend| frontend.deadline()).chain(retry).chain(self.held_until).min()
     }
 
     /// What clients are told.

@@ -94,6 +94,7 @@ fn xen_config(config: &Config, table: &config::Xen) -> xen::Config {
             indirect_segments: table.max_indirect_segments as usize,
             buffers: table.buffers.0 as usize,
             requests: config.requests as usize,
+            gather_ns: u64::from(table.gather_us) * 1000,
         },
         store: table.store.clone(),
         lock_memory: config.memory.lock,

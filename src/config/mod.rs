@@ -272,6 +272,9 @@ mod defaults {
     pub(super) fn backend() -> String {
         "vbd3".into()
     }
+    pub(super) fn gather_us() -> u32 {
+        1000
+    }
     pub(super) fn buffers() -> Size {
         Size(16 << 20)
     }

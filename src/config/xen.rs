@@ -51,6 +51,9 @@ pub struct Xen {
     /// Segments of an indirect request.
     #[serde(default = "defaults::indirect_segments", deserialize_with = "in_range::<1, 256, _, _>")]
     pub max_indirect_segments: u32,
+    /// With many requests in flight, the longest that some wait for others to be taken or answered together; µs.
+    #[serde(default = "defaults::gather_us", deserialize_with = "in_range::<0, 10000, _, _>")]
+    pub gather_us: u32,
     /// Memory for data on its way between guest and image.
     #[serde(default = "defaults::buffers")]
     pub buffers: Size,

@@ -54,6 +54,12 @@ impl DiskInfo {
     }
 }
 
+/// With so many requests in flight, how many are worth being taken, or answered, together: one in `share`. With few in
+/// flight nothing waits for anything.
+pub fn gathered(in_flight: usize, share: usize) -> usize {
+    if in_flight < 6 { 1 } else { (in_flight / share).clamp(1, 8) }
+}
+
 /// Where a frontend puts what it pulls.
 pub struct Intake<'a> {
     pub(crate) slots: &'a mut Slots,
@@ -125,6 +131,11 @@ pub trait Frontend {
 
     /// The disk has grown; requests beyond its old end are taken already.
     fn resized(&mut self, _disk: &DiskInfo) {}
+
+    /// How long answers may wait for more of them, ns. 0: not at all.
+    fn gather_ns(&self) -> u64 {
+        0
+    }
 
     /// Lets nobody in any more and says goodbye to those who are.
     fn close(&mut self);

@@ -258,6 +258,10 @@ impl Frontend for Xen {
         vbd.into_iter().chain(self.shared.wake_at.get()).chain(retry).chain(self.goodbye_until).min()
     }
 
+    fn gather_ns(&self) -> u64 {
+        self.config.limits.gather_ns
+    }
+
     fn close(&mut self) {
         self.shared.stopping.set(true);
         self.goodbye_until = Some(now() + GOODBYE);

@@ -11,13 +11,13 @@ use serde::Serialize;
 use slog::{Logger, warn};
 
 use super::ring::{GuestRing, RingAt};
-use crate::frontend::Intake;
 use crate::frontend::blkif::queue::{Counters, MUTE};
 use crate::frontend::blkif::wire::{
     Abi, Entry, GrantRef, MAX_SEGMENTS, OP_INDIRECT, OP_READ, OP_WRITE, OP_WRITE_BARRIER, RSP_ERROR, Response,
     SEGMENT_SIZE, Segment,
 };
 use crate::frontend::blkif::{Command, parse, response_operation, status};
+use crate::frontend::{Intake, gathered};
 use crate::log::Limiter;
 use crate::payload::{Arena, Run};
 use crate::request::{Op, Request};
@@ -29,12 +29,6 @@ use crate::sys::memory::PAGE_SIZE;
 /// Indirect requests that are taken in one turn: each needs a page for its descriptors.
 const INDIRECT_MAX: usize = 32;
 
-/// Requests are gathered to one in so many that are in flight, and to this many at most.
-const GATHER_SHARE: usize = 4;
-const GATHER_MAX: usize = 8;
-/// How long requests may gather, ns.
-const GATHER_NS: u64 = 500_000;
-
 /// Sizes of a vbd.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -44,6 +38,8 @@ pub struct Limits {
     pub buffers: usize,
     /// Requests that are taken and not answered.
     pub requests: usize,
+    /// How long requests and answers may wait for more of them, where many are in flight; ns.
+    pub gather_ns: u64,
 }
 
 /// What a guest says of its rings, and the toolstack of the disk.
@@ -131,10 +127,8 @@ pub struct Vbd {
     guest: Option<Guest>,
     /// The queue that is asked first, in this turn.
     first: usize,
-    /// Since when a few requests wait for more, ns.
-    gathers_since: Option<u64>,
-    /// What a pull takes, ns, on average.
-    pull_cost: u64,
+    /// Until when a few requests wait for more, ns of [`now`].
+    gathers_until: Option<u64>,
     /// Requests were taken or answered since the rings were armed.
     moving: bool,
     /// A request waits for payload memory, and none has come back since.
@@ -200,8 +194,7 @@ impl Vbd {
             done: Vec::with_capacity(limits.requests),
             guest: None,
             first: 0,
-            gathers_since: None,
-            pull_cost: 0,
+            gathers_until: None,
             moving: false,
             starved: false,
             broken: None,
@@ -285,15 +278,13 @@ impl Vbd {
     /// Puts the guest's requests into `intake`.
     pub fn pull(&mut self, intake: &mut Intake) {
         if self.gathers(intake.now) {
-            // The submit thread may have no CPU of its own.
-            return std::thread::yield_now();
+            return;
         }
         self.take(intake);
         if self.taken.is_empty() {
             return;
         }
         self.moving = true;
-        let begin = now();
         self.copy_descriptors();
         self.parse_taken();
         let copied = self.copy(true);
@@ -303,33 +294,25 @@ impl Vbd {
         }
         self.taken = taken;
         self.incoming.clear();
-        self.pull_cost = (3 * self.pull_cost + (now() - begin)) / 4;
     }
 
-    /// Requests that are worth an event, and a copy: with many in flight, a few more can be waited for.
-    fn worth(&self) -> u32 {
-        (self.in_flight() / GATHER_SHARE).clamp(1, GATHER_MAX) as u32
-    }
-
-    /// Whether there are so few requests that more are waited for, at most as long as it takes to pull them. That at worst
-    /// doubles what a pull costs, and mostly saves copies.
+    /// Whether there are so few requests, with many in flight, that more are waited for.
     fn gathers(&mut self, now: u64) -> bool {
         let rings = self.guest.iter().flat_map(|guest| &guest.rings);
-        let pending = rings.fold(0, |sum: u32, ring| match ring.ring.pending() {
-            Ok(pending) if ring.held.is_none() => sum.saturating_add(pending),
+        let pending = rings.fold(0, |sum: usize, ring| match ring.ring.pending() {
+            Ok(pending) if ring.held.is_none() => sum + pending as usize,
             // Not to be waited with.
-            _ => u32::MAX,
+            _ => usize::MAX / 2,
         });
-        if pending == 0 || pending >= self.worth() {
-            self.gathers_since = None;
+        if pending == 0 || pending >= gathered(self.in_flight(), 2) {
+            self.gathers_until = None;
             return false;
         }
-        let since = *self.gathers_since.get_or_insert(now);
-        let gathers = now.saturating_sub(since) < self.pull_cost.min(GATHER_NS);
-        if !gathers {
-            self.gathers_since = None;
+        let until = *self.gathers_until.get_or_insert(now + self.limits.gather_ns);
+        if now >= until {
+            self.gathers_until = None;
         }
-        gathers
+        self.gathers_until.is_some()
     }
 
     /// Takes requests out of the rings as long as there is room for them and their data.
@@ -587,6 +570,7 @@ impl Vbd {
     pub fn ready(&self) -> bool {
         // Where payload memory is short, what frees it is an answer, and then the rings are looked at anyway.
         !self.starved
+            && self.gathers_until.is_none()
             && self.guest.iter().flat_map(|guest| &guest.rings).any(|ring| ring.held.is_some() || ring.ring.ready())
     }
 
@@ -595,13 +579,15 @@ impl Vbd {
         let now = now();
         // With many requests in flight an answer comes soon, and with it a look at the rings: a few more can gather until
         // then. If none comes, the rings are looked at in a while, and then each request is worth an event again.
-        let count = if std::mem::take(&mut self.moving) { self.worth() } else { 1 };
+        let gathers = std::mem::take(&mut self.moving) && self.limits.gather_ns > 0;
+        let count = if gathers { gathered(self.in_flight(), 2) as u32 } else { 1 };
         let rings = self.guest.iter_mut().flat_map(|guest| &mut guest.rings);
         let armed = rings.fold(false, |ready, ring| ring.arm(now, count) | ready);
         let muted = self.guest.iter().flat_map(|guest| &guest.rings).filter_map(|ring| ring.muted_until);
-        self.wake_at = muted.chain((count > 1).then_some(now + GATHER_NS)).min();
+        let look = (count > 1).then_some(now + self.limits.gather_ns);
+        self.wake_at = muted.chain(look).chain(self.gathers_until).min();
         let held = self.guest.iter().flat_map(|guest| &guest.rings).any(|ring| ring.held.is_some());
-        !self.starved && (armed || held)
+        !self.starved && self.gathers_until.is_none() && (armed || held)
     }
 
     /// When a muted ring is to be looked at again.

@@ -460,10 +460,8 @@ impl<B: Backend> Handshake<B> {
         for queue in 0..queues {
             // With one queue the keys are flat; some frontends have it the other way.
             let numbered = format!("queue-{queue}/");
-            let folder = match optional(read("event-channel").await)? {
-                Some(_) if queues == 1 => "",
-                _ => numbered.as_str(),
-            };
+            let there = optional(read(&format!("{numbered}event-channel")).await)?.is_some();
+            let folder = if queues > 1 || there { numbered.as_str() } else { "" };
             let channel = read(&format!("{folder}event-channel"));
             let single = read(&format!("{folder}ring-ref"));
             let pages: Vec<_> = (0..1 << order).map(|page| read(&format!("{folder}ring-ref{page}"))).collect();
