@@ -26,14 +26,12 @@ struct Number {
 }
 
 mod ioctl {
-    // All are declared without a direction: _IOC(_IOC_NONE, 'E', number, size).
-    const fn number(number: u8, size: usize) -> libc::c_ulong {
-        nix::request_code_none!(b'E', number) | (size as libc::c_ulong) << 16
-    }
-    nix::ioctl_write_ptr_bad!(bind_interdomain, number(1, 8), super::BindInterdomain);
-    nix::ioctl_write_ptr_bad!(bind_unbound_port, number(2, 4), super::Number);
-    nix::ioctl_write_ptr_bad!(unbind, number(3, 4), super::Number);
-    nix::ioctl_write_ptr_bad!(notify, number(4, 4), super::Number);
+    use super::super::xen_ioctl;
+
+    nix::ioctl_write_ptr_bad!(bind_interdomain, xen_ioctl(b'E', 1, 8), super::BindInterdomain);
+    nix::ioctl_write_ptr_bad!(bind_unbound_port, xen_ioctl(b'E', 2, 4), super::Number);
+    nix::ioctl_write_ptr_bad!(unbind, xen_ioctl(b'E', 3, 4), super::Number);
+    nix::ioctl_write_ptr_bad!(notify, xen_ioctl(b'E', 4, 4), super::Number);
 }
 
 /// The open device, with the ports that are bound to it.

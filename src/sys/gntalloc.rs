@@ -29,10 +29,9 @@ struct Alloc {
 }
 
 mod ioctl {
-    const fn number(number: u8, size: usize) -> libc::c_ulong {
-        nix::request_code_none!(b'G', number) | (size as libc::c_ulong) << 16
-    }
-    nix::ioctl_readwrite_bad!(alloc, number(5, 24), super::Alloc);
+    use super::super::xen_ioctl;
+
+    nix::ioctl_readwrite_bad!(alloc, xen_ioctl(b'G', 5, 24), super::Alloc);
 }
 
 /// Pages that a domain may use, until this and the memory are dropped. What the domain still has mapped stays its own.

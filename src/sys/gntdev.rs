@@ -86,13 +86,11 @@ struct Copy {
 }
 
 mod ioctl {
-    // All are declared without a direction: _IOC(_IOC_NONE, 'G', number, size).
-    const fn number(number: u8, size: usize) -> libc::c_ulong {
-        nix::request_code_none!(b'G', number) | (size as libc::c_ulong) << 16
-    }
-    nix::ioctl_readwrite_bad!(map, number(0, 24), super::Map);
-    nix::ioctl_readwrite_bad!(unmap, number(1, 16), super::Unmap);
-    nix::ioctl_readwrite_bad!(copy, number(8, 16), super::Copy);
+    use super::super::xen_ioctl;
+
+    nix::ioctl_readwrite_bad!(map, xen_ioctl(b'G', 0, 24), super::Map);
+    nix::ioctl_readwrite_bad!(unmap, xen_ioctl(b'G', 1, 16), super::Unmap);
+    nix::ioctl_readwrite_bad!(copy, xen_ioctl(b'G', 8, 16), super::Copy);
 }
 
 const _: () = {

@@ -11,3 +11,8 @@ pub mod gntdev;
 pub mod io;
 pub mod memory;
 pub mod socket;
+
+/// The number of an ioctl of Xen's devices: all are declared without a direction, and with the size of their argument.
+const fn xen_ioctl(kind: u8, number: u8, size: usize) -> libc::c_ulong {
+    nix::request_code_none!(kind, number) | (size as libc::c_ulong) << 16
+}

@@ -347,9 +347,9 @@ impl Vbd {
             }
             room = room.saturating_sub(self.taken.len() - before);
         }
-        match broken {
-            None => self.guest = Some(guest),
-            Some(why) => self.let_go(why),
+        self.guest = Some(guest);
+        if let Some(why) = broken {
+            self.let_go(why);
         }
     }
 
