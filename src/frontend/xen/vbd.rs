@@ -81,6 +81,18 @@ struct Passing {
     copies: (usize, usize),
 }
 
+impl Passing {
+    /// Its status after its copies in `batch` were carried out.
+    fn copied(&self, batch: &CopyBatch, counters: &mut VbdCounters) -> Result<(), i16> {
+        let (first, count) = self.copies;
+        if batch.done(first, count) {
+            return self.status;
+        }
+        counters.copy_errors += 1;
+        Err(RSP_ERROR)
+    }
+}
+
 /// What was counted of all guests.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct VbdCounters {
@@ -138,7 +150,7 @@ pub struct Vbd {
     counters: VbdCounters,
     /// Of the rings of guests that are gone.
     past: Counters,
-    /// When a ring whose events are left alone is to be looked at.
+    /// When the rings are to be looked at though no event comes, ns of [`now`].
     wake_at: Option<u64>,
     limiter: Limiter,
     log: Logger,
@@ -287,10 +299,10 @@ impl Vbd {
         self.moving = true;
         self.copy_descriptors();
         self.parse_taken();
-        let copied = self.copy(true);
+        self.copy(true);
         let mut taken = std::mem::take(&mut self.taken);
         for (_, passing) in taken.drain(..) {
-            self.hand_over(intake, passing, copied);
+            self.hand_over(intake, passing);
         }
         self.taken = taken;
         self.incoming.clear();
@@ -405,13 +417,9 @@ impl Vbd {
                 passing.copies = (first, 1);
             }
         }
-        let copied = self.copy(true);
+        self.copy(true);
         for (_, passing) in &mut self.taken {
-            let (first, count) = passing.copies;
-            if count > 0 && !(copied && self.incoming.done(first, count)) {
-                self.counters.copy_errors += 1;
-                passing.status = Err(RSP_ERROR);
-            }
+            passing.status = passing.copied(&self.incoming, &mut self.counters);
         }
         self.incoming.clear();
     }
@@ -449,11 +457,11 @@ impl Vbd {
         }
     }
 
-    /// Carries a batch of copies out. False: none can be trusted.
-    fn copy(&mut self, incoming: bool) -> bool {
+    /// Carries a batch of copies out.
+    fn copy(&mut self, incoming: bool) {
         let batch = if incoming { &mut self.incoming } else { &mut self.outgoing };
         if batch.is_empty() {
-            return true;
+            return;
         }
         self.counters.copy_calls += 1;
         self.counters.copy_segments += batch.len() as u64;
@@ -465,18 +473,12 @@ impl Vbd {
         {
             warn!(self.log, "grant copy failed"; "errno" => %errno, "suppressed_before" => suppressed);
         }
-        result.is_ok()
     }
 
     /// Gives a request to the disk, or answers it if it can't be done.
-    fn hand_over(&mut self, intake: &mut Intake, passing: Passing, copied: bool) {
-        let (first, count) = passing.copies;
-        let mut status = passing.status;
-        let malformed = status.is_err();
-        if status.is_ok() && count > 0 && !(copied && self.incoming.done(first, count)) {
-            self.counters.copy_errors += 1;
-            status = Err(RSP_ERROR);
-        }
+    fn hand_over(&mut self, intake: &mut Intake, passing: Passing) {
+        let malformed = passing.status.is_err();
+        let status = passing.copied(&self.incoming, &mut self.counters);
         let flight = &self.flights[usize::from(passing.flight)];
         let request = status.and_then(|()| intake.vacant().ok_or(RSP_ERROR));
         match request {
@@ -526,10 +528,10 @@ impl Vbd {
     pub fn publish(&mut self) {
         if !self.done.is_empty() {
             self.moving = true;
-            let copied = self.copy(false);
+            self.copy(false);
             let mut done = std::mem::take(&mut self.done);
             for passing in done.drain(..) {
-                self.respond(passing, copied);
+                self.respond(passing);
             }
             self.done = done;
             self.outgoing.clear();
@@ -542,13 +544,8 @@ impl Vbd {
         }
     }
 
-    fn respond(&mut self, passing: Passing, copied: bool) {
-        let (first, count) = passing.copies;
-        let mut status = passing.status;
-        if count > 0 && !(copied && self.outgoing.done(first, count)) {
-            self.counters.copy_errors += 1;
-            status = Err(RSP_ERROR);
-        }
+    fn respond(&mut self, passing: Passing) {
+        let status = passing.copied(&self.outgoing, &mut self.counters);
         let flight = &self.flights[usize::from(passing.flight)];
         let response = Response { id: flight.id, operation: flight.operation, status: status.err().unwrap_or(0) };
         if let Some(ring) = self.guest.as_mut().and_then(|guest| guest.rings.get_mut(flight.queue)) {
@@ -590,7 +587,7 @@ impl Vbd {
         !self.starved && self.gathers_until.is_none() && (armed || held)
     }
 
-    /// When a muted ring is to be looked at again.
+    /// When the rings are to be looked at though no event comes.
     pub fn deadline(&self) -> Option<u64> {
         self.wake_at
     }
