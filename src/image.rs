@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drivers::Raw;
@@ -15,7 +16,7 @@ use crate::config::{Config, Direct, ImageType, OddSize, Size};
 use crate::engine::{self, Engine};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::{direct_alignment, geometry};
+use crate::sys::file::{Backing, direct_alignment, geometry};
 use crate::sys::io::FileId;
 
 /// Why an image can't be served.
@@ -147,8 +148,9 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
             "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
     }
     let depth = config.engine.depth as usize;
-    let engine =
-        engine::aio::open(vec![file], depth, direct, geometry.block_device).map_err(io("start its engine"))?;
+    let files: Arc<[Backing]> = Arc::new([Backing { file, direct, block_device: geometry.block_device }]);
+    let event = engine::event().map_err(io("start its engine"))?;
+    let engine = engine::aio::open(&files, depth, 64, &event).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => %path.display(), "size" => size, "sector_size" => sector_size,
         "direct" => direct, "block_device" => geometry.block_device, "read_only" => image.read_only,
         "engine" => engine.name, "depth" => depth);

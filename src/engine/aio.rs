@@ -2,7 +2,6 @@
 //! to a worker thread.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,19 +11,25 @@ use nix::sys::eventfd::EventFd;
 
 use super::worker::{Finishing, Worker};
 use super::{Engine, Inline, Reap, Submit};
-use crate::sys::aio::{Completions, Context, Reading, setup, system_limit};
+use crate::sys::aio::{BATCH_MAX, Completions, Context, Reading, setup, system_limit};
+use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
 
-/// Opens the engine for `depth` I/Os in flight on `files`. `direct`: all are open with O_DIRECT; `block_device`: all
-/// are block devices.
-pub fn open(files: Vec<File>, depth: usize, direct: bool, block_device: bool) -> io::Result<Engine> {
-    let (context, completions) = setup(depth, files, Reading::Ring).map_err(|error| explain(error, depth))?;
-    let worker = Worker::start(Arc::clone(&context), block_device, depth)?;
+/// Opens the engine for `depth` I/Os in flight on `files`, at most `batch` of them in one system call.
+pub fn open(files: &Arc<[Backing]>, depth: usize, batch: usize, event: &Arc<EventFd>) -> io::Result<Engine> {
+    let (context, completions) =
+        setup(depth, Arc::clone(files), Reading::Ring, Arc::clone(event)).map_err(|error| explain(error, depth))?;
+    let worker = Worker::start(Arc::clone(files), Arc::clone(event), depth)?;
     let finished = worker.finished();
-    // io_submit on a buffered file does the whole I/O itself.
-    let inline = if direct { Inline::Idle { writes: block_device } } else { Inline::Never };
-    let submit = Arc::new(AioSubmit { context, worker, flushes: AtomicBool::new(true) });
-    Ok(Engine { name: "aio", depth, inline, submit, reap: Box::new(AioReap { completions, finished }) })
+    let submit = AioSubmit {
+        context,
+        worker,
+        flushes: AtomicBool::new(true),
+        batch: batch.min(BATCH_MAX),
+        event: Arc::clone(event),
+    };
+    let reap = Box::new(AioReap { completions, finished });
+    Ok(Engine { name: "aio", depth, inline: Inline::of_files(files), submit: Arc::new(submit), reap })
 }
 
 fn explain(error: io::Error, depth: usize) -> io::Error {
@@ -45,6 +50,9 @@ struct AioSubmit {
     worker: Worker,
     /// The kernel has an asynchronous fdsync for the file, as far as we know.
     flushes: AtomicBool,
+    /// I/Os in one system call.
+    batch: usize,
+    event: Arc<EventFd>,
 }
 
 impl AioSubmit {
@@ -65,6 +73,7 @@ impl AioSubmit {
 
 impl Submit for AioSubmit {
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+        let limit = limit.min(self.batch);
         let diverted = batch.iter().take(limit).take_while(|io| self.for_worker(io)).count();
         if diverted > 0 {
             return Ok(self.divert(batch, diverted));
@@ -80,7 +89,7 @@ impl Submit for AioSubmit {
     }
 
     fn event(&self) -> &EventFd {
-        self.context.completed()
+        &self.event
     }
 }
 

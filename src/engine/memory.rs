@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
 use super::{Engine, Inline, Reap, Submit};
 use crate::sys::io::{Io, IoOp};
@@ -28,7 +28,7 @@ fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize) -> std::io::Re
     let shared = Arc::new(Shared {
         state: Mutex::new(State { image, done: VecDeque::with_capacity(depth) }),
         ready: AtomicBool::new(false),
-        event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+        event: super::event()?,
         looper: std::thread::current().id(),
     });
     let reap = Box::new(MemoryReap { shared: Arc::clone(&shared), taken: VecDeque::with_capacity(depth) });
@@ -38,7 +38,7 @@ fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize) -> std::io::Re
 struct Shared {
     state: Mutex<State>,
     ready: AtomicBool,
-    event: EventFd,
+    event: Arc<EventFd>,
     /// The main loop's thread. It reaps after it has submitted, and need not be told.
     looper: std::thread::ThreadId,
 }

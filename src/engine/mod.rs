@@ -5,9 +5,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
+use crate::sys::memory::Memory;
 
 pub mod aio;
 pub mod memory;
@@ -19,7 +21,17 @@ pub trait Submit: Send + Sync {
     /// error is the first one's. EAGAIN (or `Ok(0)`) means that there is no room until something completes. May block.
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno>;
 
-    /// Becomes readable with each completion.
+    /// Tries to end the I/O with that tag, which this engine has, before its time. It completes in any case; with
+    /// ECANCELED if this took effect. False: it can only be waited for. Called from the main loop, and never blocks.
+    fn cancel(&self, _tag: u32) -> bool {
+        false
+    }
+
+    /// I/Os will point into `memory`: what can be prepared for that is, and undone when the memory goes. An engine that has
+    /// nothing to prepare, or can't, serves it all the same. Called from the main loop.
+    fn register(&self, _memory: &Arc<Memory>) {}
+
+    /// Becomes readable with each completion; every engine of a disk has the same one.
     fn event(&self) -> &EventFd;
 
     /// Makes [`event`](Self::event) readable.
@@ -55,6 +67,16 @@ pub enum Inline {
 }
 
 impl Inline {
+    /// For an engine whose submission can wait, on these files.
+    pub fn of_files(files: &[Backing]) -> Inline {
+        // io_submit on a buffered file does the whole I/O itself.
+        if files.iter().all(|file| file.direct) {
+            Inline::Idle { writes: files.iter().all(|file| file.block_device) }
+        } else {
+            Inline::Never
+        }
+    }
+
     /// Whether `io` may be submitted by the main loop while nothing is in flight.
     pub fn when_idle(self, io: &Io) -> bool {
         match (self, io.op) {
@@ -63,6 +85,11 @@ impl Inline {
             _ => false,
         }
     }
+}
+
+/// The event of a disk's engines.
+pub fn event() -> std::io::Result<Arc<EventFd>> {
+    Ok(Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?))
 }
 
 /// An engine with its files registered, ready to use.

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
 
 use crate::submit::{Handover, STACK_SIZE};
-use crate::sys::io::{Io, IoOp};
-use crate::sys::{aio, file};
+use crate::sys::file::Backing;
+use crate::sys::io::Io;
 
 type Finished = (Box<Io>, Result<u64, Errno>);
 
@@ -29,7 +30,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn start(context: Arc<aio::Context>, block_device: bool, capacity: usize) -> std::io::Result<Worker> {
+    pub(super) fn start(files: Arc<[Backing]>, event: Arc<EventFd>, capacity: usize) -> std::io::Result<Worker> {
         let shared = Arc::new(Shared {
             todo: Handover::new(capacity),
             finished: Mutex::new(VecDeque::with_capacity(capacity)),
@@ -40,27 +41,14 @@ impl Worker {
             let mut batch = VecDeque::with_capacity(capacity);
             while mine.todo.take(&mut batch) {
                 for io in batch.drain(..) {
-                    let result = Self::run(&context, block_device, &io);
+                    let result = files[usize::from(io.file.0)].carry_out(&io);
                     mine.finished.lock().unwrap().push_back((io, result));
                     mine.ready.store(true, Ordering::Release);
-                    let _ = context.completed().write(1);
+                    let _ = event.write(1);
                 }
             }
         })?;
         Ok(Worker { shared, thread: Some(thread) })
-    }
-
-    fn run(context: &aio::Context, block_device: bool, io: &Io) -> Result<u64, Errno> {
-        let file = context.file(io.file);
-        match io.op {
-            IoOp::Flush => nix::unistd::fdatasync(file).map(|()| 0),
-            IoOp::Discard => file::discard(file, block_device, io.offset, io.len).map(|()| io.len),
-            IoOp::WriteZeroes { unmap } => {
-                file::write_zeroes(file, block_device, io.offset, io.len, unmap).map(|()| io.len)
-            }
-            IoOp::Status => file::status(file, block_device, io),
-            IoOp::Read | IoOp::Write { .. } => Err(Errno::EOPNOTSUPP),
-        }
     }
 
     pub(super) fn give(&self, ios: impl Iterator<Item = Box<Io>>) {

@@ -4,20 +4,20 @@
 //! `incompat_features` exist so that others can. Where they are not what we know, `io_getevents(2)` serves instead.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use libc::{c_long, c_uint, iocb};
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
+use super::file::Backing;
 use super::io::{Io, IoOp, last_error};
 
-/// I/Os in one `io_submit`.
-const BATCH: usize = 64;
+/// The most I/Os in one `io_submit`, and completions in one `io_getevents`.
+pub const BATCH_MAX: usize = 256;
 
 // include/uapi/linux/aio_abi.h
 const IOCB_CMD_PREAD: u16 = 0;
@@ -83,8 +83,8 @@ pub enum Reading {
 #[derive(Debug)]
 pub struct Context {
     id: usize,
-    files: Vec<File>,
-    completed: EventFd,
+    files: Arc<[Backing]>,
+    completed: Arc<EventFd>,
 }
 
 /// The completing half. There is one: the ring has one consumer.
@@ -98,8 +98,13 @@ pub struct Completions {
 unsafe impl Send for Completions {}
 
 /// A context for `depth` I/Os in flight on `files`, whose indices are the [`FileId`](super::io::FileId)s.
-pub fn setup(depth: usize, files: Vec<File>, reading: Reading) -> io::Result<(Arc<Context>, Completions)> {
-    let completed = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+/// `completed` becomes readable with each completion; nobody needs to read it where the poll is edge-triggered.
+pub fn setup(
+    depth: usize,
+    files: Arc<[Backing]>,
+    reading: Reading,
+    completed: Arc<EventFd>,
+) -> io::Result<(Arc<Context>, Completions)> {
     let mut id: usize = 0;
     // SAFETY: `id` is where the kernel stores the context's id, and must be 0 before.
     if unsafe { libc::syscall(libc::SYS_io_setup, depth as c_long, &raw mut id) } < 0 {
@@ -118,9 +123,9 @@ impl Context {
     /// accepted out of it. On an error nothing was accepted. The operations are read, write and flush: Linux AIO has
     /// no other.
     pub fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
-        let mut ios = [std::ptr::null_mut::<Io>(); BATCH];
-        let mut iocbs = [std::ptr::null_mut::<iocb>(); BATCH];
-        let count = batch.len().min(limit).min(BATCH);
+        let mut ios = [std::ptr::null_mut::<Io>(); BATCH_MAX];
+        let mut iocbs = [std::ptr::null_mut::<iocb>(); BATCH_MAX];
+        let count = batch.len().min(limit).min(BATCH_MAX);
         for (i, io) in batch.drain(..count).enumerate() {
             // From here on the kernel, and with it the completing thread, may own the I/O.
             ios[i] = Box::into_raw(io);
@@ -158,7 +163,7 @@ impl Context {
             }
         };
         let flush = io.op == IoOp::Flush;
-        let fd = self.files[usize::from(io.file.0)].as_raw_fd();
+        let fd = self.files[usize::from(io.file.0)].file.as_raw_fd();
         let nowait = if io.nowait { libc::RWF_NOWAIT } else { 0 };
         let block = &mut io.iocb.0;
         block.aio_data = data;
@@ -173,22 +178,6 @@ impl Context {
         block.aio_flags = IOCB_FLAG_RESFD;
         block.aio_resfd = self.completed.as_fd().as_raw_fd() as u32;
         block
-    }
-
-    /// The file with that index.
-    pub fn file(&self, id: super::io::FileId) -> &File {
-        &self.files[usize::from(id.0)]
-    }
-
-    /// Becomes readable with each completion. Nobody needs to read it where the poll is edge-triggered.
-    pub fn completed(&self) -> &EventFd {
-        &self.completed
-    }
-}
-
-impl AsFd for Context {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.completed.as_fd()
     }
 }
 
@@ -234,9 +223,9 @@ impl Completions {
 
     fn reap_by_call(&mut self, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
         // SAFETY: integers only.
-        let mut events: [Event; BATCH] = unsafe { std::mem::zeroed() };
+        let mut events: [Event; BATCH_MAX] = unsafe { std::mem::zeroed() };
         let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let most = limit.min(BATCH) as c_long;
+        let most = limit.min(BATCH_MAX) as c_long;
         // SAFETY: `events` has room for `most`.
         let got = unsafe {
             libc::syscall(
@@ -286,11 +275,16 @@ mod tests {
         done
     }
 
+    fn set_up(file: std::fs::File, reading: Reading) -> (Arc<Context>, Completions) {
+        let files = Arc::new([Backing { file, direct: false, block_device: false }]);
+        setup(8, files, reading, Arc::new(EventFd::new().unwrap())).unwrap()
+    }
+
     #[test]
     fn writes_flushes_and_reads_with_either_way_of_reading() {
         for reading in [Reading::Ring, Reading::SystemCall] {
             let file = tempfile::tempfile().unwrap();
-            let (context, mut completions) = setup(8, vec![file], reading).unwrap();
+            let (context, mut completions) = set_up(file, reading);
             let memory = Arc::new(Memory::anonymous(8192).unwrap());
             memory.write(0, &[7; 4096]);
             let mut io = Io::new(1, 4);
@@ -324,7 +318,7 @@ mod tests {
     #[test]
     fn what_the_kernel_refuses_stays_in_the_batch() {
         let write_only = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
-        let (context, mut completions) = setup(8, vec![write_only], Reading::Ring).unwrap();
+        let (context, mut completions) = set_up(write_only, Reading::Ring);
         let memory = Arc::new(Memory::anonymous(4096).unwrap());
         let mut batch = VecDeque::new();
         for (tag, op) in [IoOp::Write { fua: false }, IoOp::Read].into_iter().enumerate() {

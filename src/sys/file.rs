@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::io::IoOp;
+
 mod ioctl {
     // include/uapi/linux/fs.h
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
@@ -63,73 +65,121 @@ pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
         .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
 }
 
-/// Gives a range's space back. Blocks.
-pub fn discard(file: &File, block_device: bool, offset: u64, len: u64) -> Result<(), Errno> {
-    if block_device {
-        // SAFETY: the ioctl reads two integers.
-        unsafe { ioctl::blkdiscard(file.as_raw_fd(), &[offset, len]) }.map(drop)
-    } else {
-        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(file.as_fd(), how, offset as i64, len as i64)
+/// One of an engine's files, and how it was opened.
+#[derive(Debug)]
+pub struct Backing {
+    /// The file.
+    pub file: File,
+    /// With O_DIRECT.
+    pub direct: bool,
+    /// It is a block device rather than a regular file.
+    pub block_device: bool,
+}
+
+impl Backing {
+    /// Gives a range's space back. Blocks.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        if self.block_device {
+            // SAFETY: the ioctl reads two integers.
+            unsafe { ioctl::blkdiscard(self.file.as_raw_fd(), &[offset, len]) }.map(drop)
+        } else {
+            let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(self.file.as_fd(), how, offset as i64, len as i64)
+        }
+    }
+
+    /// Zeroes a range, with `unmap` by giving its space back if that is possible. Blocks.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        if self.block_device {
+            // SAFETY: the ioctl reads two integers.
+            return unsafe { ioctl::blkzeroout(self.file.as_raw_fd(), &[offset, len]) }.map(drop);
+        }
+        if unmap && self.discard(offset, len).is_ok() {
+            return Ok(());
+        }
+        let range = fallocate(self.file.as_fd(), FallocateFlags::FALLOC_FL_ZERO_RANGE, offset as i64, len as i64);
+        match range {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeroes_by_hand(offset, len),
+            other => other,
+        }
+    }
+
+    /// For file systems without FALLOC_FL_ZERO_RANGE, tmpfs among them.
+    fn write_zeroes_by_hand(&self, mut offset: u64, mut len: u64) -> Result<(), Errno> {
+        #[repr(align(4096))]
+        struct Zeroes([u8; 65536]);
+        static ZEROES: Zeroes = Zeroes([0; 65536]);
+        while len > 0 {
+            let now = len.min(ZEROES.0.len() as u64) as usize;
+            let done = nix::sys::uio::pwrite(self.file.as_fd(), &ZEROES.0[..now], offset as i64)? as u64;
+            if done == 0 {
+                return Err(Errno::EIO);
+            }
+            offset += done;
+            len -= done;
+        }
+        Ok(())
+    }
+
+    /// Answers an [`IoOp::Status`](super::io::IoOp::Status) by `lseek(2)`, which may read the file system's metadata. A
+    /// block device, and what a file has beyond its end, is all data: nothing promises that it reads as zeros cheaply.
+    pub fn status(&self, io: &super::io::Io) -> Result<u64, Errno> {
+        use nix::unistd::{Whence, lseek};
+        const RUNS: usize = 64;
+        let mut runs = [0u64; RUNS];
+        let count = RUNS.min(io.memory_len() / 8);
+        let (mut at, end) = (io.offset, io.offset + io.len);
+        for (i, run) in runs[..count].iter_mut().enumerate() {
+            let data = i % 2 == 0;
+            let next = match lseek(&self.file, at as i64, if data { Whence::SeekHole } else { Whence::SeekData }) {
+                _ if self.block_device => end,
+                Ok(next) => (next as u64).min(end),
+                // From a hole, there is no more data (ENXIO); otherwise the file system can't tell.
+                Err(_) => end,
+            };
+            *run = next - at;
+            at = next;
+            if at == end {
+                break;
+            }
+        }
+        let bytes: &[u8] = zerocopy::IntoBytes::as_bytes(&runs[..count]);
+        io.put(bytes);
+        Ok(io.len)
+    }
+
+    /// Carries an I/O out, with the system calls that wait for it. Gives its bytes, fewer than asked only where the system
+    /// gave fewer.
+    pub fn carry_out(&self, io: &super::io::Io) -> Result<u64, Errno> {
+        match io.op {
+            IoOp::Read | IoOp::Write { .. } => transfer(&self.file, io),
+            IoOp::Flush => nix::unistd::fdatasync(&self.file).map(|()| 0),
+            IoOp::Discard => self.discard(io.offset, io.len).map(|()| io.len),
+            IoOp::WriteZeroes { unmap } => self.write_zeroes(io.offset, io.len, unmap).map(|()| io.len),
+            IoOp::Status => self.status(io),
+        }
     }
 }
 
-/// Zeroes a range, with `unmap` by giving its space back if that is possible. Blocks.
-pub fn write_zeroes(file: &File, block_device: bool, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
-    if block_device {
-        // SAFETY: the ioctl reads two integers.
-        return unsafe { ioctl::blkzeroout(file.as_raw_fd(), &[offset, len]) }.map(drop);
-    }
-    if unmap && discard(file, false, offset, len).is_ok() {
-        return Ok(());
-    }
-    let range = fallocate(file.as_fd(), FallocateFlags::FALLOC_FL_ZERO_RANGE, offset as i64, len as i64);
-    match range {
-        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => write_zeroes_by_hand(file, offset, len),
-        other => other,
-    }
-}
-
-/// Answers an [`IoOp::Status`](super::io::IoOp::Status) by `lseek(2)`, which may read the file system's metadata. A
-/// block device, and what a file has beyond its end, is all data: nothing promises that it reads as zeros cheaply.
-pub fn status(file: &File, block_device: bool, io: &super::io::Io) -> Result<u64, Errno> {
-    use nix::unistd::{Whence, lseek};
-    const RUNS: usize = 64;
-    let mut runs = [0u64; RUNS];
-    let count = RUNS.min(io.memory_len() / 8);
-    let (mut at, end) = (io.offset, io.offset + io.len);
-    for (i, run) in runs[..count].iter_mut().enumerate() {
-        let data = i % 2 == 0;
-        let next = match lseek(file, at as i64, if data { Whence::SeekHole } else { Whence::SeekData }) {
-            _ if block_device => end,
-            Ok(next) => (next as u64).min(end),
-            // From a hole, there is no more data (ENXIO); otherwise the file system can't tell.
-            Err(_) => end,
+/// `preadv2(2)` or `pwritev2(2)`.
+fn transfer(file: &File, io: &super::io::Io) -> Result<u64, Errno> {
+    let nowait = if io.nowait { libc::RWF_NOWAIT } else { 0 };
+    let (fd, iovecs, offset) = (file.as_raw_fd(), io.iovecs(), io.offset as i64);
+    let count = iovecs.len() as libc::c_int;
+    loop {
+        // SAFETY: the iovecs are within memories that `io` keeps.
+        let done = unsafe {
+            match io.op {
+                IoOp::Write { fua } => {
+                    let dsync = if fua { libc::RWF_DSYNC } else { 0 };
+                    libc::pwritev2(fd, iovecs.as_ptr(), count, offset, nowait | dsync)
+                }
+                _ => libc::preadv2(fd, iovecs.as_ptr(), count, offset, nowait),
+            }
         };
-        *run = next - at;
-        at = next;
-        if at == end {
-            break;
+        match Errno::result(done) {
+            Err(Errno::EINTR) => {}
+            other => return other.map(|n| n as u64),
         }
     }
-    let bytes: &[u8] = zerocopy::IntoBytes::as_bytes(&runs[..count]);
-    io.put(bytes);
-    Ok(io.len)
-}
-
-/// For file systems without FALLOC_FL_ZERO_RANGE, tmpfs among them.
-fn write_zeroes_by_hand(file: &File, mut offset: u64, mut len: u64) -> Result<(), Errno> {
-    #[repr(align(4096))]
-    struct Zeroes([u8; 65536]);
-    static ZEROES: Zeroes = Zeroes([0; 65536]);
-    while len > 0 {
-        let now = len.min(ZEROES.0.len() as u64) as usize;
-        let done = nix::sys::uio::pwrite(file.as_fd(), &ZEROES.0[..now], offset as i64)? as u64;
-        if done == 0 {
-            return Err(Errno::EIO);
-        }
-        offset += done;
-        len -= done;
-    }
-    Ok(())
 }
