@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use slog::{Logger, info, warn};
 
 use crate::config::{Config, Direct, ImageType, OddSize, Size};
-use crate::engine::{self, Engine};
+use crate::engine::{self, Engine, Opener};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
 use crate::sys::file::{Backing, direct_alignment, geometry};
@@ -66,6 +66,8 @@ pub struct Image {
     pub layer: Layer,
     /// The engine.
     pub engine: Engine,
+    /// What opens another one; none for an image in memory, which is its engine.
+    pub opener: Option<Opener>,
     /// The lock; none for an image without a file.
     pub lock: Option<Flock<File>>,
 }
@@ -85,6 +87,10 @@ pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
         ImageType::Ram => engine::memory::ram(size, depth),
         _ => engine::memory::null(depth),
     };
+    let engine = engine.and_then(|engine| match config.faults.as_slice() {
+        [] => Ok(engine),
+        faults => engine::fault::wrap(engine, faults),
+    });
     let engine = engine.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
     let sector_size = image.sector_size.unwrap_or(512);
     let info = DiskInfo {
@@ -96,7 +102,13 @@ pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
     };
     let raw = Raw::new(size, sector_size.into(), drivers::OddSize::Refuse)
         .map_err(|source| Error::Format { path: path.clone(), source })?;
-    Ok(Image { info, layer: Layer { format: Box::new(raw), file: FileId(0), path }, engine, lock: None })
+    Ok(Image {
+        info,
+        layer: Layer { format: Box::new(raw), file: FileId(0), path },
+        engine,
+        opener: None,
+        lock: None,
+    })
 }
 
 fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error> {
@@ -147,13 +159,12 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
         warn!(log, "image size is no multiple of the sector and was rounded";
             "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
     }
-    let depth = config.engine.depth as usize;
     let files: Arc<[Backing]> = Arc::new([Backing { file, direct, block_device: geometry.block_device }]);
-    let event = engine::event().map_err(io("start its engine"))?;
-    let engine = engine::aio::open(&files, depth, 64, &event).map_err(io("start its engine"))?;
+    let mut opener = Opener::new(files, config, log.clone()).map_err(io("start its engine"))?;
+    let engine = opener.open(None).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => %path.display(), "size" => size, "sector_size" => sector_size,
         "direct" => direct, "block_device" => geometry.block_device, "read_only" => image.read_only,
-        "engine" => engine.name, "depth" => depth);
+        "engine" => engine.name, "depth" => engine.depth);
     let info = DiskInfo {
         size,
         sector_size,
@@ -162,7 +173,7 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
         name: format!("aio:{}", path.display()),
     };
     let layer = Layer { format: Box::new(raw), file: FileId(0), path: path.to_owned() };
-    Ok(Image { info, layer, engine, lock: Some(lock) })
+    Ok(Image { info, layer, engine, opener: Some(opener), lock: Some(lock) })
 }
 
 fn options(read_only: bool, direct: bool) -> OpenOptions {

@@ -73,11 +73,14 @@ pub mod stack;
 
 pub mod queue;
 
+pub mod retry;
+
 pub mod submit;
 
 pub mod engine;
 
 pub mod image;
+pub mod memory;
 
 pub mod client;
 pub mod control;

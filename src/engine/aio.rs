@@ -29,7 +29,7 @@ pub fn open(files: &Arc<[Backing]>, depth: usize, batch: usize, event: &Arc<Even
         event: Arc::clone(event),
     };
     let reap = Box::new(AioReap { completions, finished });
-    Ok(Engine { name: "aio", depth, inline: Inline::of_files(files), submit: Arc::new(submit), reap })
+    Ok(Engine { name: "aio", depth, inline: Inline::of_files(files), submit: Arc::new(submit), reap, faults: None })
 }
 
 fn explain(error: io::Error, depth: usize) -> io::Error {

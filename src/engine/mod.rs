@@ -12,8 +12,13 @@ use crate::sys::io::{Io, IoOp};
 use crate::sys::memory::Memory;
 
 pub mod aio;
+pub mod fault;
 pub mod memory;
+mod open;
 mod worker;
+
+use self::fault::Faults;
+pub use self::open::Opener;
 
 /// The submitting half, called from the submit thread or the main loop.
 pub trait Submit: Send + Sync {
@@ -104,6 +109,8 @@ pub struct Engine {
     pub submit: Arc<dyn Submit>,
     /// The completing half.
     pub reap: Box<dyn Reap>,
+    /// The hand on the faults around it, if there are some.
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl std::fmt::Debug for Engine {

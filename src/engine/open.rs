@@ -1,0 +1,80 @@
+//! Which engine: the one that was asked for, or the best one for the files.
+
+use std::io;
+use std::sync::Arc;
+
+use nix::sys::eventfd::EventFd;
+use slog::{Logger, warn};
+
+use super::{Engine, aio, fault};
+use crate::config::{self, Config, EngineName, Fault};
+use crate::memory;
+use crate::sys::file::Backing;
+
+/// Opens a disk's engines: at its start, and when it goes on with another one.
+pub struct Opener {
+    files: Arc<[Backing]>,
+    settings: config::Engine,
+    faults: Vec<Fault>,
+    /// What an engine brings is kept resident.
+    lock_memory: bool,
+    event: Arc<EventFd>,
+    log: Logger,
+}
+
+impl Opener {
+    /// For `files`, the first of which a [`FileId`](crate::sys::io::FileId) of 0 names.
+    pub fn new(files: Arc<[Backing]>, config: &Config, log: Logger) -> io::Result<Opener> {
+        let (settings, faults) = (config.engine.clone(), config.faults.clone());
+        Ok(Opener { files, settings, faults, lock_memory: config.memory.lock, event: super::event()?, log })
+    }
+
+    /// Opens the engine of that name, or the one that was opened last. Under `auto` that is the best one for the files, or
+    /// the next best where the system doesn't let it, with the reason in the log; any other either opens, or the error says
+    /// why not and what to do.
+    pub fn open(&mut self, name: Option<EngineName>) -> io::Result<Engine> {
+        let name = name.unwrap_or(self.settings.name);
+        let engine = match name {
+            EngineName::Auto => self.best()?,
+            name => self.named(name)?,
+        };
+        self.settings.name = name;
+        let engine = if self.faults.is_empty() { engine } else { fault::wrap(engine, &self.faults)? };
+        if self.lock_memory {
+            memory::lock(&self.log);
+        }
+        Ok(engine)
+    }
+
+    fn best(&self) -> io::Result<Engine> {
+        let candidates = candidates(&self.files);
+        let (last, others) = candidates.split_last().expect("there is always one");
+        for name in others {
+            match self.named(*name) {
+                Ok(engine) => return Ok(engine),
+                Err(error) => {
+                    warn!(self.log, "the best engine cannot be had: trying the next"; "engine" => name.name(), "why" => %error);
+                }
+            }
+        }
+        self.named(*last)
+    }
+
+    fn named(&self, name: EngineName) -> io::Result<Engine> {
+        let (depth, batch) = (self.settings.depth as usize, self.settings.batch as usize);
+        let (files, event) = (&self.files, &self.event);
+        match name {
+            EngineName::Auto | EngineName::Aio => aio::open(files, depth, batch, event),
+            EngineName::Threads | EngineName::IoUring => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+/// What is best for the files, and what is next best where that can't be had.
+fn candidates(files: &[Backing]) -> &'static [EngineName] {
+    if files.iter().all(|file| file.direct) {
+        &[EngineName::Aio, EngineName::IoUring, EngineName::Threads]
+    } else {
+        &[EngineName::Threads, EngineName::Aio]
+    }
+}
