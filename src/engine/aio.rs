@@ -88,6 +88,10 @@ impl Submit for AioSubmit {
         }
     }
 
+    fn cancel(&self, tag: u32) -> bool {
+        self.context.cancel(tag)
+    }
+
     fn event(&self) -> &EventFd {
         &self.event
     }
