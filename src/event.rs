@@ -85,6 +85,11 @@ impl MainLoop {
         })
     }
 
+    /// The disk that it serves.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
     /// Where the control socket is.
     pub fn control_path(&self) -> &Path {
         self.control.path()

@@ -217,6 +217,12 @@ impl Slots {
         Slots { slots: std::iter::repeat_with(slot).take(count).collect(), free: (0..count as u32).rev().collect() }
     }
 
+    /// Memory of all of them, bytes.
+    pub fn bytes(&self) -> usize {
+        let segments: usize = self.slots.iter().map(|slot| slot.request.payload.segments.capacity()).sum();
+        self.slots.len() * (size_of::<Slot>() + size_of::<u32>()) + segments * size_of::<Segment>()
+    }
+
     /// Slots that are free.
     pub fn room(&self) -> usize {
         self.free.len()

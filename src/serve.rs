@@ -50,6 +50,7 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     if config.memory.lock {
         memory::lock(log);
     }
+    main_loop.disk().budget().log(log);
     info!(log, "serving"; "control" => %main_loop.control_path().display());
     Ok(main_loop)
 }

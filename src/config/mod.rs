@@ -26,7 +26,7 @@ pub use crate::queue::SubmitMode;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Requests that are taken from clients and not answered, all clients together.
-    #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 65536, _, _>")]
+    #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 32768, _, _>")]
     pub requests: u32,
     /// The disk's content.
     pub image: Image,

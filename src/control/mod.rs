@@ -307,6 +307,7 @@ fn stats(disk: &Disk) -> serde_json::Value {
         "nbd_mirror_failed": 0,
         "reqs_outstanding": disk.outstanding(),
         "read_caching": false,
+        "memory": disk.budget(),
     });
     if let Some(xenbus) = disk.xenbus() {
         stats["xenbus"] = xenbus;

@@ -20,6 +20,7 @@ pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
 use crate::log::Limiter;
+use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::Stack;
@@ -478,6 +479,18 @@ impl Disk {
             self.frontends.iter_mut().for_each(|frontend| frontend.resized(&self.info));
         }
         Ok((old, new))
+    }
+
+    /// What it takes.
+    pub fn budget(&self) -> Budget {
+        let mut parts = vec![
+            Part::fixed("requests", self.slots.bytes()),
+            Part::fixed("statistics", self.stats.bytes()),
+            Part::threads("log", 1),
+        ];
+        parts.extend(self.queue.memory());
+        parts.extend(self.frontends.iter().flat_map(|frontend| frontend.memory()));
+        Budget::new(parts)
     }
 
     /// Counters by operation.

@@ -136,6 +136,8 @@ pub struct Queue {
     engine: Engine,
     counters: Arc<Counters>,
     report: QueueReport,
+    /// Pieces of memory in one I/O.
+    iovecs: usize,
 }
 
 impl Queue {
@@ -169,6 +171,7 @@ impl Queue {
             report: QueueReport { depth: engine.depth, size, ..QueueReport::default() },
             engine,
             counters,
+            iovecs,
         })
     }
 

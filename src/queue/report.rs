@@ -4,11 +4,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Queue, State, Transfer};
+use super::{Finished, Queue, State, Tiocb, Transfer};
+use crate::memory::Part;
 use crate::request::RequestId;
 use crate::retry::is_no_space;
 use crate::stats::now;
-use crate::sys::io::FileId;
+use crate::sys::io::{FileId, Io};
 
 /// What the queue counts.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -98,6 +99,23 @@ impl Queue {
             submitting_us: (since != 0).then(|| (now() - since) / 1000),
             ..self.report.clone()
         }
+    }
+
+    /// What its memory is.
+    pub fn memory(&self) -> Vec<Part> {
+        let (size, depth) = (self.tiocbs.len(), self.engine.depth);
+        let tiocb = size_of::<Tiocb>() + size_of::<Finished>() + size_of::<u32>();
+        // Idle or batched, head; and waiting for the thread, taken by it, or refused.
+        let lists = 2 * size_of::<Box<Io>>() + size_of::<u32>();
+        let handed_over = if self.thread.is_some() { 4 * size_of::<Box<Io>>() } else { 0 };
+        let mut parts = vec![
+            Part::fixed("tiocbs", size * tiocb),
+            Part::fixed("I/Os", depth * (Io::bytes(self.iovecs) + lists + handed_over)),
+        ];
+        if self.thread.is_some() {
+            parts.push(Part::threads("submit thread", 1));
+        }
+        parts
     }
 
     /// tiocbs that are held because there is no space for them.

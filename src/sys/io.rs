@@ -108,6 +108,11 @@ impl Io {
         })
     }
 
+    /// Memory of one with room for `iovecs` pieces, bytes.
+    pub fn bytes(iovecs: usize) -> usize {
+        size_of::<Io>() + iovecs * size_of::<libc::iovec>() + MAX_MEMORIES * size_of::<Arc<Memory>>()
+    }
+
     /// Begins anew: no memory, no bytes.
     pub fn begin(&mut self, op: IoOp, file: FileId, offset: u64) {
         (self.op, self.file, self.offset, self.len, self.nowait, self.mark) = (op, file, offset, 0, false, 0);

@@ -10,6 +10,7 @@ pub mod gntalloc;
 pub mod gntdev;
 pub mod io;
 pub mod memory;
+pub mod process;
 pub mod socket;
 
 /// The number of an ioctl of Xen's devices: all are declared without a direction, and with the size of their argument.
