@@ -443,6 +443,7 @@ impl Disk {
 
     /// Before the loop sleeps: asks clients to wake it. True: a turn is due.
     pub fn arm(&mut self) -> bool {
+        self.queue.engine().submit.tidy();
         // Where nothing can be pulled, a completion is what wakes the loop, and then it looks at the rings anyway.
         let requests = self.may_pull() && self.frontends.iter_mut().fold(false, |ready, f| f.arm() | ready);
         requests || self.queue.ready()

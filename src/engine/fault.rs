@@ -19,7 +19,6 @@ use crate::config::{Distribution, Fault, FaultKind, FaultOp};
 use crate::stats::now;
 use crate::submit::STACK_SIZE;
 use crate::sys::io::{Io, IoOp};
-use crate::sys::memory::Memory;
 
 /// A fault, for those who look.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -306,8 +305,8 @@ impl Submit for FaultSubmit {
         self.inner.cancel(tag)
     }
 
-    fn register(&self, memory: &Arc<Memory>) {
-        self.inner.register(memory);
+    fn tidy(&self) {
+        self.inner.tidy();
     }
 
     fn event(&self) -> &EventFd {

@@ -9,12 +9,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
-use crate::sys::memory::Memory;
 
 pub mod aio;
 pub mod fault;
 pub mod memory;
 mod open;
+pub mod uring;
 mod worker;
 
 use self::fault::Faults;
@@ -32,9 +32,8 @@ pub trait Submit: Send + Sync {
         false
     }
 
-    /// I/Os will point into `memory`: what can be prepared for that is, and undone when the memory goes. An engine that has
-    /// nothing to prepare, or can't, serves it all the same. Called from the main loop.
-    fn register(&self, _memory: &Arc<Memory>) {}
+    /// Lets go of what it has prepared for clients that are gone. Called from the main loop, before it sleeps.
+    fn tidy(&self) {}
 
     /// Becomes readable with each completion; every engine of a disk has the same one.
     fn event(&self) -> &EventFd;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::sys::eventfd::EventFd;
 use slog::{Logger, warn};
 
-use super::{Engine, aio, fault};
+use super::{Engine, aio, fault, uring};
 use crate::config::{self, Config, EngineName, Fault};
 use crate::memory;
 use crate::sys::file::Backing;
@@ -65,7 +65,11 @@ impl Opener {
         let (files, event) = (&self.files, &self.event);
         match name {
             EngineName::Auto | EngineName::Aio => aio::open(files, depth, batch, event),
-            EngineName::Threads | EngineName::IoUring => Err(io::ErrorKind::Unsupported.into()),
+            EngineName::IoUring => {
+                let sqpoll_idle_ms = self.settings.sqpoll.then_some(self.settings.sqpoll_idle_ms);
+                uring::open(files, uring::Settings { depth, sqpoll_idle_ms, cq_entries: None }, batch, event)
+            }
+            EngineName::Threads => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }

@@ -203,6 +203,14 @@ impl Io {
         &self.iovecs[self.first..end]
     }
 
+    /// The only memory that it points into, and the only piece; none if there are several.
+    pub(super) fn single(&self) -> Option<(&Arc<Memory>, libc::iovec)> {
+        match (self.memories.as_slice(), self.iovecs()) {
+            ([memory], [iovec]) => Some((memory, *iovec)),
+            _ => None,
+        }
+    }
+
     /// Copies the bytes of `from` into the I/O's memory, as a read does; `from` has as many as the memory.
     pub fn fill(&self, mut from: &[u8]) {
         assert_eq!(from.len(), self.memory_len());
