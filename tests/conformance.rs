@@ -30,9 +30,11 @@ const SLOTS: usize = 64;
 const BYTES: u64 = 64 << 10;
 
 /// Engines, as `[engine]` and with O_DIRECT or without; RAM is one without a file.
-const ENGINES: [(&str, &str, bool); 6] = [
+const ENGINES: [(&str, &str, bool); 8] = [
     ("aio", "name = 'aio'", true),
     ("aio, one at a time", "name = 'aio'\nbatch = 1", true),
+    ("threads", "name = 'threads'", true),
+    ("threads, buffered", "name = 'threads'\nthreads_min = 2\nthreads_max = 4", false),
     ("io_uring", "name = 'io_uring'", true),
     ("io_uring, buffered", "name = 'io_uring'", false),
     ("io_uring, sqpoll", "name = 'io_uring'\nsqpoll = true", true),
@@ -420,8 +422,8 @@ fn begin(bench: &mut Bench, model: &mut Model, random: &mut fastrand::Rng, count
 }
 
 fn change_engine(bench: &mut Bench, random: &mut fastrand::Rng) {
-    use tapdisk::config::EngineName::{Aio, IoUring};
-    let name = *random.choice(&[Aio, IoUring]).unwrap();
+    use tapdisk::config::EngineName::{Aio, IoUring, Threads};
+    let name = *random.choice(&[Aio, IoUring, Threads]).unwrap();
     let mode = *random.choice(&MODES).unwrap();
     let engine = bench.opener.as_mut().unwrap().open(Some(name)).unwrap();
     bench.queue.switch(engine, mode).unwrap();
@@ -452,5 +454,5 @@ fn a_hundred_thousand_random_requests_with_completions_in_any_order_and_engines_
 
 #[test]
 fn a_hundred_thousand_random_requests_on_ram() {
-    random_load(&mut Bench::new(ENGINES[5], SubmitMode::Thread, ADVERSE), requests(100_000), 4, false);
+    random_load(&mut Bench::new(ENGINES[7], SubmitMode::Thread, ADVERSE), requests(100_000), 4, false);
 }

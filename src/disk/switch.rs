@@ -9,11 +9,15 @@ use slog::{info, warn};
 use super::Disk;
 use crate::config::EngineName;
 use crate::engine::Engine;
+use crate::engine::pool::{Pool, PoolReport};
 use crate::queue::SubmitMode;
 use crate::stats::now;
 
 /// How long what is in flight may take to finish; requests wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The most threads of a pool, as in the configuration.
+const THREADS_MAX: usize = 1024;
 
 /// What is wanted; what is not named stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +37,8 @@ pub struct EngineReport {
     pub submit: SubmitMode,
     /// I/Os that it can have in flight.
     pub depth: usize,
+    /// Its threads; none if it is in memory.
+    pub pool: Option<PoolReport>,
 }
 
 /// Why a disk keeps its engine.
@@ -50,6 +56,9 @@ pub enum SwitchError {
     /// Something in flight did not finish.
     #[error("{0} I/Os in flight did not finish in 5 s: tap-ctl debug-queue shows them")]
     Stuck(usize),
+    /// Numbers of threads that can't be.
+    #[error("{0}")]
+    Threads(String),
     /// The engine can't be opened.
     #[error("{1}")]
     Open(Errno, String),
@@ -62,6 +71,7 @@ impl SwitchError {
             SwitchError::OnlyOne => Errno::EOPNOTSUPP,
             SwitchError::Closing | SwitchError::Busy => Errno::EBUSY,
             SwitchError::Stuck(_) => Errno::ETIMEDOUT,
+            SwitchError::Threads(_) => Errno::EINVAL,
             SwitchError::Open(errno, _) => *errno,
         }
     }
@@ -133,14 +143,31 @@ impl Disk {
         true
     }
 
-    /// Sets how many threads the engine's pool has at least and at most.
-    pub fn set_threads(&mut self, _min: Option<u32>, _max: Option<u32>) -> Result<(), SwitchError> {
-        Err(SwitchError::OnlyOne)
+    /// Sets how many threads the engine's pool has at least and at most; what is not given stays.
+    pub fn set_threads(&mut self, min: Option<u32>, max: Option<u32>) -> Result<(), SwitchError> {
+        let pool = self.queue.engine().submit.pool().ok_or(SwitchError::OnlyOne)?;
+        let report = pool.report();
+        let given = |value: Option<u32>, now| value.map_or(now, |value| value as usize);
+        let (min, max) = (given(min, report.min), given(max, report.max));
+        if max > THREADS_MAX {
+            return Err(SwitchError::Threads(format!("at most {THREADS_MAX} threads")));
+        }
+        pool.set(min, max).map_err(|error| SwitchError::Threads(error.to_string()))?;
+        info!(self.log, "threads set"; "min" => min, "max" => max);
+        if let Some(opener) = &mut self.opener {
+            opener.set_threads(min, max);
+        }
+        Ok(())
     }
 
     /// What is in force.
     pub fn engine_report(&self) -> EngineReport {
         let engine = self.queue.engine();
-        EngineReport { name: engine.name.to_owned(), submit: self.queue.mode(), depth: engine.depth }
+        EngineReport {
+            name: engine.name.to_owned(),
+            submit: self.queue.mode(),
+            depth: engine.depth,
+            pool: engine.submit.pool().map(Pool::report),
+        }
     }
 }

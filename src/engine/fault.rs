@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 
+use super::pool::Pool;
 use super::{Engine, Reap, Submit};
 use crate::config::{Distribution, Fault, FaultKind, FaultOp};
 use crate::stats::now;
@@ -309,6 +310,10 @@ impl Submit for FaultSubmit {
         self.inner.tidy();
     }
 
+    fn pool(&self) -> Option<&Pool> {
+        self.inner.pool()
+    }
+
     fn event(&self) -> &EventFd {
         self.inner.event()
     }
@@ -335,6 +340,10 @@ struct FaultReap {
 impl Reap for FaultReap {
     fn ready(&self) -> bool {
         self.inner.ready() || self.faults.ready.load(Ordering::Acquire)
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.inner.deadline()
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {

@@ -14,8 +14,8 @@ pub mod aio;
 pub mod fault;
 pub mod memory;
 mod open;
+pub mod pool;
 pub mod uring;
-mod worker;
 
 use self::fault::Faults;
 pub use self::open::Opener;
@@ -35,6 +35,11 @@ pub trait Submit: Send + Sync {
     /// Lets go of what it has prepared for clients that are gone. Called from the main loop, before it sleeps.
     fn tidy(&self) {}
 
+    /// The pool that all or some of the I/Os go to, for those who steer it.
+    fn pool(&self) -> Option<&pool::Pool> {
+        None
+    }
+
     /// Becomes readable with each completion; every engine of a disk has the same one.
     fn event(&self) -> &EventFd;
 
@@ -52,6 +57,11 @@ pub trait Reap: Send {
 
     /// Hands each completed I/O with its bytes or error to `done`, and says how many.
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize;
+
+    /// When [`reap`](Self::reap) is due although nothing happens, ns of [`now`](crate::stats::now).
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// When the main loop may submit by itself under `submit = "auto"`: only where that can't block, or where nothing is

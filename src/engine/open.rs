@@ -2,10 +2,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
 use slog::{Logger, warn};
 
+use super::pool::{self, Threads};
 use super::{Engine, aio, fault, uring};
 use crate::config::{self, Config, EngineName, Fault};
 use crate::memory;
@@ -46,6 +48,11 @@ impl Opener {
         Ok(engine)
     }
 
+    /// Has the engines that are opened from now on have so many threads at least and at most.
+    pub fn set_threads(&mut self, min: usize, max: usize) {
+        (self.settings.threads_min, self.settings.threads_max) = (min as u32, max as u32);
+    }
+
     fn best(&self) -> io::Result<Engine> {
         let candidates = candidates(&self.files);
         let (last, others) = candidates.split_last().expect("there is always one");
@@ -63,13 +70,18 @@ impl Opener {
     fn named(&self, name: EngineName) -> io::Result<Engine> {
         let (depth, batch) = (self.settings.depth as usize, self.settings.batch as usize);
         let (files, event) = (&self.files, &self.event);
+        let threads = Threads {
+            min: self.settings.threads_min as usize,
+            max: self.settings.threads_max as usize,
+            idle: Duration::from_secs(self.settings.threads_idle_s.into()),
+        };
         match name {
-            EngineName::Auto | EngineName::Aio => aio::open(files, depth, batch, event),
+            EngineName::Auto | EngineName::Aio => aio::open(files, depth, batch, threads, event),
             EngineName::IoUring => {
                 let sqpoll_idle_ms = self.settings.sqpoll.then_some(self.settings.sqpoll_idle_ms);
-                uring::open(files, uring::Settings { depth, sqpoll_idle_ms, cq_entries: None }, batch, event)
+                uring::open(files, uring::Settings { depth, sqpoll_idle_ms, cq_entries: None }, batch, threads, event)
             }
-            EngineName::Threads => Err(io::ErrorKind::Unsupported.into()),
+            EngineName::Threads => pool::open(files, depth, threads, event),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::worker::{Finishing, Worker};
+use super::pool::{Finishing, Pool, Threads};
 use super::{Engine, Inline, Reap, Submit};
 use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
@@ -18,12 +18,17 @@ pub use crate::sys::uring::Settings;
 use crate::sys::uring::{Completions, Ring, setup};
 
 /// Opens the engine for I/O on `files`, at most `batch` I/Os in one system call.
-pub fn open(files: &Arc<[Backing]>, settings: Settings, batch: usize, event: &Arc<EventFd>) -> io::Result<Engine> {
+pub fn open(
+    files: &Arc<[Backing]>,
+    settings: Settings,
+    batch: usize,
+    threads: Threads,
+    event: &Arc<EventFd>,
+) -> io::Result<Engine> {
     let depth = settings.depth;
     let (ring, completions) = setup(settings, files, event).map_err(explain)?;
-    let worker = Worker::start(Arc::clone(files), Arc::clone(event), depth)?;
-    let finished = worker.finished();
-    let submit = UringSubmit { ring, worker, batch, event: Arc::clone(event) };
+    let (pool, finished) = Pool::start(files, depth, threads, event)?;
+    let submit = UringSubmit { ring, pool, batch, event: Arc::clone(event) };
     let reap = Box::new(UringReap { completions, finished });
     Ok(Engine {
         name: "io_uring",
@@ -50,29 +55,33 @@ fn explain(error: io::Error) -> io::Error {
 
 struct UringSubmit {
     ring: Arc<Ring>,
-    worker: Worker,
+    pool: Pool,
     /// I/Os in one system call.
     batch: usize,
     event: Arc<EventFd>,
 }
 
-fn for_worker(io: &Io) -> bool {
+fn for_pool(io: &Io) -> bool {
     matches!(io.op, IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status)
 }
 
 impl Submit for UringSubmit {
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
-        let diverted = batch.iter().take(limit).take_while(|io| for_worker(io)).count();
+        let diverted = batch.iter().take(limit).take_while(|io| for_pool(io)).count();
         if diverted > 0 {
-            self.worker.give(batch.drain(..diverted));
+            self.pool.give(batch.drain(..diverted));
             return Ok(diverted);
         }
-        let count = batch.iter().take(limit.min(self.batch)).take_while(|io| !for_worker(io)).count();
+        let count = batch.iter().take(limit.min(self.batch)).take_while(|io| !for_pool(io)).count();
         self.ring.submit(batch, count)
     }
 
     fn cancel(&self, tag: u32) -> bool {
-        self.ring.cancel(tag)
+        self.pool.cancel(tag) || self.ring.cancel(tag)
+    }
+
+    fn pool(&self) -> Option<&Pool> {
+        Some(&self.pool)
     }
 
     fn tidy(&self) {
@@ -95,12 +104,11 @@ impl Reap for UringReap {
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        let mut count = self.completions.reap(done);
-        while let Some((io, result)) = self.finished.pop() {
-            done(io, result);
-            count += 1;
-        }
-        count
+        self.completions.reap(done) + self.finished.reap(done)
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.finished.deadline()
     }
 }
 

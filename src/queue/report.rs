@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::{Finished, Queue, State, Tiocb, Transfer};
+use crate::engine::pool::PoolReport;
 use crate::memory::Part;
 use crate::request::RequestId;
 use crate::retry::is_no_space;
 use crate::stats::now;
+use crate::submit::STACK_SIZE;
 use crate::sys::io::{FileId, Io};
 
 /// What the queue counts.
@@ -114,6 +116,11 @@ impl Queue {
         ];
         if self.thread.is_some() {
             parts.push(Part::threads("submit thread", 1));
+        }
+        if let Some(pool) = self.engine.submit.pool() {
+            let PoolReport { min, max, .. } = pool.report();
+            parts.push(Part::threads("pool", min));
+            parts.push(Part::each("thread of the pool", STACK_SIZE, max - min));
         }
         parts
     }

@@ -52,7 +52,15 @@ pub(super) fn show(out: &mut impl Write, text: &str, json: bool) -> io::Result<(
 
 /// The same, as a line.
 pub(super) fn line(out: &mut impl Write, report: &EngineReport) -> io::Result<()> {
-    writeln!(out, "engine={} submit={} depth={}", report.name, report.submit.name(), report.depth)
+    write!(out, "engine={} submit={} depth={}", report.name, report.submit.name(), report.depth)?;
+    if let Some(pool) = &report.pool {
+        write!(
+            out,
+            " threads={} ({} to {}) idle={} queued={} running={}",
+            pool.threads, pool.min, pool.max, pool.idle, pool.queued, pool.running
+        )?;
+    }
+    writeln!(out)
 }
 
 /// The faults and what they have hit.
