@@ -208,11 +208,16 @@ fn create(path: &Path, size: Size) -> io::Result<()> {
     }
 }
 
+/// How long a lock is waited for that udev may hold, which looks at a block device for a moment.
+const UDEV: Duration = Duration::from_millis(500);
+/// How long a lock is waited for whose process has ended: the kernel takes a killed one's io_uring apart some time later,
+/// when what it had in flight is done, and keeps the file and its lock until then.
+const KILLED: Duration = Duration::from_secs(20);
+
 /// Takes the image's lock: shared for a reader, exclusive for a writer.
 fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> {
     let how = if read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-    // udev holds a lock on a block device for a moment while it looks at it.
-    let until = Instant::now() + Duration::from_millis(500);
+    let begin = Instant::now();
     let mut file = file;
     loop {
         file = match Flock::lock(file, how) {
@@ -223,16 +228,27 @@ fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> 
             }
         };
         let holder = holder(&file);
-        if holder.is_some() && file.metadata().is_ok_and(|meta| meta.is_file()) || Instant::now() > until {
-            let holder = holder.unwrap_or_else(|| "a process that /proc/locks does not name".into());
+        let patience = match &holder {
+            Some(holder) if !holder.alive => KILLED,
+            Some(_) if file.metadata().is_ok_and(|meta| meta.is_file()) => Duration::ZERO,
+            _ => UDEV,
+        };
+        if begin.elapsed() > patience {
+            let holder = holder.map_or("a process that /proc/locks does not name".into(), |holder| holder.name);
             return Err(Error::Locked { path: path.to_owned(), holder });
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
+struct Holder {
+    /// For the message.
+    name: String,
+    alive: bool,
+}
+
 /// Who holds a lock on the file, from /proc/locks (proc(5)).
-fn holder(file: &File) -> Option<String> {
+fn holder(file: &File) -> Option<Holder> {
     let meta = file.metadata().ok()?;
     let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
     let wanted = format!("{major:02x}:{minor:02x}:{}", meta.ino());
@@ -242,6 +258,13 @@ fn holder(file: &File) -> Option<String> {
         (fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&wanted.as_str()))
             .then(|| fields.get(4).copied())?
     })?;
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("process {pid} ({})", name.trim()))
+    // 0 and -1 are processes that this one cannot see.
+    let hidden = pid.parse().is_ok_and(|pid: i32| pid <= 0);
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => Some(Holder { name: format!("process {pid} ({})", name.trim()), alive: true }),
+        Err(_) if hidden => Some(Holder { name: "a process of another container".into(), alive: true }),
+        Err(_) => {
+            Some(Holder { name: format!("process {pid}, which has ended but left I/O in flight"), alive: false })
+        }
+    }
 }

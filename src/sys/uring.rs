@@ -230,6 +230,16 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel takes a closed ring apart some time later. Files that it holds until then would keep a file system from
+        // being unmounted. Errors are for a ring that has none.
+        let submitter = self.ring.submitter();
+        let _ = submitter.unregister_files();
+        let _ = submitter.unregister_buffers();
+    }
+}
+
 impl Submitting {
     /// The index of the fixed buffer that is all of `memory`, which is made one if there is room.
     fn buffer(&mut self, ring: &IoUring, memory: &Arc<Memory>) -> Option<u16> {

@@ -33,7 +33,7 @@ impl Drop for Loop {
 /// A mounted file system.
 pub struct SmallFs {
     mount: PathBuf,
-    _device: Loop,
+    device: Loop,
     _folder: TempDir,
 }
 
@@ -47,12 +47,18 @@ impl SmallFs {
         let mount = folder.path().join("mnt");
         std::fs::create_dir(&mount).unwrap();
         run(Command::new("mount").arg(&device.0).arg(&mount));
-        Some(SmallFs { mount, _device: device, _folder: folder })
+        Some(SmallFs { mount, device, _folder: folder })
     }
 
     /// A file in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.mount.join(name)
+    }
+
+    /// Unmounts it, which nothing may be in the way of, and mounts it again.
+    pub fn remount(&self) {
+        run(Command::new("umount").arg(&self.mount));
+        run(Command::new("mount").arg(&self.device.0).arg(&self.mount));
     }
 
     /// Holds every write up, as a hung array does.
