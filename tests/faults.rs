@@ -258,6 +258,31 @@ fn an_engine_is_kept_where_it_cannot_be_changed() {
 }
 
 #[test]
+fn threads_are_set_while_the_pool_works() {
+    let (served, _folder) = disk("[engine]\nname = 'threads'\nthreads_max = 8\nthreads_idle_s = 1\n");
+    let pool = |arguments: &[&str]| engine(&served, arguments).map(|report| report["pool"].clone());
+    assert_eq!(pool(&[]).unwrap()["threads"], 1);
+    load(&served, &["--rw", "randread", "--depth", "16", "--runtime", "1s"]);
+    let most = pool(&[]).unwrap()["created"].as_u64().unwrap();
+    assert!((2..=20).contains(&most), "{most} threads were made for 16 requests at a time");
+    let set = pool(&["--threads-min", "6", "--threads-max", "6"]).unwrap();
+    assert_eq!((&set["min"], &set["max"]), (&6.into(), &6.into()));
+    let end = Instant::now() + Duration::from_secs(10);
+    while pool(&[]).unwrap()["threads"] != 6 {
+        assert!(Instant::now() < end, "{:?}", pool(&[]));
+    }
+    pool(&["--threads-min", "1"]).unwrap();
+    while pool(&[]).unwrap()["threads"] != 1 {
+        assert!(Instant::now() < end, "idle threads do not end: {:?}", pool(&[]));
+    }
+    let (code, text) = pool(&["--threads-min", "0"]).unwrap_err();
+    assert!(code == libc::EINVAL && text.contains("at least one"), "{text}");
+    let (code, text) = pool(&["--threads-max", "5000"]).unwrap_err();
+    assert!(code == libc::EINVAL && text.contains("1024"), "{text}");
+    load(&served, &VERIFY);
+}
+
+#[test]
 fn the_budget_is_what_a_disk_takes() {
     let budget = |requests: u32| {
         let top = format!("requests = {requests}");
