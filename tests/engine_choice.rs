@@ -4,10 +4,12 @@ mod common;
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
-use common::guest::Guest;
+use common::guest::{Guest, page};
 use common::served::{Served, folder, output, tool};
 use common::small_fs::SmallFs;
+use tapdisk::frontend::blkif::wire::{OP_READ, OP_WRITE};
 
 const LOCAL: &str = "[frontend.local]\nsocket = '{s}/ring'\n";
 
@@ -103,5 +105,39 @@ fn whatever_the_engine_was_nothing_keeps_the_image_busy_afterwards() {
         drop(guest);
         assert_eq!(served.stop().0, Some(0));
         fs.remount();
+    }
+}
+
+/// What a frozen file system leaves of a disk: reads, as long as the engine finds a way past the writes that wait.
+#[test]
+fn reads_pass_writes_that_are_stuck_where_the_engine_lets_them() {
+    for (name, passes) in [("threads", true), ("io_uring", true), ("aio", false)] {
+        let Some(fs) = SmallFs::new("32m") else { return };
+        let image = format!("path = '{}'\ncreate = '16 MiB'", fs.path("disk.img").display());
+        let served = Served::start(&image, &format!("{LOCAL}[engine]\nname = '{name}'\n"));
+        let mut guest = Guest::connect(&served.ring());
+        assert_eq!(guest.write(0, &[7; 4096]), 0);
+        fs.freeze();
+        for i in 0..4 {
+            let entry = guest.entry(OP_WRITE).with_sector(1024 + 64 * i).with_segments(1, &[page(1 + i as u32)]);
+            guest.queue.ring.push(&entry);
+        }
+        guest.queue.publish().unwrap();
+        assert!(guest.try_response(Duration::from_millis(300)).is_none(), "the file system is not frozen");
+        let read = guest.entry(OP_READ).with_sector(0).with_segments(1, &[page(0)]);
+        guest.queue.ring.push(&read);
+        guest.queue.publish().unwrap();
+        let response = guest.try_response(Duration::from_secs(if passes { 20 } else { 1 }));
+        let submitting = served.debug_queue()["queue"]["submitting_us"].clone();
+        println!("{name}: {response:?}, submission: {submitting}");
+        assert_eq!(
+            response.map(|response| (response.id, response.status)),
+            passes.then_some((read.id(), 0)),
+            "{name}"
+        );
+        fs.thaw();
+        for _ in 0..if passes { 4 } else { 5 } {
+            assert_eq!(guest.response().status, 0, "{name}");
+        }
     }
 }

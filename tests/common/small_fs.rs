@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -76,6 +77,11 @@ impl Drop for SmallFs {
     fn drop(&mut self) {
         // Frozen it could not be unmounted; not frozen this is an error that says nothing.
         let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.mount).output();
-        let _ = Command::new("umount").arg(&self.mount).status();
+        // A killed process's io_uring keeps its files for a moment.
+        let umount = || Command::new("umount").arg(&self.mount).output().is_ok_and(|output| output.status.success());
+        let end = Instant::now() + Duration::from_secs(10);
+        while !umount() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
