@@ -108,10 +108,11 @@ fn whatever_the_engine_was_nothing_keeps_the_image_busy_afterwards() {
     }
 }
 
-/// What a frozen file system leaves of a disk: reads, as long as the engine finds a way past the writes that wait.
+/// A frozen file system holds writes up. Linux AIO waits for it in `io_submit`, and with it all that comes later; the pool
+/// has other threads, and io_uring (since Linux 6.12, and in stable kernels of that time) gives such a write to a worker.
 #[test]
-fn reads_pass_writes_that_are_stuck_where_the_engine_lets_them() {
-    for (name, passes) in [("threads", true), ("io_uring", true), ("aio", false)] {
+fn reads_pass_writes_that_are_stuck() {
+    for name in ["threads", "io_uring"] {
         let Some(fs) = SmallFs::new("32m") else { return };
         let image = format!("path = '{}'\ncreate = '16 MiB'", fs.path("disk.img").display());
         let served = Served::start(&image, &format!("{LOCAL}[engine]\nname = '{name}'\n"));
@@ -127,16 +128,10 @@ fn reads_pass_writes_that_are_stuck_where_the_engine_lets_them() {
         let read = guest.entry(OP_READ).with_sector(0).with_segments(1, &[page(0)]);
         guest.queue.ring.push(&read);
         guest.queue.publish().unwrap();
-        let response = guest.try_response(Duration::from_secs(if passes { 20 } else { 1 }));
-        let submitting = served.debug_queue()["queue"]["submitting_us"].clone();
-        println!("{name}: {response:?}, submission: {submitting}");
-        assert_eq!(
-            response.map(|response| (response.id, response.status)),
-            passes.then_some((read.id(), 0)),
-            "{name}"
-        );
+        let response = guest.response();
+        assert_eq!((response.id, response.status), (read.id(), 0), "{name}");
         fs.thaw();
-        for _ in 0..if passes { 4 } else { 5 } {
+        for _ in 0..4 {
             assert_eq!(guest.response().status, 0, "{name}");
         }
     }

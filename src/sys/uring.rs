@@ -6,7 +6,8 @@
 //!
 //! The kernel posts completions by task work, in the context of the task that submitted them. A submit thread that is
 //! blocked inside `io_uring_enter`, without an interruptible sleep, holds up the completions of what it submitted before;
-//! with Linux AIO, which posts from the interrupt, it does not.
+//! with Linux AIO, which posts from the interrupt, it does not. On the other hand the ring seldom blocks: what would wait is
+//! given to a worker of the kernel. What is left is waiting for memory for the request itself.
 
 use std::collections::VecDeque;
 use std::io;
