@@ -455,7 +455,8 @@ impl Disk {
     /// When a turn is due although nothing happens, ns of [`now`].
     pub fn deadline(&self) -> Option<u64> {
         let retry = self.queue.stalled().then(|| now() + 1_000_000);
-        self.frontends.iter().filter_map(|frontend| frontend.deadline()).chain(retry).chain(self.held_until).min()
+        let ours = retry.into_iter().chain(self.held_until).chain(self.queue.deadline());
+        self.frontends.iter().filter_map(|frontend| frontend.deadline()).chain(ours).min()
     }
 
     /// What clients are told.

@@ -13,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use slog::{Logger, info, warn};
 
 use crate::config::{Config, Direct, ImageType, OddSize, Size};
+use crate::engine::pool::Threads;
 use crate::engine::{self, Engine};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
@@ -150,7 +151,7 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
     let depth = config.engine.depth as usize;
     let files: Arc<[Backing]> = Arc::new([Backing { file, direct, block_device: geometry.block_device }]);
     let event = engine::event().map_err(io("start its engine"))?;
-    let engine = engine::aio::open(&files, depth, 64, &event).map_err(io("start its engine"))?;
+    let engine = engine::aio::open(&files, depth, 64, Threads::default(), &event).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => %path.display(), "size" => size, "sector_size" => sector_size,
         "direct" => direct, "block_device" => geometry.block_device, "read_only" => image.read_only,
         "engine" => engine.name, "depth" => depth);

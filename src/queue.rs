@@ -355,6 +355,11 @@ impl Queue {
         self.reap.ready() || self.thread.as_ref().is_some_and(|thread| thread.handover().has_refused())
     }
 
+    /// When [`reap`](Self::reap) is due although nothing happens, ns of [`now`](crate::stats::now).
+    pub fn deadline(&self) -> Option<u64> {
+        self.reap.deadline()
+    }
+
     /// Takes in what the engine completed and refused. What is finished by that is in
     /// [`next_finished`](Self::next_finished).
     pub fn reap(&mut self) -> usize {

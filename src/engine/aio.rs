@@ -1,5 +1,5 @@
 //! The Linux AIO engine: `io_submit` in batches, completions from the shared ring. What the kernel's AIO lacks goes
-//! to a worker thread.
+//! to a pool of threads.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,21 +9,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::worker::{Finishing, Worker};
+use super::pool::{Finishing, Pool, Threads};
 use super::{Engine, Inline, Reap, Submit};
 use crate::sys::aio::{BATCH_MAX, Completions, Context, Reading, setup, system_limit};
 use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
 
-/// Opens the engine for `depth` I/Os in flight on `files`, at most `batch` of them in one system call.
-pub fn open(files: &Arc<[Backing]>, depth: usize, batch: usize, event: &Arc<EventFd>) -> io::Result<Engine> {
+/// Opens the engine for `depth` I/Os in flight on `files`, at most `batch` of them in one system call; `threads` do what
+/// the kernel's AIO lacks.
+pub fn open(
+    files: &Arc<[Backing]>,
+    depth: usize,
+    batch: usize,
+    threads: Threads,
+    event: &Arc<EventFd>,
+) -> io::Result<Engine> {
     let (context, completions) =
         setup(depth, Arc::clone(files), Reading::Ring, Arc::clone(event)).map_err(|error| explain(error, depth))?;
-    let worker = Worker::start(Arc::clone(files), Arc::clone(event), depth)?;
-    let finished = worker.finished();
+    let (pool, finished) = Pool::start(files, depth, threads, event)?;
     let submit = AioSubmit {
         context,
-        worker,
+        pool,
         flushes: AtomicBool::new(true),
         batch: batch.min(BATCH_MAX),
         event: Arc::clone(event),
@@ -47,7 +53,7 @@ fn explain(error: io::Error, depth: usize) -> io::Error {
 
 struct AioSubmit {
     context: Arc<Context>,
-    worker: Worker,
+    pool: Pool,
     /// The kernel has an asynchronous fdsync for the file, as far as we know.
     flushes: AtomicBool,
     /// I/Os in one system call.
@@ -56,7 +62,7 @@ struct AioSubmit {
 }
 
 impl AioSubmit {
-    fn for_worker(&self, io: &Io) -> bool {
+    fn for_pool(&self, io: &Io) -> bool {
         match io.op {
             IoOp::Read | IoOp::Write { .. } => false,
             IoOp::Flush => !self.flushes.load(Ordering::Relaxed),
@@ -64,9 +70,9 @@ impl AioSubmit {
         }
     }
 
-    /// Gives the first `count` of `batch` to the worker.
+    /// Gives the first `count` of `batch` to the pool.
     fn divert(&self, batch: &mut VecDeque<Box<Io>>, count: usize) -> usize {
-        self.worker.give(batch.drain(..count));
+        self.pool.give(batch.drain(..count));
         count
     }
 }
@@ -74,11 +80,11 @@ impl AioSubmit {
 impl Submit for AioSubmit {
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
         let limit = limit.min(self.batch);
-        let diverted = batch.iter().take(limit).take_while(|io| self.for_worker(io)).count();
+        let diverted = batch.iter().take(limit).take_while(|io| self.for_pool(io)).count();
         if diverted > 0 {
             return Ok(self.divert(batch, diverted));
         }
-        let limit = batch.iter().take_while(|io| !self.for_worker(io)).count().min(limit);
+        let limit = batch.iter().take_while(|io| !self.for_pool(io)).count().min(limit);
         match self.context.submit(batch, limit) {
             Err(Errno::EINVAL) if batch.front().is_some_and(|io| io.op == IoOp::Flush) => {
                 self.flushes.store(false, Ordering::Relaxed);
@@ -86,6 +92,14 @@ impl Submit for AioSubmit {
             }
             other => other,
         }
+    }
+
+    fn cancel(&self, tag: u32) -> bool {
+        self.pool.cancel(tag)
+    }
+
+    fn pool(&self) -> Option<&Pool> {
+        Some(&self.pool)
     }
 
     fn event(&self) -> &EventFd {
@@ -104,11 +118,10 @@ impl Reap for AioReap {
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        let mut count = self.completions.reap(usize::MAX, done);
-        while let Some((io, result)) = self.finished.pop() {
-            done(io, result);
-            count += 1;
-        }
-        count
+        self.completions.reap(usize::MAX, done) + self.finished.reap(done)
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.finished.deadline()
     }
 }

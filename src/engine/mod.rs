@@ -13,7 +13,7 @@ use crate::sys::memory::Memory;
 
 pub mod aio;
 pub mod memory;
-mod worker;
+pub mod pool;
 
 /// The submitting half, called from the submit thread or the main loop.
 pub trait Submit: Send + Sync {
@@ -30,6 +30,11 @@ pub trait Submit: Send + Sync {
     /// I/Os will point into `memory`: what can be prepared for that is, and undone when the memory goes. An engine that has
     /// nothing to prepare, or can't, serves it all the same. Called from the main loop.
     fn register(&self, _memory: &Arc<Memory>) {}
+
+    /// The pool that all or some of the I/Os go to, for those who steer it.
+    fn pool(&self) -> Option<&pool::Pool> {
+        None
+    }
 
     /// Becomes readable with each completion; every engine of a disk has the same one.
     fn event(&self) -> &EventFd;
@@ -48,6 +53,11 @@ pub trait Reap: Send {
 
     /// Hands each completed I/O with its bytes or error to `done`, and says how many.
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize;
+
+    /// When [`reap`](Self::reap) is due although nothing happens, ns of [`now`](crate::stats::now).
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// When the main loop may submit by itself under `submit = "auto"`: only where that can't block, or where nothing is

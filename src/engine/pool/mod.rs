@@ -1,0 +1,289 @@
+//! A pool of threads that carry I/Os out with the system calls that wait for them: an engine of its own, and what other
+//! engines give to it that the kernel does not do asynchronously.
+//!
+//! ## Who makes threads
+//!
+//! Never the one who submits: a request must not wait for a `clone`, and the thread would get the requester's CPUs and
+//! priority. The first ones, as many as the minimum, are made at the start. Where there are more jobs than threads for them,
+//! that is noted, and a pool thread that is on its way to the queue makes the next one before it takes work: one that was
+//! woken, one that has just finished a job, or the one that was just made, so that a burst brings up a chain. Only where no
+//! thread is on its way, because all are in system calls, the main loop makes the first one of the chain, when there is
+//! nothing to reap. All of them descend from the thread that called [`Pool::start`] or from the main loop, and have their
+//! CPUs and priority. One is being made at a time, never under the lock, so that those who exist go on serving.
+//!
+//! An idle thread that is kept in reserve would spare the main loop even that one; but it would also be one more stack in
+//! locked memory for each disk, and one more thread to be made whenever a disk is used after a rest.
+//!
+//! ## What is promised
+//!
+//! The minimum is all that the data path needs. Threads beyond it make it faster; making one allocates, and where the
+//! system has none for us (EAGAIN, ENOMEM), that is counted and tried again [a while](RETRY_NS) later. Nothing else here
+//! allocates: the queues have their room from the start.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+
+pub use self::life::{BoundsError, PoolReport};
+use self::life::{Come, Life, Next, Sleeper, Step};
+use super::{Engine, Inline, Reap, Submit};
+use crate::stats::now;
+use crate::submit::STACK_SIZE;
+use crate::sys::file::Backing;
+use crate::sys::io::Io;
+
+pub mod life;
+
+/// How long no thread is made after one could not be, ns.
+pub const RETRY_NS: u64 = 100_000_000;
+
+/// How many threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Threads {
+    /// At least; 1 or more. They exist before anything is served.
+    pub min: usize,
+    /// At most.
+    pub max: usize,
+    /// Those beyond the minimum end when nobody has needed them for so long.
+    pub idle: Duration,
+}
+
+impl Default for Threads {
+    fn default() -> Threads {
+        Threads { min: 1, max: 64, idle: Duration::from_secs(10) }
+    }
+}
+
+/// Opens the pool as an engine for `depth` I/Os in flight on `files`. Errors are those of [`Pool::start`].
+pub fn open(files: &Arc<[Backing]>, depth: usize, threads: Threads, event: &Arc<EventFd>) -> io::Result<Engine> {
+    let (pool, finishing) = Pool::start(files, depth, threads, event)?;
+    // Handing over never blocks, whatever the I/O does.
+    Ok(Engine { name: "threads", depth, inline: Inline::Always, submit: Arc::new(pool), reap: Box::new(finishing) })
+}
+
+type Finished = (Box<Io>, Result<u64, Errno>);
+
+/// The threads of a pool, to be joined.
+#[derive(Debug, Default)]
+struct Handles {
+    /// Of those that have not ended, by number.
+    live: Vec<(u64, JoinHandle<()>)>,
+    /// Of the one that ended last. The next one joins it: what a thread leaves behind goes no sooner.
+    ended: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    life: Life<Box<Io>, Finished>,
+    files: Arc<[Backing]>,
+    event: Arc<EventFd>,
+    idle: Duration,
+    handles: Mutex<Handles>,
+    /// When a thread may be made again after one could not be, ns of [`now`].
+    retry_at: AtomicU64,
+}
+
+impl Shared {
+    fn tell(&self, due: bool) {
+        if due {
+            // An eventfd's counter can't reach its limit by ones.
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// Starts the thread with that number.
+    fn spawn(self: &Arc<Self>, id: u64, come: Come<Finished>) -> io::Result<()> {
+        let shared = Arc::clone(self);
+        // Held over the call: the thread's handle is here before it can end. Nothing else waits for it.
+        let mut handles = self.handles.lock().unwrap();
+        let thread = std::thread::Builder::new().name("pool".into()).stack_size(STACK_SIZE);
+        let handle = thread.spawn(move || shared.run(id, come))?;
+        handles.live.push((id, handle));
+        Ok(())
+    }
+
+    /// Makes a thread that was wanted.
+    fn create(self: &Arc<Self>, id: u64) {
+        if self.spawn(id, Come::Born).is_err() {
+            self.retry_at.store(now() + RETRY_NS, Ordering::Relaxed);
+            self.tell(self.life.unborn());
+        }
+    }
+
+    fn run(self: Arc<Self>, id: u64, mut come: Come<Finished>) {
+        let me = Sleeper::new(id);
+        loop {
+            let Next { step, tell } = self.life.next(&me, come, self.idle);
+            self.tell(tell);
+            come = match step {
+                Step::Run(io) => {
+                    let result = self.files[usize::from(io.file.0)].carry_out(&io);
+                    Come::Done((io, result))
+                }
+                Step::Create(id) => {
+                    self.create(id);
+                    Come::Looking
+                }
+                Step::Again => Come::Looking,
+                Step::End => break,
+            };
+        }
+        let mut handles = self.handles.lock().unwrap();
+        // It is not there if the pool's end is already waiting for this thread.
+        let Some(at) = handles.live.iter().position(|(live, _)| *live == id) else { return };
+        let (_, mine) = handles.live.swap_remove(at);
+        let before = handles.ended.replace(mine);
+        drop(handles);
+        join(before);
+    }
+
+    fn may_retry(&self) -> bool {
+        self.life.has_failed() && now() >= self.retry_at.load(Ordering::Relaxed)
+    }
+}
+
+fn join(handle: Option<JoinHandle<()>>) {
+    // A panic of the thread has been reported by the panic hook.
+    handle.map(JoinHandle::join).transpose().ok();
+}
+
+/// The pool, for those who submit and those who steer. Dropping it waits until all that it was given is done, and for its
+/// threads.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+impl Pool {
+    /// Starts the minimum of `threads` for I/Os on `files`, `depth` at most at a time; `event` is written when there is
+    /// something to reap. Fails where the bounds are wrong (EINVAL), or where the system does not have that many threads.
+    pub fn start(
+        files: &Arc<[Backing]>,
+        depth: usize,
+        threads: Threads,
+        event: &Arc<EventFd>,
+    ) -> io::Result<(Pool, Finishing)> {
+        let Threads { min, max, idle } = threads;
+        let life = Life::new(depth, min, max).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        let shared = Arc::new(Shared {
+            life,
+            files: Arc::clone(files),
+            event: Arc::clone(event),
+            idle,
+            handles: Mutex::default(),
+            retry_at: AtomicU64::new(0),
+        });
+        let pool = Pool { shared: Arc::clone(&shared) };
+        for id in 1..=min as u64 {
+            shared.spawn(id, Come::Looking).map_err(|error| {
+                io::Error::new(error.kind(), format!("start thread {id} of {min} of the pool: {error}"))
+            })?;
+        }
+        Ok((pool, Finishing { shared, taken: VecDeque::with_capacity(depth) }))
+    }
+
+    /// Hands over I/Os. Never blocks. They are begun in this order.
+    pub fn give(&self, ios: impl Iterator<Item = Box<Io>>) {
+        self.shared.tell(self.shared.life.give(ios));
+    }
+
+    /// Ends the I/O with that tag with ECANCELED, if no thread has begun it. False: it can only be waited for.
+    pub fn cancel(&self, tag: u32) -> bool {
+        let Some(io) = self.shared.life.cancel(|io| io.tag == tag) else { return false };
+        self.shared.tell(self.shared.life.finish((io, Err(Errno::ECANCELED))));
+        true
+    }
+
+    /// Changes the bounds. Missing threads are made one by one, and those that are too many end when their work is done.
+    pub fn set(&self, min: usize, max: usize) -> Result<(), BoundsError> {
+        let tell = self.shared.life.set(min, max)?;
+        self.shared.tell(tell);
+        Ok(())
+    }
+
+    /// What there is to see.
+    pub fn report(&self) -> PoolReport {
+        self.shared.life.report()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.life.stop();
+        // One that ends may have made another one before, whose handle is there then.
+        loop {
+            let next = self.shared.handles.lock().unwrap().live.pop();
+            let Some((_, handle)) = next else { break };
+            join(Some(handle));
+        }
+        let ended = self.shared.handles.lock().unwrap().ended.take();
+        join(ended);
+    }
+}
+
+impl Submit for Pool {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+        let count = batch.len().min(limit);
+        self.give(batch.drain(..count));
+        Ok(count)
+    }
+
+    fn cancel(&self, tag: u32) -> bool {
+        Pool::cancel(self, tag)
+    }
+
+    fn pool(&self) -> Option<&Pool> {
+        Some(self)
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.shared.event
+    }
+}
+
+/// What the pool has finished, and what it needs of the main loop.
+#[derive(Debug)]
+pub struct Finishing {
+    shared: Arc<Shared>,
+    /// Swapped with what is finished, so that the lock is not held while completions run.
+    taken: VecDeque<Finished>,
+}
+
+impl Reap for Finishing {
+    fn ready(&self) -> bool {
+        let life = &self.shared.life;
+        life.has_finished() || life.has_wanted() || self.shared.may_retry()
+    }
+
+    fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        let Finishing { shared, taken } = self;
+        shared.life.drain(taken);
+        let count = taken.len();
+        for (io, result) in taken.drain(..) {
+            done(io, result);
+        }
+        if shared.may_retry() {
+            // Not told: it is us.
+            shared.life.retry();
+        }
+        // Where something was finished, a pool thread is looking, and makes what is wanted; answers go out first.
+        if count == 0
+            && shared.life.has_wanted()
+            && let Some(id) = shared.life.begin()
+        {
+            shared.create(id);
+        }
+        count
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        let waits = self.shared.life.has_failed() && self.shared.life.lacks();
+        waits.then(|| self.shared.retry_at.load(Ordering::Relaxed))
+    }
+}
