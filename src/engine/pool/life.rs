@@ -356,10 +356,9 @@ impl<J, D> Life<J, D> {
                 break;
             }
         }
+        // Nobody rests while there are too many threads: no job waits for this one while another thread could be woken.
         state.threads -= 1;
-        // It may have been the one that was coming for a job.
-        let wanted = self.settle(state);
-        Next { step: Step::End, tell: tell || wanted }
+        Next { step: Step::End, tell }
     }
 
     /// Waits until it is woken. False: it is one too many, and nobody has needed it for the time.
