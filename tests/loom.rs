@@ -12,7 +12,7 @@ use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 use nix::errno::Errno;
-use tapdisk::engine::pool::life::{Come, Life, Next, Sleeper, Step};
+use tapdisk::engine::pool::life::{Come, Life, Sleeper, Step};
 use tapdisk::submit::Handover;
 
 /// A thread that takes all there is until it is told to stop.
@@ -177,15 +177,16 @@ impl Pool {
             self.being_made.fetch_sub(1, Ordering::AcqRel);
         }
         loop {
-            let Next { step, tell } = self.life.next(&me, come, Duration::ZERO);
-            self.tell(tell);
-            come = match step {
+            come = match self.life.next(&me, come, Duration::ZERO) {
                 Step::Run(job) => Come::Done(job),
                 Step::Create(id) => {
                     self.create(id);
                     Come::Looking
                 }
-                Step::Again => Come::Looking,
+                Step::Tell => {
+                    self.tell(true);
+                    Come::Looking
+                }
                 Step::End => break,
             };
         }
@@ -292,15 +293,16 @@ fn a_pool_grows_where_all_threads_are_busy() {
         let life = Life::<u32, u32>::new(4, 1, 3).unwrap();
         let next = |id, come| life.next(&Sleeper::new(id), come, Duration::ZERO);
         assert!(!life.give([1].into_iter()), "the first thread is coming");
-        assert_eq!(next(1, Come::Looking), Next { step: Step::Run(1), tell: false });
+        assert_eq!(next(1, Come::Looking), Step::Run(1));
         assert!(life.give([2, 3, 4].into_iter()), "the loop is told");
         assert!(!life.give([5].into_iter()), "once");
         assert_eq!((life.begin(), life.begin()), (Some(2), None), "one at a time");
-        assert_eq!(next(2, Come::Born), Next { step: Step::Create(3), tell: false }, "before it takes work");
-        assert_eq!(next(2, Come::Looking).step, Step::Run(2));
-        assert_eq!(next(3, Come::Born).step, Step::Run(3), "no more than the maximum");
-        assert_eq!(next(1, Come::Done(1)), Next { step: Step::Run(4), tell: true });
-        assert_eq!(next(2, Come::Done(2)), Next { step: Step::Run(5), tell: false }, "the batch is told already");
+        assert_eq!(next(2, Come::Born), Step::Create(3), "before it takes work");
+        assert_eq!(next(2, Come::Looking), Step::Run(2));
+        assert_eq!(next(3, Come::Born), Step::Run(3), "no more than the maximum");
+        assert_eq!(next(1, Come::Done(1)), Step::Tell, "with no job in its hands");
+        assert_eq!(next(1, Come::Looking), Step::Run(4));
+        assert_eq!(next(2, Come::Done(2)), Step::Run(5), "the batch is told already");
     });
 }
 
@@ -383,7 +385,7 @@ fn a_thread_that_can_not_be_made_leaves_no_job_behind() {
         let pool = Pool::with_none(1, 2, 2);
         pool.life.give([1].into_iter());
         let first = pool.life.next(&Sleeper::new(1), Come::Looking, Duration::ZERO);
-        assert_eq!(first.step, Step::Run(1));
+        assert_eq!(first, Step::Run(1));
         pool.life.give([2].into_iter());
         assert_eq!(pool.life.begin(), Some(2));
         // While it is being made, the first thread goes on and may rest.
@@ -402,7 +404,7 @@ fn a_thread_that_can_not_be_made_is_tried_again_when_told() {
         let life = Life::<u32, u32>::new(4, 1, 2).unwrap();
         let next = |id, come| life.next(&Sleeper::new(id), come, Duration::ZERO);
         life.give([1].into_iter());
-        assert_eq!(next(1, Come::Looking).step, Step::Run(1));
+        assert_eq!(next(1, Come::Looking), Step::Run(1));
         assert!(life.give([2, 3].into_iter()));
         assert_eq!(life.begin(), Some(2));
         assert!(!life.unborn() && life.has_failed() && life.lacks());
@@ -410,7 +412,7 @@ fn a_thread_that_can_not_be_made_is_tried_again_when_told() {
         assert_eq!(life.begin(), None);
         assert!(life.retry() && !life.has_failed() && life.has_wanted());
         assert_eq!(life.begin(), Some(2));
-        assert_eq!(next(2, Come::Born).step, Step::Run(2));
+        assert_eq!(next(2, Come::Born), Step::Run(2));
         let report = life.report();
         assert_eq!((report.threads, report.created, report.failed), (2, 2, 1));
     });
