@@ -1,15 +1,18 @@
-//! The hand-over between main loop and submit thread, in every order of events that there is.
+//! The hand-over between main loop and submit thread, and the pool's threads, in every order of events that there is.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test --release --test loom`
 
 #![cfg(loom)]
 
 use std::collections::VecDeque;
+use std::sync::Arc as StdArc;
+use std::time::Duration;
 
-use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 use nix::errno::Errno;
+use tapdisk::engine::pool::life::{Come, Life, Sleeper, Step};
 use tapdisk::submit::Handover;
 
 /// A thread that takes all there is until it is told to stop.
@@ -107,5 +110,310 @@ fn an_item_is_either_taken_or_cancelled() {
         let mut all = thread.join().unwrap();
         all.extend(cancelled);
         assert_eq!(all, [1, 2]);
+    });
+}
+
+/// A pool whose jobs are numbers, and whose threads are loom's.
+struct Pool {
+    life: Life<u32, u32>,
+    /// Times that the main loop's event was written.
+    event: Mutex<usize>,
+    written: Condvar,
+    being_made: AtomicUsize,
+    alive: Mutex<usize>,
+    made: Condvar,
+    most: usize,
+    handles: Mutex<Vec<thread::JoinHandle<()>>>,
+}
+
+impl Pool {
+    /// `most` is what the test never lets the bounds exceed.
+    fn new(min: usize, max: usize, most: usize) -> StdArc<Pool> {
+        let pool = Pool::with_none(min, max, most);
+        (1..=min as u64).for_each(|id| pool.spawn(id, Come::Looking));
+        pool
+    }
+
+    /// The same without its first threads, which the test makes or is.
+    fn with_none(min: usize, max: usize, most: usize) -> StdArc<Pool> {
+        StdArc::new(Pool {
+            life: Life::new(4, min, max).unwrap(),
+            event: Mutex::new(0),
+            written: Condvar::new(),
+            being_made: AtomicUsize::new(0),
+            alive: Mutex::new(min),
+            made: Condvar::new(),
+            most,
+            handles: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn spawn(self: &StdArc<Self>, id: u64, come: Come<u32>) {
+        let theirs = StdArc::clone(self);
+        let handle = thread::spawn(move || theirs.run(id, come));
+        self.handles.lock().unwrap().push(handle);
+    }
+
+    fn tell(&self, due: bool) {
+        if due {
+            *self.event.lock().unwrap() += 1;
+            self.written.notify_one();
+        }
+    }
+
+    fn create(self: &StdArc<Self>, id: u64) {
+        assert_eq!(self.being_made.fetch_add(1, Ordering::AcqRel), 0, "one at a time");
+        let mut alive = self.alive.lock().unwrap();
+        assert!(*alive < self.most, "above the maximum");
+        *alive += 1;
+        self.made.notify_one();
+        drop(alive);
+        self.spawn(id, Come::Born);
+    }
+
+    fn run(self: StdArc<Self>, id: u64, mut come: Come<u32>) {
+        let me = Sleeper::new(id);
+        if matches!(come, Come::Born) {
+            self.being_made.fetch_sub(1, Ordering::AcqRel);
+        }
+        loop {
+            come = match self.life.next(&me, come, Duration::ZERO) {
+                Step::Run(job) => Come::Done(job),
+                Step::Create(id) => {
+                    self.create(id);
+                    Come::Looking
+                }
+                Step::Tell => {
+                    self.tell(true);
+                    Come::Looking
+                }
+                Step::End => break,
+            };
+        }
+        *self.alive.lock().unwrap() -= 1;
+    }
+
+    /// What the main loop does in a turn that an event began.
+    fn turn(self: &StdArc<Self>, seen: &mut Vec<u32>) {
+        let mut taken = VecDeque::new();
+        self.life.drain(&mut taken);
+        seen.extend(taken);
+        if self.life.has_wanted()
+            && let Some(id) = self.life.begin()
+        {
+            self.create(id);
+        }
+    }
+
+    /// Turns whenever the event says so, as an edge-triggered poll does, until all `jobs` are seen.
+    fn serve(self: &StdArc<Self>, jobs: &[u32]) {
+        let (mut seen, mut events) = (Vec::new(), 0);
+        while seen.len() < jobs.len() {
+            let mut event = self.event.lock().unwrap();
+            while *event == events {
+                event = self.written.wait(event).unwrap();
+            }
+            events = *event;
+            drop(event);
+            self.turn(&mut seen);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, jobs, "each once");
+    }
+
+    /// Waits until there are `count` threads, with nothing from the main loop.
+    fn wait_alive(&self, count: usize) {
+        let mut alive = self.alive.lock().unwrap();
+        while *alive < count {
+            alive = self.made.wait(alive).unwrap();
+        }
+    }
+
+    /// Ends all threads, the ones included that are made meanwhile.
+    fn end(self: &StdArc<Self>) {
+        self.life.stop();
+        loop {
+            let next = self.handles.lock().unwrap().pop();
+            let Some(handle) = next else { break };
+            handle.join().unwrap();
+        }
+        assert_eq!(*self.alive.lock().unwrap(), 0);
+        assert_eq!(self.life.report().threads, 0);
+    }
+}
+
+/// With few preemptions, where there are too many orders: errors need two or three (Musuvathi and Qadeer, 2007).
+fn few_preemptions(bound: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(bound);
+    builder.check(model);
+}
+
+/// Jobs that come one after the other are done once each, the loop is woken for each batch, and the pool ends.
+#[test]
+fn a_pool_of_one_loses_no_job_and_no_wake_up() {
+    loom::model(|| {
+        let pool = Pool::new(1, 1, 1);
+        pool.tell(pool.life.give([1].into_iter()));
+        pool.tell(pool.life.give([2].into_iter()));
+        pool.serve(&[1, 2]);
+        pool.end();
+    });
+}
+
+/// What was given before the end is done before the end, and finished even where nobody has seen it.
+#[test]
+fn a_pool_ends_after_its_work() {
+    loom::model(|| {
+        let pool = Pool::new(1, 1, 1);
+        pool.life.give([1, 2].into_iter());
+        pool.end();
+        let mut taken = VecDeque::new();
+        pool.life.drain(&mut taken);
+        assert_eq!(taken, [1, 2]);
+    });
+}
+
+/// A thread that is wanted is made by whoever looks first, one at a time, and no more of them than the maximum.
+#[test]
+fn a_pool_grows_within_its_bounds() {
+    few_preemptions(4, || {
+        let pool = Pool::new(1, 2, 2);
+        pool.tell(pool.life.give([1, 2].into_iter()));
+        pool.serve(&[1, 2]);
+        pool.end();
+        assert!(pool.life.report().created <= 2);
+    });
+}
+
+/// With all threads in jobs, it is the main loop that makes the next one, and it is told once.
+#[test]
+fn a_pool_grows_where_all_threads_are_busy() {
+    loom::model(|| {
+        let life = Life::<u32, u32>::new(4, 1, 3).unwrap();
+        let next = |id, come| life.next(&Sleeper::new(id), come, Duration::ZERO);
+        assert!(!life.give([1].into_iter()), "the first thread is coming");
+        assert_eq!(next(1, Come::Looking), Step::Run(1));
+        assert!(life.give([2, 3, 4].into_iter()), "the loop is told");
+        assert!(!life.give([5].into_iter()), "once");
+        assert_eq!((life.begin(), life.begin()), (Some(2), None), "one at a time");
+        assert_eq!(next(2, Come::Born), Step::Create(3), "before it takes work");
+        assert_eq!(next(2, Come::Looking), Step::Run(2));
+        assert_eq!(next(3, Come::Born), Step::Run(3), "no more than the maximum");
+        assert_eq!(next(1, Come::Done(1)), Step::Tell, "with no job in its hands");
+        assert_eq!(next(1, Come::Looking), Step::Run(4));
+        assert_eq!(next(2, Come::Done(2)), Step::Run(5), "the batch is told already");
+    });
+}
+
+/// The end of an idle time against a new job: it is done, by that thread or another one, and the minimum stays.
+#[test]
+fn a_job_that_meets_the_end_of_an_idle_time_is_done() {
+    few_preemptions(2, || {
+        let pool = Pool::new(2, 2, 2);
+        pool.tell(pool.life.set(1, 2).unwrap());
+        let theirs = StdArc::clone(&pool);
+        let clock = thread::spawn(move || theirs.life.expire());
+        pool.tell(pool.life.give([1].into_iter()));
+        pool.serve(&[1]);
+        clock.join().unwrap();
+        assert!(pool.life.report().threads >= 1);
+        pool.end();
+    });
+}
+
+/// Idle threads beyond the minimum end, all but the minimum, even where all of their times are over at once.
+#[test]
+fn the_minimum_outlives_the_idle_time() {
+    few_preemptions(3, || {
+        let pool = Pool::new(2, 2, 2);
+        pool.tell(pool.life.set(1, 2).unwrap());
+        pool.life.expire();
+        pool.life.expire();
+        let report = pool.life.report();
+        assert!((1..=2).contains(&report.threads));
+        pool.tell(pool.life.give([1].into_iter()));
+        pool.serve(&[1]);
+        pool.end();
+    });
+}
+
+/// Bounds that change under load: what is too many ends, what is missing is made, and the job is done.
+#[test]
+fn bounds_change_while_jobs_come() {
+    few_preemptions(3, || {
+        let pool = Pool::new(2, 2, 2);
+        let theirs = StdArc::clone(&pool);
+        let giver = thread::spawn(move || theirs.tell(theirs.life.give([1, 2].into_iter())));
+        pool.tell(pool.life.set(1, 1).unwrap());
+        pool.serve(&[1, 2]);
+        giver.join().unwrap();
+        pool.end();
+    });
+}
+
+/// A minimum that is raised is reached without any job.
+#[test]
+fn a_raised_minimum_is_reached() {
+    loom::model(|| {
+        let pool = Pool::new(1, 1, 2);
+        pool.tell(pool.life.set(2, 2).unwrap());
+        pool.wait_alive(2);
+        pool.end();
+        assert_eq!(pool.life.report().created, 2);
+    });
+}
+
+/// A job is run or cancelled, never both and never neither.
+#[test]
+fn a_job_of_the_pool_is_either_run_or_cancelled() {
+    loom::model(|| {
+        let pool = Pool::new(1, 1, 1);
+        pool.tell(pool.life.give([1, 2].into_iter()));
+        if let Some(job) = pool.life.cancel(|job| *job == 2) {
+            pool.tell(pool.life.finish(job));
+        }
+        pool.serve(&[1, 2]);
+        pool.end();
+    });
+}
+
+/// A job that counted on a thread which then can't be made goes to one that has come to rest meanwhile.
+#[test]
+fn a_thread_that_can_not_be_made_leaves_no_job_behind() {
+    loom::model(|| {
+        let pool = Pool::with_none(1, 2, 2);
+        pool.life.give([1].into_iter());
+        let first = pool.life.next(&Sleeper::new(1), Come::Looking, Duration::ZERO);
+        assert_eq!(first, Step::Run(1));
+        pool.life.give([2].into_iter());
+        assert_eq!(pool.life.begin(), Some(2));
+        // While it is being made, the first thread goes on and may rest.
+        pool.spawn(1, Come::Done(1));
+        pool.tell(pool.life.give([3].into_iter()));
+        pool.tell(pool.life.unborn());
+        pool.serve(&[1, 2, 3]);
+        pool.end();
+    });
+}
+
+/// Nobody tries again until the time has come, and then the main loop is told.
+#[test]
+fn a_thread_that_can_not_be_made_is_tried_again_when_told() {
+    loom::model(|| {
+        let life = Life::<u32, u32>::new(4, 1, 2).unwrap();
+        let next = |id, come| life.next(&Sleeper::new(id), come, Duration::ZERO);
+        life.give([1].into_iter());
+        assert_eq!(next(1, Come::Looking), Step::Run(1));
+        assert!(life.give([2, 3].into_iter()));
+        assert_eq!(life.begin(), Some(2));
+        assert!(!life.unborn() && life.has_failed() && life.lacks());
+        assert!(!life.give([4].into_iter()) && !life.has_wanted());
+        assert_eq!(life.begin(), None);
+        assert!(life.retry() && !life.has_failed() && life.has_wanted());
+        assert_eq!(life.begin(), Some(2));
+        assert_eq!(next(2, Come::Born), Step::Run(2));
+        let report = life.report();
+        assert_eq!((report.threads, report.created, report.failed), (2, 2, 1));
     });
 }

@@ -94,19 +94,10 @@ pub enum Step<J> {
     Run(J),
     /// Make the thread with that number, and come back.
     Create(u64),
-    /// Come back at once.
-    Again,
+    /// Write the main loop's event, and come back.
+    Tell,
     /// Its own end.
     End,
-}
-
-/// A step, and whether the main loop's event is to be written before it.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Next<J> {
-    /// The step.
-    pub step: Step<J>,
-    /// Whether the event is due.
-    pub tell: bool,
 }
 
 #[derive(Debug)]
@@ -326,9 +317,8 @@ impl<J, D> Life<J, D> {
     }
 
     /// Thread: what to do next. Waits for it, `idle` at most while there are more threads than the minimum.
-    pub fn next(&self, me: &Sleeper, come: Come<D>, idle: Duration) -> Next<J> {
+    pub fn next(&self, me: &Sleeper, come: Come<D>, idle: Duration) -> Step<J> {
         let mut state = self.lock();
-        let mut tell = false;
         match come {
             Come::Born => {
                 state.coming -= 1;
@@ -337,17 +327,17 @@ impl<J, D> Life<J, D> {
             Come::Looking => state.coming -= 1,
             Come::Done(done) => {
                 state.running -= 1;
-                tell = self.push_finished(&mut state, done);
+                if self.push_finished(&mut state, done) {
+                    // With no job in its hands: the main loop that it wakes may take its CPU.
+                    state.coming += 1;
+                    return Step::Tell;
+                }
             }
         }
         loop {
             match state.step() {
                 Some(Step::End) => break,
-                Some(step) => return Next { step, tell },
-                None if tell => {
-                    state.coming += 1;
-                    return Next { step: Step::Again, tell };
-                }
+                Some(step) => return step,
                 None => {}
             }
             let (guard, goes_on) = self.rest(state, me, idle);
@@ -356,10 +346,9 @@ impl<J, D> Life<J, D> {
                 break;
             }
         }
+        // Nobody rests while there are too many threads: no job waits for this one while another thread could be woken.
         state.threads -= 1;
-        // It may have been the one that was coming for a job.
-        let wanted = self.settle(state);
-        Next { step: Step::End, tell: tell || wanted }
+        Step::End
     }
 
     /// Waits until it is woken. False: it is one too many, and nobody has needed it for the time.

@@ -31,7 +31,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
 pub use self::life::{BoundsError, PoolReport};
-use self::life::{Come, Life, Next, Sleeper, Step};
+use self::life::{Come, Life, Sleeper, Step};
 use super::{Engine, Inline, Reap, Submit};
 use crate::stats::now;
 use crate::submit::STACK_SIZE;
@@ -126,9 +126,7 @@ impl Shared {
     fn run(self: Arc<Self>, id: u64, mut come: Come<Finished>) {
         let me = Sleeper::new(id);
         loop {
-            let Next { step, tell } = self.life.next(&me, come, self.idle);
-            self.tell(tell);
-            come = match step {
+            come = match self.life.next(&me, come, self.idle) {
                 Step::Run(io) => {
                     let result = self.files[usize::from(io.file.0)].carry_out(&io);
                     Come::Done((io, result))
@@ -137,7 +135,10 @@ impl Shared {
                     self.create(id);
                     Come::Looking
                 }
-                Step::Again => Come::Looking,
+                Step::Tell => {
+                    self.tell(true);
+                    Come::Looking
+                }
                 Step::End => break,
             };
         }
