@@ -60,8 +60,13 @@ impl Served {
 
     /// The same with keys that are in no table.
     pub fn start_with(top: &str, image: &str, rest: &str) -> Served {
+        Self::start_by(tool("tapdisk"), top, image, rest)
+    }
+
+    /// The same, started by a command, which gets the configuration as its last argument and becomes the tapdisk.
+    pub fn start_by(command: Command, top: &str, image: &str, rest: &str) -> Served {
         let sockets = tempfile::tempdir().unwrap();
-        let child = Self::spawn(top, image, rest, sockets.path());
+        let child = Self::spawn(command, top, image, rest, sockets.path());
         let log = sockets.path().join("log");
         let mut served = Served { child, sockets, log };
         let mut line = String::new();
@@ -77,19 +82,18 @@ impl Served {
     /// What it says when it can't serve, and its exit code.
     pub fn refused(image: &str, rest: &str) -> (i32, String) {
         let sockets = tempfile::tempdir().unwrap();
-        let mut child = Self::spawn("", image, rest, sockets.path());
+        let mut child = Self::spawn(tool("tapdisk"), "", image, rest, sockets.path());
         let mut text = String::new();
         child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
         (child.wait().unwrap().code().unwrap(), text)
     }
 
-    fn spawn(top: &str, image: &str, rest: &str, sockets: &Path) -> Child {
+    fn spawn(mut command: Command, top: &str, image: &str, rest: &str, sockets: &Path) -> Child {
         let text = format!("{top}\n[image]\n{image}\n{rest}\n[control]\ndirectory = '{{s}}'\n");
         let text =
             if text.contains("[log]") { text } else { format!("{text}[log]\nfile = '{{s}}/log'\nlevel='debug'\n") };
         let config = sockets.join("disk.toml");
         std::fs::write(&config, text.replace("{s}", sockets.to_str().unwrap())).unwrap();
-        let mut command = tool("tapdisk");
         command.arg(config).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().unwrap()
     }

@@ -1,0 +1,140 @@
+//! A tapdisk that is frozen or killed under load: what was acknowledged as flushed is there afterwards.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::guest::{Guest, page};
+use common::served::{Served, folder, tool};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tapdisk::frontend::blkif::wire::{OP_FLUSH_DISKCACHE, OP_WRITE, Segment};
+
+const FRONTENDS: &str = "[frontend.local]\nsocket = '{s}/ring'\n[frontend.nbd]\nsocket = '{s}/nbd'\n";
+
+#[test]
+fn frozen_for_ten_seconds_it_goes_on_and_nothing_is_lost() {
+    let folder = folder();
+    let image = folder.path().join("disk.img");
+    let served = Served::start(&format!("path = '{}'\ncreate = '64 MiB'", image.display()), FRONTENDS);
+    let mut ring = tool("ring-load");
+    ring.args([
+        "run",
+        "--rw",
+        "randwrite",
+        "--bs",
+        "512-64k",
+        "--verify",
+        "--range",
+        "32M",
+        "--fsync",
+        "64",
+        "--runtime",
+    ]);
+    let mut ring = ring.arg("13s").arg("--socket").arg(served.ring()).stdout(Stdio::null()).spawn().unwrap();
+    let mut nbd = Command::new("fio");
+    nbd.args(["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16", "--verify=crc32c"])
+        .args(["--offset=32m", "--size=32m", "--fsync=64", "--runtime=13", "--time_based", "--output-format=terse"])
+        .arg(format!("--uri={}", served.nbd()));
+    let mut nbd = nbd.stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    served.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_secs(10));
+    assert!(
+        ring.try_wait().unwrap().is_none() && nbd.try_wait().unwrap().is_none(),
+        "the loads ended while it was frozen"
+    );
+    served.signal(Signal::SIGCONT);
+    assert!(ring.wait().unwrap().success() && nbd.wait().unwrap().success());
+    assert_eq!(served.stop().0, Some(0));
+}
+
+/// Sectors that are written, 4096 bytes apart.
+const SECTORS: u64 = 256;
+
+/// Writes numbers to sectors, sixteen at a time and then a flush, until the server is gone. Gives for each sector the number
+/// that was acknowledged as flushed last, and the last one that was sent.
+fn write_until_it_is_gone(
+    guest: &mut Guest,
+    random: &mut fastrand::Rng,
+    number: &mut u64,
+) -> HashMap<u64, (u64, u64)> {
+    let mut sectors: HashMap<u64, (u64, u64)> = HashMap::new();
+    let segment = |gref| Segment { last_sect: 0, ..page(gref) };
+    loop {
+        let chosen: std::collections::HashSet<u64> = (0..16).map(|_| random.u64(..SECTORS)).collect();
+        let mut written = Vec::new();
+        for (i, &sector) in (0u32..).zip(&chosen) {
+            *number += 1;
+            guest.queue.memory().write(guest.queue.page_at(i), &number.to_le_bytes().repeat(64));
+            let entry = guest.entry(OP_WRITE).with_sector(sector * 8).with_segments(1, &[segment(i)]);
+            guest.queue.ring.push(&entry);
+            sectors.entry(sector).or_default().1 = *number;
+            written.push((sector, *number));
+        }
+        let all = |guest: &mut Guest, count| {
+            (0..count).all(|_| matches!(guest.try_response(Duration::from_secs(20)), Some(r) if r.status == 0))
+        };
+        if guest.queue.publish().is_err() || !all(guest, written.len()) {
+            return sectors;
+        }
+        let flush = guest.entry(OP_FLUSH_DISKCACHE);
+        guest.queue.ring.push(&flush);
+        if guest.queue.publish().is_err() || !all(guest, 1) {
+            return sectors;
+        }
+        for (sector, number) in written {
+            sectors.entry(sector).or_default().0 = number;
+        }
+    }
+}
+
+fn killed_again_and_again(image: &Path, keys: &str, rest: &str, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let table = format!("path = '{}'\ncreate = '4 MiB'\n{keys}", image.display());
+    let (mut number, mut rounds, mut acknowledged) = (0, 0, 0);
+    let mut flushed: HashMap<u64, (u64, u64)> = HashMap::new();
+    while rounds < 12 {
+        let served = Served::start(&table, &format!("{FRONTENDS}{rest}"));
+        let mut guest = Guest::connect(&served.ring());
+        for (&sector, &(least, most)) in &flushed {
+            let data = guest.read(sector * 8, 512).unwrap();
+            let numbers: Vec<_> = data.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+            assert!(numbers.iter().all(|n| *n == numbers[0]), "sector {sector} is torn: {numbers:?}");
+            assert!(
+                (least..=most).contains(&numbers[0]),
+                "{rest}, round {rounds}: sector {sector} has {}, {least} was flushed and {most} written",
+                numbers[0]
+            );
+        }
+        let pid = Pid::from_raw(served.pid());
+        let pause = Duration::from_millis(random.u64(5..150));
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(pause);
+            kill(pid, Signal::SIGKILL).unwrap();
+        });
+        for (sector, (least, most)) in write_until_it_is_gone(&mut guest, &mut random, &mut number) {
+            let entry = flushed.entry(sector).or_default();
+            *entry = (entry.0.max(least), most);
+            acknowledged += usize::from(least > 0);
+        }
+        killer.join().unwrap();
+        rounds += 1;
+    }
+    assert!(acknowledged > 20, "only {acknowledged} writes were acknowledged as flushed in {rounds} rounds");
+}
+
+#[test]
+fn killed_at_any_moment_it_has_all_that_was_acknowledged_as_flushed() {
+    for (seed, (keys, rest)) in (1..).zip([
+        ("direct = 'on'", "[engine]\nname = 'aio'\n"),
+        ("direct = 'on'", "[engine]\nname = 'io_uring'\n"),
+        ("direct = 'off'", "[engine]\nname = 'threads'\n"),
+    ]) {
+        let folder = folder();
+        killed_again_and_again(&folder.path().join("disk.img"), keys, rest, seed);
+    }
+}
