@@ -26,8 +26,9 @@
 //! ## What the main loop may do
 //!
 //! `io_uring_enter` that submits, and `io_uring_register`, take the ring's mutex in the kernel, which a submission keeps while
-//! it is held up. So registering buffers is the submitter's business, at the first I/O that points into a memory, and the main
-//! loop enters the kernel only if it gets our lock at once.
+//! it is held up (with SQPOLL, by the kernel's thread). So registering buffers is the submitter's business, at the first I/O
+//! that points into a memory; the main loop does it only while nothing is in flight, and enters the kernel only if it gets our
+//! lock at once.
 //!
 //! The completion ring can't overflow, after which only a system call with that mutex would bring completions back: what is
 //! submitted never has more completions to come than the ring has entries.
@@ -222,7 +223,8 @@ impl Ring {
     /// awake), and takes them out of it. EAGAIN: there is no room until something is reaped, or the main loop would wait for
     /// who submits just now. Any other error is the ring's end. What the kernel says about an I/O comes as its completion. The operations are read, write and flush.
     pub fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
-        let mut submitting = if std::thread::current().id() == self.looper {
+        let looper = std::thread::current().id() == self.looper;
+        let mut submitting = if looper {
             self.submitting.try_lock().map_err(|_| Errno::EAGAIN)?
         } else {
             self.submitting.lock().unwrap()
@@ -230,7 +232,11 @@ impl Ring {
         if let Some(errno) = submitting.broken {
             return Err(errno);
         }
-        self.let_go(&mut submitting);
+        // The kernel's mutex is held only for I/O in flight: by who submits it, and where its completions are posted.
+        let may_register = !looper || self.to_reap.load(Ordering::Acquire) == 0;
+        if may_register {
+            self.let_go(&mut submitting);
+        }
         let mut ios = [std::ptr::null_mut::<Io>(); BATCH_MAX];
         // SAFETY: the lock is held: this is the only user of the submission ring.
         let mut queue = unsafe { self.ring.submission_shared() };
@@ -240,7 +246,7 @@ impl Ring {
             // From the moment of the push the kernel, and with it the completing thread, may own the I/O.
             ios[i] = Box::into_raw(io);
             // SAFETY: just made from a box, and not yet submitted: nobody else has it.
-            let entry = self.prepare(&mut submitting, unsafe { &mut *ios[i] });
+            let entry = self.prepare(&mut submitting, unsafe { &mut *ios[i] }, may_register);
             // SAFETY: the entry's buffers and iovecs live in the `Io`, which lives until its completion is reaped, because
             // it is no longer owned here; its file and buffer are registered.
             let pushed = unsafe { queue.push(&entry) };
@@ -268,7 +274,7 @@ impl Ring {
         count
     }
 
-    fn prepare(&self, submitting: &mut Submitting, io: &mut Io) -> Entry {
+    fn prepare(&self, submitting: &mut Submitting, io: &mut Io, may_register: bool) -> Entry {
         let address = std::ptr::from_mut(io) as u64;
         if let Some(place) = self.places.get(io.tag as usize) {
             place.store(address, Ordering::Release);
@@ -277,7 +283,8 @@ impl Ring {
         let dsync = if matches!(io.op, IoOp::Write { fua: true }) { libc::RWF_DSYNC } else { 0 };
         // Without it the kernel gives an I/O that would wait to its pool, and may first have to make a thread.
         let flags = dsync | if io.nowait { libc::RWF_NOWAIT } else { 0 };
-        let fixed = io.single().and_then(|(memory, iovec)| Some((self.buffer(submitting, memory)?, iovec)));
+        let fixed =
+            io.single().and_then(|(memory, iovec)| Some((self.buffer(submitting, memory, may_register)?, iovec)));
         let iovecs = io.iovecs();
         let (pointer, pieces) = (iovecs.as_ptr(), iovecs.len() as u32);
         let entry = match (io.op, fixed) {
@@ -377,13 +384,14 @@ impl Ring {
         }
     }
 
-    /// The index of the fixed buffer that is all of `memory`, which is made one if there is room and the kernel lets us.
-    fn buffer(&self, submitting: &mut Submitting, memory: &Arc<Memory>) -> Option<u16> {
+    /// The index of the fixed buffer that is all of `memory`, which is made one if it may be, there is room, and the kernel
+    /// lets us.
+    fn buffer(&self, submitting: &mut Submitting, memory: &Arc<Memory>, may_register: bool) -> Option<u16> {
         let buffers = &mut submitting.buffers;
         if let Some(index) = buffers.iter().position(|buffer| buffer.as_ref().is_some_and(|b| b.id == memory.id())) {
             return buffers[index].as_ref().filter(|buffer| buffer.fixed).map(|_| index as u16);
         }
-        let index = buffers.iter().position(Option::is_none)?;
+        let index = buffers.iter().position(Option::is_none).filter(|_| may_register)?;
         let all = libc::iovec { iov_base: memory.at(0, memory.len()).cast(), iov_len: memory.len() };
         // SAFETY: the mapping is there; its pages stay pinned by the kernel until the buffer is replaced, whatever becomes of
         // the mapping; and the index is used only for I/Os that own a share of this very memory.

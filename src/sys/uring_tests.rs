@@ -360,8 +360,11 @@ fn hold_up_a_submission_of(pieces: usize, settings: Settings) {
         (0..pieces).for_each(|piece| io.push(memory, piece * 1024, 512));
         io
     };
+    let gone = Arc::new(Memory::anonymous(4096).unwrap());
+    assert_eq!(ring.submit(&mut VecDeque::from([read(0, &gone, 1)]), 1), Ok(1));
+    wait(&mut completions, 1);
     let mut batch = VecDeque::from([read(1, &plain, 1), read(2, &held.memory, pieces)]);
-    let mut more = VecDeque::from([read(3, &plain, 1)]);
+    let mut more = VecDeque::from([read(3, &Arc::new(Memory::anonymous(4096).unwrap()), 1)]);
     std::thread::scope(|scope| {
         let submitter = scope.spawn(|| ring.submit(&mut batch, 64));
         // SQPOLL's thread submits what has no memory to be registered.
@@ -378,10 +381,11 @@ fn hold_up_a_submission_of(pieces: usize, settings: Settings) {
             held.let_go();
             in_time
         });
-        drop(Memory::anonymous(4096).unwrap());
+        drop(gone);
         ring.tidy();
         completions.ready();
         let mut reaped = completions.reap(&mut |_, _| {});
+        // Its memory is not registered yet, and one that is has gone.
         let submitted = ring.submit(&mut more, 1);
         assert_eq!(submitted, if by_other { Ok(1) } else { Err(Errno::EAGAIN) });
         ring.cancel(2);
