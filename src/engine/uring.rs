@@ -15,7 +15,7 @@ use super::{Engine, Inline, Reap, Submit};
 use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
 pub use crate::sys::uring::Settings;
-use crate::sys::uring::{Completions, Ring, setup};
+use crate::sys::uring::{Completions, Ring, SetupError, setup};
 
 /// Opens the engine for I/O on `files`, at most `batch` I/Os in one system call.
 pub fn open(
@@ -40,17 +40,21 @@ pub fn open(
     })
 }
 
-fn explain(error: io::Error) -> io::Error {
-    let why = match error.raw_os_error() {
-        Some(libc::ENOSYS) => "this kernel has no io_uring",
-        Some(libc::EPERM | libc::EACCES) => {
-            "io_uring is forbidden here, by the sysctl kernel.io_uring_disabled or a seccomp filter"
+fn explain(error: SetupError) -> io::Error {
+    let SetupError { step, errno, only_sqpoll } = error;
+    let why = match errno {
+        _ if only_sqpoll => "engine.sqpoll = false would do; with it, kernels before 5.11 want CAP_SYS_NICE",
+        Errno::ENOSYS => "this kernel has no io_uring, or a seccomp filter says so",
+        Errno::EPERM | Errno::EACCES => {
+            "io_uring is forbidden here, by the sysctl kernel.io_uring_disabled or a seccomp filter (of a container, or \
+             SystemCallFilter= of a systemd unit)"
         }
-        Some(libc::ENOMEM) => "no memory may be locked for it: raise RLIMIT_MEMLOCK",
+        Errno::ENOMEM => "no memory may be locked for it: raise RLIMIT_MEMLOCK",
         _ => "it cannot be set up",
     };
-    let text = format!("io_uring: {why}: {error}; engine.name = \"aio\" or \"threads\" does without");
-    io::Error::new(error.kind(), text)
+    let kind = io::Error::from(errno).kind();
+    let text = format!("{step}: {}: {why}; engine.name = \"aio\" or \"threads\" does without", errno.desc());
+    io::Error::new(kind, text)
 }
 
 struct UringSubmit {
@@ -124,8 +128,22 @@ mod tests {
             (Errno::ENOMEM, "RLIMIT_MEMLOCK"),
             (Errno::EINVAL, "Invalid argument"),
         ] {
-            let text = explain(errno.into()).to_string();
+            let text = explain(SetupError { step: "io_uring_setup", errno, only_sqpoll: false }).to_string();
             assert!(text.contains(expected) && text.contains("engine.name = \"aio\""), "{text}");
         }
+        let text = explain(SetupError { step: "io_uring_setup", errno: Errno::EPERM, only_sqpoll: true }).to_string();
+        assert!(text.contains("engine.sqpoll") && text.contains("CAP_SYS_NICE"), "{text}");
+    }
+
+    #[test]
+    fn where_it_is_forbidden_the_error_says_so() {
+        crate::sys::uring::tests::forbidden(Errno::EPERM, || {
+            let file = tempfile::tempfile().unwrap();
+            let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
+            let settings = Settings { depth: 8, sqpoll_idle_ms: None, cq_entries: None };
+            let event = super::super::event().unwrap();
+            let text = open(&files, settings, 64, Threads::default(), &event).unwrap_err().to_string();
+            assert!(text.contains("seccomp") && text.contains("engine.name"), "{text}");
+        });
     }
 }
