@@ -27,6 +27,8 @@
 //! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one.
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
+//! - The **pool** ([`engine::pool`]) is an engine of threads, and does for the others what the kernel does only by waiting.
+//!   Whoever submits to it makes no thread.
 //! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
 //!
 //! ## A Xen guest

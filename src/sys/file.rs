@@ -121,7 +121,7 @@ impl Backing {
         Ok(())
     }
 
-    /// Answers an [`IoOp::Status`](super::io::IoOp::Status) by `lseek(2)`, which may read the file system's metadata. A
+    /// Answers an [`IoOp::Status`] by `lseek(2)`, which may read the file system's metadata. A
     /// block device, and what a file has beyond its end, is all data: nothing promises that it reads as zeros cheaply.
     pub fn status(&self, io: &super::io::Io) -> Result<u64, Errno> {
         use nix::unistd::{Whence, lseek};

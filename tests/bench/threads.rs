@@ -198,7 +198,7 @@ fn row(what: &str, ours: [f64; 3], theirs: [f64; 3]) {
 fn file(path: &Path, direct: bool) -> io::Result<Arc<[Backing]>> {
     if !path.exists() {
         let mut bytes = vec![0u8; SIZE as usize];
-        bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 31 >> 7) as u8);
+        bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = ((i * 31) >> 7) as u8);
         std::fs::write(path, bytes)?;
         std::fs::File::open(path)?.sync_all()?;
     }
