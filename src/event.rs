@@ -68,7 +68,7 @@ impl MainLoop {
         let watch =
             |fd: i32, source| registry.register(&mut SourceFd(&fd), Token(token(source, 0)), Interest::READABLE);
         watch(signals.as_raw_fd(), SIGNALS)?;
-        watch(disk.engine().event().as_fd().as_raw_fd(), ENGINE)?;
+        watch(disk.engine().submit.event().as_fd().as_raw_fd(), ENGINE)?;
         disk.register(registry, |i| token(FRONTENDS + i, 0))?;
         let control = Control::bind(control.0, control.1, registry.try_clone()?, token(CONTROL, 0), log.clone())?;
         let &config::MainLoop { spin_us, poll_us, poll_idle_percent } = settings;
@@ -83,6 +83,11 @@ impl MainLoop {
             logging,
             log,
         })
+    }
+
+    /// The disk that it serves.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
     }
 
     /// Where the control socket is.
@@ -101,6 +106,7 @@ impl MainLoop {
             if worked {
                 last = turn;
                 self.polling.worked();
+                self.control.settle(&mut self.disk);
             }
             if let Some(result) = self.disk.closed() {
                 return self.end(result.map_err(io::Error::from));

@@ -13,8 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use slog::{Logger, info, warn};
 
 use crate::config::{Config, Direct, ImageType, OddSize, Size};
-use crate::engine::pool::Threads;
-use crate::engine::{self, Engine};
+use crate::engine::{self, Engine, Opener};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
 use crate::sys::file::{Backing, direct_alignment, geometry};
@@ -67,6 +66,8 @@ pub struct Image {
     pub layer: Layer,
     /// The engine.
     pub engine: Engine,
+    /// What opens another one; none for an image in memory, which is its engine.
+    pub opener: Option<Opener>,
     /// The lock; none for an image without a file.
     pub lock: Option<Flock<File>>,
 }
@@ -86,6 +87,10 @@ pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
         ImageType::Ram => engine::memory::ram(size, depth),
         _ => engine::memory::null(depth),
     };
+    let engine = engine.and_then(|engine| match config.faults.as_slice() {
+        [] => Ok(engine),
+        faults => engine::fault::wrap(engine, faults),
+    });
     let engine = engine.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
     let sector_size = image.sector_size.unwrap_or(512);
     let info = DiskInfo {
@@ -97,7 +102,13 @@ pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
     };
     let raw = Raw::new(size, sector_size.into(), drivers::OddSize::Refuse)
         .map_err(|source| Error::Format { path: path.clone(), source })?;
-    Ok(Image { info, layer: Layer { format: Box::new(raw), file: FileId(0), path }, engine, lock: None })
+    Ok(Image {
+        info,
+        layer: Layer { format: Box::new(raw), file: FileId(0), path },
+        engine,
+        opener: None,
+        lock: None,
+    })
 }
 
 fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error> {
@@ -148,13 +159,12 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
         warn!(log, "image size is no multiple of the sector and was rounded";
             "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
     }
-    let depth = config.engine.depth as usize;
     let files: Arc<[Backing]> = Arc::new([Backing { file, direct, block_device: geometry.block_device }]);
-    let event = engine::event().map_err(io("start its engine"))?;
-    let engine = engine::aio::open(&files, depth, 64, Threads::default(), &event).map_err(io("start its engine"))?;
+    let mut opener = Opener::new(files, config, log.clone()).map_err(io("start its engine"))?;
+    let engine = opener.open(None).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => %path.display(), "size" => size, "sector_size" => sector_size,
         "direct" => direct, "block_device" => geometry.block_device, "read_only" => image.read_only,
-        "engine" => engine.name, "depth" => depth);
+        "engine" => engine.name, "depth" => engine.depth);
     let info = DiskInfo {
         size,
         sector_size,
@@ -163,7 +173,7 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
         name: format!("aio:{}", path.display()),
     };
     let layer = Layer { format: Box::new(raw), file: FileId(0), path: path.to_owned() };
-    Ok(Image { info, layer, engine, lock: Some(lock) })
+    Ok(Image { info, layer, engine, opener: Some(opener), lock: Some(lock) })
 }
 
 fn options(read_only: bool, direct: bool) -> OpenOptions {
@@ -198,11 +208,16 @@ fn create(path: &Path, size: Size) -> io::Result<()> {
     }
 }
 
+/// How long a lock is waited for that udev may hold, which looks at a block device for a moment.
+const UDEV: Duration = Duration::from_millis(500);
+/// How long a lock is waited for whose process has ended: the kernel takes a killed one's io_uring apart some time later,
+/// when what it had in flight is done, and keeps the file and its lock until then.
+const KILLED: Duration = Duration::from_secs(20);
+
 /// Takes the image's lock: shared for a reader, exclusive for a writer.
 fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> {
     let how = if read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-    // udev holds a lock on a block device for a moment while it looks at it.
-    let until = Instant::now() + Duration::from_millis(500);
+    let begin = Instant::now();
     let mut file = file;
     loop {
         file = match Flock::lock(file, how) {
@@ -213,16 +228,27 @@ fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> 
             }
         };
         let holder = holder(&file);
-        if holder.is_some() && file.metadata().is_ok_and(|meta| meta.is_file()) || Instant::now() > until {
-            let holder = holder.unwrap_or_else(|| "a process that /proc/locks does not name".into());
+        let patience = match &holder {
+            Some(holder) if !holder.alive => KILLED,
+            Some(_) if file.metadata().is_ok_and(|meta| meta.is_file()) => Duration::ZERO,
+            _ => UDEV,
+        };
+        if begin.elapsed() > patience {
+            let holder = holder.map_or("a process that /proc/locks does not name".into(), |holder| holder.name);
             return Err(Error::Locked { path: path.to_owned(), holder });
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
+struct Holder {
+    /// For the message.
+    name: String,
+    alive: bool,
+}
+
 /// Who holds a lock on the file, from /proc/locks (proc(5)).
-fn holder(file: &File) -> Option<String> {
+fn holder(file: &File) -> Option<Holder> {
     let meta = file.metadata().ok()?;
     let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
     let wanted = format!("{major:02x}:{minor:02x}:{}", meta.ino());
@@ -232,6 +258,13 @@ fn holder(file: &File) -> Option<String> {
         (fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&wanted.as_str()))
             .then(|| fields.get(4).copied())?
     })?;
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("process {pid} ({})", name.trim()))
+    // 0 and -1 are processes that this one cannot see.
+    let hidden = pid.parse().is_ok_and(|pid: i32| pid <= 0);
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => Some(Holder { name: format!("process {pid} ({})", name.trim()), alive: true }),
+        Err(_) if hidden => Some(Holder { name: "a process of another container".into(), alive: true }),
+        Err(_) => {
+            Some(Holder { name: format!("process {pid}, which has ended but left I/O in flight"), alive: false })
+        }
+    }
 }

@@ -21,12 +21,15 @@
 //!    flag.
 //! 2. **Nothing is allocated on the data path.** Slots, tiocbs, I/Os and their iovecs are made at the start, a client's
 //!    memory when it connects. Where slots run out, the loop stops pulling, and the ring or socket holds the client back.
+//!    [`memory`] says what is promised, and what a disk takes.
 //!
 //! ## Boundaries
 //!
 //! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one.
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
+//!   [Which one](engine::Opener) is for the configuration to say, or for the image, and can [change](disk::Wanted) while the
+//!   disk is in use. [Faults](engine::fault) are engines around an engine.
 //! - The **pool** ([`engine::pool`]) is an engine of threads, and does for the others what the kernel does only by waiting.
 //!   Whoever submits to it makes no thread.
 //! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
@@ -50,6 +53,9 @@
 //! All unsafe code is in [`sys`].
 //!
 //! ## Errors
+//!
+//! What fails on the data path and may pass by itself is [tried again](retry). What does not come back is told of by the
+//! [watchdog](disk::Watchdog).
 //!
 //! What is opened or configured fails with a text that names the file, the key and the remedy. What fails on the data
 //! path is an errno: it is logged once where it arose, with operation, file, offset and length, and goes to the client.
@@ -75,11 +81,14 @@ pub mod stack;
 
 pub mod queue;
 
+pub mod retry;
+
 pub mod submit;
 
 pub mod engine;
 
 pub mod image;
+pub mod memory;
 
 pub mod client;
 pub mod control;

@@ -143,6 +143,8 @@ pub struct Request {
     pub tag: u64,
     /// When it was pulled, ns of [`crate::stats::now`].
     pub born: u64,
+    /// The watchdog has told of it.
+    pub stuck: bool,
     /// It is among those that the stack has to plan.
     pub planning: bool,
     /// Bytes that the stack has planned.
@@ -202,6 +204,7 @@ impl Slots {
                 frontend: 0,
                 tag: 0,
                 born: 0,
+                stuck: false,
                 planning: false,
                 planned: 0,
                 pieces: 0,
@@ -212,6 +215,12 @@ impl Slots {
             generation: 0,
         };
         Slots { slots: std::iter::repeat_with(slot).take(count).collect(), free: (0..count as u32).rev().collect() }
+    }
+
+    /// Memory of all of them, bytes.
+    pub fn bytes(&self) -> usize {
+        let segments: usize = self.slots.iter().map(|slot| slot.request.payload.segments.capacity()).sum();
+        self.slots.len() * (size_of::<Slot>() + size_of::<u32>()) + segments * size_of::<Segment>()
     }
 
     /// Slots that are free.
@@ -234,7 +243,7 @@ impl Slots {
         let &index = self.free.last()?;
         let request = &mut self.slots[index as usize].request;
         request.payload.clear();
-        (request.planned, request.pieces, request.error) = (0, 0, None);
+        (request.planned, request.pieces, request.error, request.stuck) = (0, 0, None, false);
         Some(request)
     }
 
@@ -290,6 +299,11 @@ impl Slots {
     /// The request.
     pub fn get_mut(&mut self, id: RequestId) -> &mut Request {
         &mut self.slot(id).request
+    }
+
+    /// Those in use, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut Request)> {
+        (0..).zip(&mut self.slots).filter(|(_, slot)| slot.used).map(|(i, slot)| (i, &mut slot.request))
     }
 
     /// Those in use.

@@ -3,7 +3,7 @@
 use slog::{Logger, info, warn};
 
 use crate::config::{self, Config, OnClose};
-use crate::disk::Disk;
+use crate::disk::{Disk, Parts, Watchdog};
 use crate::event::MainLoop;
 use crate::frontend::local::Local;
 use crate::frontend::nbd::Nbd;
@@ -11,8 +11,10 @@ use crate::frontend::xen::Xen;
 use crate::frontend::{DiskInfo, Frontend, local, nbd, xen};
 use crate::image;
 use crate::log::Log;
+use crate::memory;
 use crate::queue::{Limits, Queue};
 use crate::request::Slots;
+use crate::retry::Retry;
 use crate::stack::Stack;
 use crate::sys::memory::PAGE_SIZE;
 
@@ -25,18 +27,30 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
         tiocbs: requests,
         iovecs: config.engine.merge_iovecs as usize,
         merge_bytes: config.engine.merge_bytes.0,
+        retry: Retry { limit: u64::from(config.retry.limit_s) * 1_000_000_000, no_space: config.retry.no_space },
     };
     let queue = Queue::new(image.engine, config.engine.submit, limits)?;
     let frontends = frontends(config, &image.info, log)?;
     // Each segment of an indirect request may be apart from the others.
     let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
     let slots = Slots::new(requests, segments);
-    let disk = Disk::new(image.info, frontends, slots, Stack::new(image.layer), queue, image.lock, log.clone());
+    let disk = Disk::new(Parts {
+        info: image.info,
+        frontends,
+        slots,
+        stack: Stack::new(image.layer),
+        queue,
+        lock: image.lock,
+        opener: image.opener,
+        watchdog: Watchdog::new(config.watchdog.stuck_s),
+        log: log.clone(),
+    });
     let control = (config.control.directory.as_path(), config.control.minor as u16);
     let main_loop = MainLoop::new(disk, control, &config.main_loop, logging, log.clone())?;
     if config.memory.lock {
-        lock_memory(log);
+        memory::lock(log);
     }
+    main_loop.disk().budget().log(log);
     info!(log, "serving"; "control" => %main_loop.control_path().display());
     Ok(main_loop)
 }
@@ -98,14 +112,5 @@ fn xen_config(config: &Config, table: &config::Xen) -> xen::Config {
         },
         store: table.store.clone(),
         lock_memory: config.memory.lock,
-    }
-}
-
-/// Keeps all that is there now resident. What clients bring later locks itself.
-fn lock_memory(log: &Logger) {
-    use nix::sys::mman::{MlockAllFlags, mlockall};
-    if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT) {
-        warn!(log, "cannot lock memory: under memory pressure the disk can be slow or stop";
-            "error" => %errno, "remedy" => "raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity) or give CAP_IPC_LOCK");
     }
 }

@@ -42,6 +42,11 @@ impl Stack {
         &self.leaf
     }
 
+    /// Of a file in the engine: its layer, 0 being the leaf, and its path.
+    pub fn place(&self, _file: FileId) -> (u32, String) {
+        (0, self.leaf.path.display().to_string())
+    }
+
     /// The leaf's file has that size now, in bytes. Gives the disk's.
     pub fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
         let before = self.leaf.format.zeros_from();
@@ -129,6 +134,7 @@ mod tests {
 
     use super::*;
     use crate::queue::{Limits, SubmitMode};
+    use crate::retry::Retry;
     use crate::sys::memory::Memory;
 
     /// Every other 4096 bytes are nowhere; the others are at half their offset.
@@ -154,7 +160,7 @@ mod tests {
     #[test]
     fn a_request_is_planned_extent_by_extent_as_far_as_there_is_room() {
         let engine = crate::engine::memory::null(4).unwrap();
-        let limits = Limits { tiocbs: 2, iovecs: 4, merge_bytes: 0 };
+        let limits = Limits { tiocbs: 2, iovecs: 4, merge_bytes: 0, retry: Retry::default() };
         let mut queue = Queue::new(engine, SubmitMode::Inline, limits).unwrap();
         let mut stack = Stack::new(Layer { format: Box::new(Sparse), file: FileId(0), path: "x".into() });
         let mut slots = Slots::new(1, 1);

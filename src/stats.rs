@@ -80,6 +80,11 @@ impl Stats {
         }
     }
 
+    /// Memory of the counters, bytes.
+    pub fn bytes(&self) -> usize {
+        self.kinds.iter().map(|kind| size_of::<Kind>() + kind.latency_us.distinct_values() * size_of::<u64>()).sum()
+    }
+
     /// Of all operations that occurred.
     pub fn report(&self) -> Vec<OpReport> {
         let shown = Op::KINDS.iter().zip(&self.kinds).filter(|(_, kind)| kind.completed > 0);

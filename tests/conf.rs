@@ -25,6 +25,12 @@ fn the_reference_says_the_defaults() {
                    device = 'xvda'\n";
     assert_eq!(Config::load(&path).unwrap(), Config::parse(minimal, &path).unwrap());
     let text = std::fs::read_to_string(&path).unwrap();
+    // What is commented out of [[fault]] is valid too.
+    let (_, faults) = text.split_once("# [[fault]]").unwrap();
+    let lines = faults.lines().filter(|line| line.contains(" = ") && !line.starts_with("#  "));
+    let table: String = lines.map(|line| line.trim_start_matches("# ").to_owned() + "\n").collect();
+    let with_fault = format!("{minimal}[[fault]]\n{table}");
+    assert_eq!(Config::parse(&with_fault, &path).unwrap().faults.len(), 1, "{table}");
     for key in ["size", "create", "sector_size", "listen", "file", "store"] {
         assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
     }

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use common::guest::Guest;
 use common::served::{Served, folder, output, run};
+use common::small_fs::{Loop, SmallFs};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -75,29 +76,6 @@ fn missing_empty_and_unfit_images_are_refused_with_their_name() {
     assert!(text.contains("neither a regular file nor a block device"), "{text}");
     let (code, text) = Served::refused(&format!("{}\nreadonly = true", path(&file)), LOCAL);
     assert!(code == 2 && text.contains("disk.toml:4: ") && text.contains("`read_only`"), "{text}");
-}
-
-/// A loop device over a file, gone when this is dropped. None where the machine does not let us have one.
-struct Loop(String);
-
-impl Loop {
-    fn new(file: &std::path::Path, sector: u32) -> Option<Loop> {
-        let mut command = Command::new("losetup");
-        let output = command.args(["--find", "--show", "--sector-size"]).arg(sector.to_string()).arg(file).output();
-        let output = output.expect("losetup is installed");
-        let name = String::from_utf8(output.stdout).unwrap().trim().to_owned();
-        if !output.status.success() {
-            eprintln!("SKIPPED: no loop devices here: {}", String::from_utf8_lossy(&output.stderr));
-        }
-        output.status.success().then_some(Loop(name))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        // Nothing can be done if the device is still in use.
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
 }
 
 #[test]
@@ -220,14 +198,8 @@ fn a_file_can_have_4096_byte_sectors() {
 
 #[test]
 fn a_full_disk_fails_the_writes_that_met_it_and_nothing_else() {
-    let folder = folder();
-    let file = folder.path().join("small.ext4");
-    run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-O", "^has_journal"]).arg(&file).arg("8m"));
-    let Some(device) = Loop::new(&file, 512) else { return };
-    let mount = folder.path().join("mnt");
-    std::fs::create_dir(&mount).unwrap();
-    run(Command::new("mount").arg(&device.0).arg(&mount));
-    let served = Served::start(&format!("{}\ncreate = '32 MiB'", path(&mount.join("disk.img"))), LOCAL);
+    let Some(fs) = SmallFs::new("8m") else { return };
+    let served = Served::start(&format!("{}\ncreate = '32 MiB'", path(&fs.path("disk.img"))), LOCAL);
     let mut guest = Guest::connect(&served.ring());
     let statuses: Vec<_> = (0..800).map(|i| guest.write(i * 64, &[i as u8; 32768])).collect();
     let failed = statuses.iter().filter(|status| **status != 0).count();
@@ -240,25 +212,16 @@ fn a_full_disk_fails_the_writes_that_met_it_and_nothing_else() {
     assert!(log.matches("I/O error").count() < failed, "repeated errors are limited:\n{log}");
     // What is there can be written still.
     assert_eq!(guest.write(0, &[0xee; 512]), 0);
-    drop(guest);
-    drop(served);
-    run(Command::new("umount").arg(&mount));
 }
 
 /// A frozen file system holds every write up, as a hung array does.
 #[test]
 fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
-    let folder = folder();
-    let file = folder.path().join("fs.ext4");
-    run(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&file).arg("64m"));
-    let Some(device) = Loop::new(&file, 512) else { return };
-    let mount = folder.path().join("mnt");
-    std::fs::create_dir(&mount).unwrap();
-    run(Command::new("mount").arg(&device.0).arg(&mount));
-    let served = Served::start(&format!("{}\ncreate = '16 MiB'", path(&mount.join("disk.img"))), LOCAL);
+    let Some(fs) = SmallFs::new("32m") else { return };
+    let served = Served::start(&format!("{}\ncreate = '16 MiB'", path(&fs.path("disk.img"))), LOCAL);
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(0, &[1; 4096]), 0);
-    run(Command::new("fsfreeze").arg("--freeze").arg(&mount));
+    fs.freeze();
     let entry = guest.entry(1).with_sector(64).with_segments(1, &[common::guest::page(0)]);
     for _ in 0..8 {
         guest.queue.ring.push(&entry);
@@ -268,7 +231,7 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
     let queue = served.debug_queue();
     served.signal(Signal::SIGUSR1);
     served.wait_log("debug-queue");
-    run(Command::new("fsfreeze").arg("--unfreeze").arg(&mount));
+    fs.thaw();
     let requests = queue["requests"].as_array().unwrap();
     assert_eq!(requests.len(), 8, "{queue}");
     for request in requests {
@@ -284,5 +247,4 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
     }
     drop(guest);
     assert_eq!(served.stop().0, Some(0));
-    run(Command::new("umount").arg(&mount));
 }

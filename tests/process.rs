@@ -22,12 +22,12 @@ fn check_prints_all_keys_and_refuses_with_file_line_key_and_remedy() {
     let tapdisk = || Command::new(env!("CARGO_BIN_EXE_tapdisk"));
     let printed = run(tapdisk().arg("--check").arg(&path));
     assert!(printed.contains("spin_us = ") && printed.contains("[engine]"), "{printed}");
-    std::fs::write(&path, "[image]\ntype = 'ram'\nsize = '1 MiB'\n[engine]\ndepth = 5000\n").unwrap();
+    std::fs::write(&path, "[image]\ntype = 'ram'\nsize = '1 MiB'\n[engine]\ndepth = 70000\n").unwrap();
     let refused = output(tapdisk().arg("--check").arg(&path));
     assert_eq!(refused.status.code(), Some(2));
     let message = String::from_utf8(refused.stderr).unwrap();
     let expected = format!("tapdisk: {}:5: engine.depth: ", path.display());
-    assert!(message.starts_with(&expected) && message.contains("an integer from 1 to 4096"), "{message}");
+    assert!(message.starts_with(&expected) && message.contains("an integer from 1 to 65536"), "{message}");
     assert_eq!(output(tapdisk().arg("/nonexistent.toml")).status.code(), Some(2));
     let help = run(tapdisk().arg("--help"));
     assert!(help.contains("SIGTERM") && help.contains("Examples:"), "{help}");

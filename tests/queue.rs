@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use tapdisk::engine::Inline;
 use tapdisk::queue::{Limits, Queue, SubmitMode, Transfer};
 use tapdisk::request::{Op, RequestId, Slots};
+use tapdisk::retry::Retry;
 use tapdisk::sys::io::{FileId, IoOp};
 use tapdisk::sys::memory::Memory;
 
@@ -27,7 +28,7 @@ impl Bench {
     fn new(depth: usize, mode: SubmitMode) -> Bench {
         let inline = if mode == SubmitMode::Inline { Inline::Always } else { Inline::Never };
         let (double, engine) = Double::engine(depth, inline);
-        let limits = Limits { tiocbs: 256, iovecs: 16, merge_bytes: 64 << 10 };
+        let limits = Limits { tiocbs: 256, iovecs: 16, merge_bytes: 64 << 10, retry: Retry::default() };
         let queue = Queue::new(engine, mode, limits).unwrap();
         let memory = Arc::new(Memory::anonymous(1 << 20).unwrap());
         Bench { slots: Slots::new(256, 16), queue, double, memory }

@@ -3,6 +3,8 @@
 //! A key that is unknown, of the wrong type or out of range is an error that names file, line and key, and what was
 //! expected. [`Config::to_toml`] prints all of it with the defaults filled in.
 
+mod engine;
+mod fault;
 mod units;
 mod xen;
 
@@ -11,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::engine::{Engine, EngineName, NoSpace, Retry, Watchdog};
+pub use self::fault::{Distribution, ErrnoName, Fault, FaultKind, FaultOp};
 pub use self::units::Size;
 use self::units::{in_range, log_level, sector_size};
 pub use self::xen::{Device, OnClose, Xen};
@@ -18,17 +22,23 @@ use crate::log;
 pub use crate::queue::SubmitMode;
 
 /// All of a configuration file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Requests that are taken from clients and not answered, all clients together.
-    #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 4096, _, _>")]
+    #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 32768, _, _>")]
     pub requests: u32,
     /// The disk's content.
     pub image: Image,
     /// What moves the data.
     #[serde(default)]
     pub engine: Engine,
+    /// What is done about errors.
+    #[serde(default)]
+    pub retry: Retry,
+    /// What is done about I/O that takes very long.
+    #[serde(default)]
+    pub watchdog: Watchdog,
     /// The main loop.
     #[serde(default)]
     pub main_loop: MainLoop,
@@ -44,6 +54,9 @@ pub struct Config {
     /// Memory.
     #[serde(default)]
     pub memory: Memory,
+    /// Disturbances, in the order in which they are asked.
+    #[serde(default, rename = "fault", skip_serializing_if = "Vec::is_empty")]
+    pub faults: Vec<Fault>,
 }
 
 /// Kinds of image, by blktap's names.
@@ -113,35 +126,6 @@ pub struct Image {
     /// What to do with a size that is no multiple of the sector.
     #[serde(default)]
     pub odd_size: OddSize,
-}
-
-/// Engines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum EngineName {
-    /// The best there is for the image.
-    #[default]
-    Auto,
-    /// Linux AIO.
-    Aio,
-}
-
-/// `[engine]`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Engine {
-    /// Which.
-    pub name: EngineName,
-    /// I/Os in flight.
-    #[serde(deserialize_with = "in_range::<1, 4096, _, _>")]
-    pub depth: u32,
-    /// Who submits.
-    pub submit: SubmitMode,
-    /// The most bytes that requests are merged to.
-    pub merge_bytes: Size,
-    /// The most pieces of memory in one I/O.
-    #[serde(deserialize_with = "in_range::<256, 1024, _, _>")]
-    pub merge_iovecs: u32,
 }
 
 /// `[main_loop]`
@@ -246,6 +230,11 @@ pub struct Log {
 pub struct Memory {
     /// Keep all memory resident.
     pub lock: bool,
+    /// What the kernel allocates on behalf of this process never waits for I/O (PR_SET_IO_FLUSHER).
+    pub io_flusher: bool,
+    /// How soon the kernel kills this process when memory runs out: from -1000, never, to 1000.
+    #[serde(deserialize_with = "in_range::<-1000, 1000, _, _>")]
+    pub oom_score_adj: i32,
 }
 
 mod defaults {
@@ -280,18 +269,6 @@ mod defaults {
     }
 }
 
-impl Default for Engine {
-    fn default() -> Engine {
-        Engine {
-            name: EngineName::Auto,
-            depth: 128,
-            submit: SubmitMode::Auto,
-            merge_bytes: Size(1 << 20),
-            merge_iovecs: 256,
-        }
-    }
-}
-
 impl Default for MainLoop {
     fn default() -> MainLoop {
         MainLoop { spin_us: 50, poll_us: 0, poll_idle_percent: 50 }
@@ -312,7 +289,7 @@ impl Default for Log {
 
 impl Default for Memory {
     fn default() -> Memory {
-        Memory { lock: true }
+        Memory { lock: true, io_flusher: true, oom_score_adj: -1000 }
     }
 }
 
@@ -397,6 +374,15 @@ impl Config {
                 return Err((key, format!("expected a multiple of the {sector}-byte sector, not 0")));
             }
         }
+        if self.engine.threads_max < self.engine.threads_min {
+            return wrong("engine.threads_max", "expected at least threads_min");
+        }
+        if self.faults.len() > 100 {
+            return wrong("fault", "expected at most 100");
+        }
+        if let Some(message) = self.faults.iter().find_map(|fault| fault.check().err()) {
+            return Err(("fault", message));
+        }
         if self.engine.merge_bytes.0 > 1 << 30 {
             return wrong("engine.merge_bytes", "expected at most 1 GiB");
         }
@@ -440,7 +426,7 @@ fn find(text: &str, key: &str) -> usize {
     for line in text.split_inclusive('\n') {
         let trimmed = line.trim();
         if let Some(header) = trimmed.strip_prefix('[') {
-            current = header.split(']').next().unwrap_or("").trim().to_owned();
+            current = header.trim_start_matches('[').split(']').next().unwrap_or("").trim().to_owned();
             if current == table || current == key {
                 table_at = at;
             }

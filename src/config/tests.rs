@@ -22,11 +22,11 @@ fn the_image_alone_is_a_configuration_and_all_of_it_is_printed() {
 fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
     let cases = [
         ("[image]\npath = \"a\"\nreadonly = true", "disk.toml:3: ", "unknown field `readonly`, expected one of"),
-        ("[image]\npath = \"a\"\n[engine]\ndepth = 0", "disk.toml:4: engine.depth: ", "an integer from 1 to 4096"),
+        ("[image]\npath = \"a\"\n[engine]\ndepth = 0", "disk.toml:4: engine.depth: ", "an integer from 1 to 65536"),
         (
             "[image]\npath = \"a\"\n[engine]\ndepth = \"x\"",
             "disk.toml:4: engine.depth: ",
-            "an integer from 1 to 4096",
+            "an integer from 1 to 65536",
         ),
         ("[image]\npath = \"a\"\nsector_size = 1024", "disk.toml:3: image.sector_size: ", "512 or 4096"),
         ("[image]\npath = 3", "disk.toml:2: image.path: ", "expected"),
@@ -41,6 +41,23 @@ fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
             "loopback",
         ),
         ("[image]\npath = \"a\"\n[frontend.nbd]\n", "disk.toml:3: frontend.nbd: ", "a socket"),
+        (
+            "[image]\npath = \"a\"\n[engine]\nthreads_max = 3\nthreads_min = 4",
+            "disk.toml:4: engine.threads_max: ",
+            "at least",
+        ),
+        ("[image]\npath = \"a\"\n[memory]\noom_score_adj = -1001", "disk.toml:4: memory.oom", "from -1000 to 1000"),
+        (
+            "[image]\npath = \"a\"\n[[fault]]\ntype = \"error\"\nerrno = \"EFOO\"",
+            "disk.toml:5: fault[0].errno",
+            "one of EIO,",
+        ),
+        (
+            "[image]\npath = \"a\"\n[[fault]]\ntype = \"error\"\nrate = 1.5",
+            "disk.toml:5: fault[0].rate",
+            "0.0 to 1.0",
+        ),
+        ("[image]\npath = \"a\"\n[[fault]]\ntype = \"delay\"", "disk.toml:3: fault: ", "a delay needs us"),
         ("[image\n", "disk.toml:1: syntax: ", "expected"),
         ("requests = 1", "disk.toml:1: top level: ", "missing field `image`"),
     ];

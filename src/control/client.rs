@@ -8,7 +8,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Response, Stat, kind, poll, text};
+use super::proto::{
+    EngineChange, FaultChange, List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Response, Stat, kind, poll, text,
+};
 use crate::polling::Settings;
 
 /// How long an answer may take.
@@ -69,13 +71,19 @@ fn ask(socket: &Path, request: &Message) -> io::Result<(UnixStream, Message)> {
 
 /// Asks what is ours; an error is [`Refused`] within. The answer's type is the request's plus one.
 fn ask_ours(socket: &Path, request: &Message) -> io::Result<Message> {
-    let answer = receive_any(&mut send(socket, request)?)?;
+    ask_ours_for_more(socket, request).map(|(_, answer)| answer)
+}
+
+/// The same, for an answer that is followed by more.
+fn ask_ours_for_more(socket: &Path, request: &Message) -> io::Result<(UnixStream, Message)> {
+    let mut stream = send(socket, request)?;
+    let answer = receive_any(&mut stream)?;
     if answer.kind == kind::ERROR {
         let response: Response = answer.member();
         let text = text(&response.message).unwrap_or("refused").to_owned();
         return Err(io::Error::other(Refused { errno: response.error, text }));
     }
-    expect(&answer, request.kind + 1).map(|()| answer)
+    expect(&answer, request.kind + 1).map(|()| (stream, answer))
 }
 
 fn receive_any(stream: &mut UnixStream) -> io::Result<Message> {
@@ -119,6 +127,10 @@ pub fn list(directory: &Path, pid: i32) -> io::Result<Vec<Listed>> {
 pub fn text_of(directory: &Path, pid: i32, minor: u16, request: u16) -> io::Result<String> {
     let (stream, message) = ask(&path(directory, pid), &Message::new(request, minor))?;
     expect(&message, request + 1)?;
+    receive_text(stream, &message)
+}
+
+fn receive_text(stream: UnixStream, message: &Message) -> io::Result<String> {
     let stat: Stat = message.member();
     if stat.length > TEXT_MAX {
         return Err(Errno::EPROTO.into());
@@ -126,6 +138,21 @@ pub fn text_of(directory: &Path, pid: i32, minor: u16, request: u16) -> io::Resu
     let mut answer = String::new();
     stream.take(stat.length).read_to_string(&mut answer)?;
     if answer.len() as u64 == stat.length { Ok(answer) } else { Err(ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Changes a disk's engine, or only asks for it: the JSON of [`EngineReport`](crate::disk::EngineReport).
+pub fn engine(directory: &Path, pid: i32, minor: u16, change: &EngineChange) -> io::Result<String> {
+    let request = Message::new(kind::ENGINE, minor).with(change);
+    let (stream, answer) = ask_ours_for_more(&path(directory, pid), &request)?;
+    receive_text(stream, &answer)
+}
+
+/// Steers a disk's faults, [`fault`](super::proto::fault) bits: the JSON of
+/// [`FaultsReport`](crate::engine::fault::FaultsReport).
+pub fn faults(directory: &Path, pid: i32, minor: u16, flags: u32) -> io::Result<String> {
+    let request = Message::new(kind::FAULT, minor).with(&FaultChange { flags });
+    let (stream, answer) = ask_ours_for_more(&path(directory, pid), &request)?;
+    receive_text(stream, &answer)
 }
 
 /// Sets what is given of a main loop's polling, and gives what is in force then.

@@ -3,6 +3,7 @@
 //! It never waits for the disk, so that it answers while the disk is stuck in I/O.
 
 pub mod client;
+mod engine;
 pub mod proto;
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -33,6 +34,8 @@ struct Connection {
     response: Vec<u8>,
     sent: usize,
     until: u64,
+    /// The answer comes when the disk has changed its engine.
+    waits: bool,
 }
 
 /// What a connection is at after it did what it could.
@@ -108,7 +111,8 @@ impl Control {
             }
             let (request, response) = ([0; MESSAGE_SIZE], Vec::new());
             let until = now() + TIMEOUT;
-            self.connections[index] = Some(Connection { socket, request, received: 0, response, sent: 0, until });
+            self.connections[index] =
+                Some(Connection { socket, request, received: 0, response, sent: 0, until, waits: false });
             self.advance(index, disk, polling);
         }
     }
@@ -120,6 +124,18 @@ impl Control {
             Ok(Progress::Waiting) => {}
             // A client that hung up early is its own affair.
             Ok(Progress::Done) | Err(_) => self.connections[index] = None,
+        }
+    }
+
+    /// Answers whoever waits for the disk to change its engine, if it has.
+    pub fn settle(&mut self, disk: &mut Disk) {
+        let waits = |connection: &Option<Connection>| connection.as_ref().is_some_and(|connection| connection.waits);
+        let Some(index) = self.connections.iter().position(waits) else { return };
+        let (Some(connection), Some(outcome)) = (&mut self.connections[index], disk.switched()) else { return };
+        connection.waits = false;
+        connection.response = engine::switched(self.minor, disk, &outcome);
+        if !matches!(connection.advance(|_| None), Ok(Progress::Waiting)) {
+            self.connections[index] = None;
         }
     }
 
@@ -148,7 +164,7 @@ impl Drop for Control {
 
 impl Connection {
     /// Receives, answers and sends as far as the socket allows.
-    fn advance(&mut self, respond: impl FnOnce(&Message) -> Vec<u8>) -> io::Result<Progress> {
+    fn advance(&mut self, respond: impl FnOnce(&Message) -> Option<Vec<u8>>) -> io::Result<Progress> {
         while self.received < MESSAGE_SIZE {
             match self.socket.read(&mut self.request[self.received..]) {
                 // It says no more: half a message gets an answer too.
@@ -164,9 +180,16 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
+        if self.waits {
+            return Ok(Progress::Waiting);
+        }
         if self.response.is_empty() {
             let request = Message::read_from_bytes(&self.request).map_err(|_| ErrorKind::InvalidData)?;
-            self.response = respond(&request);
+            let Some(response) = respond(&request) else {
+                self.waits = true;
+                return Ok(Progress::Waiting);
+            };
+            self.response = response;
         }
         while self.sent < self.response.len() {
             match self.socket.write(&self.response[self.sent..]) {
@@ -180,12 +203,21 @@ impl Connection {
     }
 }
 
-/// The whole answer to a request.
-pub fn respond(request: &Message, minor: u16, disk: &mut Disk, polling: &mut Polling, log: &Logger) -> Vec<u8> {
+/// The whole answer to a request. None: it comes later.
+pub fn respond(
+    request: &Message,
+    minor: u16,
+    disk: &mut Disk,
+    polling: &mut Polling,
+    log: &Logger,
+) -> Option<Vec<u8>> {
     let cookie = request.cookie;
     let ours = cookie == minor;
+    if ours && request.kind == kind::ENGINE {
+        return engine::change(request, disk);
+    }
     let no_disk = || Message::error(cookie, Errno::ENODEV as i32, "no such disk").as_bytes().to_vec();
-    match request.kind {
+    Some(match request.kind {
         kind::PID => {
             let pid = std::process::id() as i32;
             Message::new(kind::PID_RSP, cookie).with(&pid).as_bytes().to_vec()
@@ -198,7 +230,8 @@ pub fn respond(request: &Message, minor: u16, disk: &mut Disk, polling: &mut Pol
         },
         kind::POLL if ours => set_polling(request, polling, log).as_bytes().to_vec(),
         kind::RESIZE if ours => resize(cookie, disk).as_bytes().to_vec(),
-        kind::STATS | kind::DEBUG_QUEUE | kind::POLL | kind::RESIZE => no_disk(),
+        kind::FAULT if ours => engine::faults(request, disk, log),
+        kind::STATS | kind::DEBUG_QUEUE | kind::POLL | kind::RESIZE | kind::ENGINE | kind::FAULT => no_disk(),
         kind::EXIT => {
             info!(log, "told to exit by a control connection");
             disk.drain();
@@ -208,7 +241,7 @@ pub fn respond(request: &Message, minor: u16, disk: &mut Disk, polling: &mut Pol
             let text = format!("message type {other} is not known here");
             Message::error(cookie, Errno::EOPNOTSUPP as i32, &text).as_bytes().to_vec()
         }
-    }
+    })
 }
 
 fn set_polling(request: &Message, polling: &mut Polling, log: &Logger) -> Message {
@@ -274,6 +307,7 @@ fn stats(disk: &Disk) -> serde_json::Value {
         "nbd_mirror_failed": 0,
         "reqs_outstanding": disk.outstanding(),
         "read_caching": false,
+        "memory": disk.budget(),
     });
     if let Some(xenbus) = disk.xenbus() {
         stats["xenbus"] = xenbus;

@@ -30,6 +30,14 @@ pub mod kind {
     /// Ours: the image's file may have grown.
     pub const RESIZE: u16 = 0x104;
     pub const RESIZE_RSP: u16 = 0x105;
+    /// Ours: another engine, or only asks for it. Answered like STATS, with the JSON of
+    /// [`EngineReport`](crate::disk::EngineReport), once it has changed.
+    pub const ENGINE: u16 = 0x106;
+    pub const ENGINE_RSP: u16 = 0x107;
+    /// Ours: steers the faults. Answered like STATS, with the JSON of
+    /// [`FaultsReport`](crate::engine::fault::FaultsReport).
+    pub const FAULT: u16 = 0x108;
+    pub const FAULT_RSP: u16 = 0x109;
 }
 
 /// State bits of LIST.
@@ -109,6 +117,62 @@ pub struct Resized {
     pub new: u64,
 }
 
+/// Union member of ENGINE.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct EngineChange {
+    /// [`engine`] bits: which of the others are meant.
+    pub flags: u32,
+    /// Index into [`engine::NAMES`].
+    pub name: u32,
+    /// Index into [`engine::SUBMIT_MODES`].
+    pub submit: u32,
+    /// Threads that the pool always has.
+    pub threads_min: u32,
+    /// The most threads of the pool.
+    pub threads_max: u32,
+}
+
+/// Of ENGINE.
+pub mod engine {
+    use crate::config::{EngineName, SubmitMode};
+
+    /// Set `name`.
+    pub const SET_NAME: u32 = 1;
+    /// Set `submit`.
+    pub const SET_SUBMIT: u32 = 2;
+    /// Set `threads_min`.
+    pub const SET_THREADS_MIN: u32 = 4;
+    /// Set `threads_max`.
+    pub const SET_THREADS_MAX: u32 = 8;
+    /// Of these flags.
+    pub const ALL: u32 = 15;
+    /// Engines by number.
+    pub const NAMES: [EngineName; 4] = [EngineName::Auto, EngineName::Aio, EngineName::Threads, EngineName::IoUring];
+    /// Ways to submit by number.
+    pub const SUBMIT_MODES: [SubmitMode; 3] = [SubmitMode::Auto, SubmitMode::Thread, SubmitMode::Inline];
+}
+
+/// Union member of FAULT.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FaultChange {
+    /// [`fault`] bits.
+    pub flags: u32,
+}
+
+/// Of FAULT.
+pub mod fault {
+    /// Let what is stuck complete.
+    pub const RELEASE: u32 = 1;
+    /// I/Os are hit from now on.
+    pub const ENABLE: u32 = 2;
+    /// They are not.
+    pub const DISABLE: u32 = 4;
+    /// Of these flags.
+    pub const ALL: u32 = 7;
+}
+
 /// Flags of POLL.
 pub mod poll {
     /// Set `poll_us`.
@@ -122,6 +186,8 @@ const _: () = {
     assert!(size_of::<List>() == 268 && std::mem::offset_of!(List, path) == 12);
     assert!(size_of::<Stat>() == 16 && std::mem::offset_of!(Stat, length) == 8);
     assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
+    assert!(size_of::<EngineChange>() == 20 && std::mem::offset_of!(EngineChange, threads_max) == 16);
+    assert!(size_of::<FaultChange>() == 4);
     assert!(size_of::<Poll>() == 12 && std::mem::offset_of!(Poll, flags) == 8);
     assert!(size_of::<Response>() == 260 && std::mem::offset_of!(Response, message) == 4);
 };

@@ -35,7 +35,7 @@ pub fn open(
         event: Arc::clone(event),
     };
     let reap = Box::new(AioReap { completions, finished });
-    Ok(Engine { name: "aio", depth, inline: Inline::of_files(files), submit: Arc::new(submit), reap })
+    Ok(Engine { name: "aio", depth, inline: Inline::of_files(files), submit: Arc::new(submit), reap, faults: None })
 }
 
 fn explain(error: io::Error, depth: usize) -> io::Error {
@@ -95,7 +95,7 @@ impl Submit for AioSubmit {
     }
 
     fn cancel(&self, tag: u32) -> bool {
-        self.pool.cancel(tag)
+        self.pool.cancel(tag) || self.context.cancel(tag)
     }
 
     fn pool(&self) -> Option<&Pool> {

@@ -32,7 +32,7 @@ fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize) -> std::io::Re
         looper: std::thread::current().id(),
     });
     let reap = Box::new(MemoryReap { shared: Arc::clone(&shared), taken: VecDeque::with_capacity(depth) });
-    Ok(Engine { name, depth, inline: Inline::Always, submit: shared, reap })
+    Ok(Engine { name, depth, inline: Inline::Always, submit: shared, reap, faults: None })
 }
 
 struct Shared {

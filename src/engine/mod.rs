@@ -9,11 +9,16 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
-use crate::sys::memory::Memory;
 
 pub mod aio;
+pub mod fault;
 pub mod memory;
+mod open;
 pub mod pool;
+pub mod uring;
+
+use self::fault::Faults;
+pub use self::open::Opener;
 
 /// The submitting half, called from the submit thread or the main loop.
 pub trait Submit: Send + Sync {
@@ -27,9 +32,8 @@ pub trait Submit: Send + Sync {
         false
     }
 
-    /// I/Os will point into `memory`: what can be prepared for that is, and undone when the memory goes. An engine that has
-    /// nothing to prepare, or can't, serves it all the same. Called from the main loop.
-    fn register(&self, _memory: &Arc<Memory>) {}
+    /// Lets go of what it has prepared for clients that are gone. Called from the main loop, before it sleeps.
+    fn tidy(&self) {}
 
     /// The pool that all or some of the I/Os go to, for those who steer it.
     fn pool(&self) -> Option<&pool::Pool> {
@@ -114,6 +118,8 @@ pub struct Engine {
     pub submit: Arc<dyn Submit>,
     /// The completing half.
     pub reap: Box<dyn Reap>,
+    /// The hand on the faults around it, if there are some.
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl std::fmt::Debug for Engine {

@@ -6,6 +6,7 @@ use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
 
+use crate::memory::Part;
 use crate::request::{Op, Request, RequestId, Slots};
 
 pub mod blkif;
@@ -148,6 +149,11 @@ pub trait Frontend {
     /// Whether what it serves is gone for good, and the disk with it.
     fn is_gone(&self) -> bool {
         false
+    }
+
+    /// What its memory is, and what its clients' will be.
+    fn memory(&self) -> Vec<Part> {
+        Vec::new()
     }
 
     /// What STATS shows as `xenbus`, in blktap's words.

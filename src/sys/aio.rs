@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use libc::{c_long, c_uint, iocb};
 use nix::errno::Errno;
@@ -83,6 +83,8 @@ pub enum Reading {
 #[derive(Debug)]
 pub struct Context {
     id: usize,
+    /// Address of the control block of each I/O, by tag, once it was submitted. An I/O keeps its place as long as it lives.
+    blocks: Box<[AtomicUsize]>,
     files: Arc<[Backing]>,
     completed: Arc<EventFd>,
 }
@@ -110,7 +112,8 @@ pub fn setup(
     if unsafe { libc::syscall(libc::SYS_io_setup, depth as c_long, &raw mut id) } < 0 {
         return Err(last_error());
     }
-    let context = Arc::new(Context { id, files, completed });
+    let blocks = std::iter::repeat_with(|| AtomicUsize::new(0)).take(depth).collect();
+    let context = Arc::new(Context { id, blocks, files, completed });
     // SAFETY: the id is the address of the ring, mapped into this process by io_setup, until io_destroy.
     let ring = unsafe { &*(id as *const Ring) };
     let known = ring.magic == AIO_RING_MAGIC && ring.incompat_features == 0 && ring.nr > 0;
@@ -145,6 +148,22 @@ impl Context {
         result
     }
 
+    /// Asks the kernel to end the I/O with that tag, which is in flight, early. True: it does; the I/O completes soon. Only
+    /// few drivers can: for files and most disks the kernel says EINVAL, and the I/O can only be waited for.
+    pub fn cancel(&self, tag: u32) -> bool {
+        let block = self.blocks.get(tag as usize).map_or(0, |block| block.load(Ordering::Acquire));
+        if block == 0 {
+            return false;
+        }
+        // SAFETY: integers only.
+        let mut unused: Event = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel only looks the address up among what it has in flight, and reads the key there, of an I/O that
+        // is in flight and therefore alive; `unused` has room for an event.
+        let done = unsafe { libc::syscall(libc::SYS_io_cancel, self.id, block as *mut iocb, &raw mut unused) };
+        // EINPROGRESS: it is being cancelled, and its completion comes through the ring.
+        done == 0 || Errno::last() == Errno::EINPROGRESS
+    }
+
     fn prepare(&self, io: &mut Io) -> *mut iocb {
         let data = std::ptr::from_mut(io) as u64;
         let iovecs = io.iovecs();
@@ -165,7 +184,11 @@ impl Context {
         let flush = io.op == IoOp::Flush;
         let fd = self.files[usize::from(io.file.0)].file.as_raw_fd();
         let nowait = if io.nowait { libc::RWF_NOWAIT } else { 0 };
+        let tag = io.tag as usize;
         let block = &mut io.iocb.0;
+        if let Some(place) = self.blocks.get(tag) {
+            place.store(std::ptr::from_mut(block) as usize, Ordering::Release);
+        }
         block.aio_data = data;
         block.aio_key = 0;
         block.aio_rw_flags = dsync | nowait;
@@ -313,6 +336,19 @@ mod tests {
             assert!(got[..512].iter().all(|b| *b == 0) && got[512..].iter().all(|b| *b == 7));
             assert!(!completions.ready());
         }
+    }
+
+    #[test]
+    fn what_is_in_flight_can_be_asked_to_end_and_completes_in_any_case() {
+        let (context, mut completions) = set_up(tempfile::tempfile().unwrap(), Reading::Ring);
+        assert!(!context.cancel(1) && !context.cancel(1000), "nothing was submitted");
+        let mut io = Io::new(1, 1);
+        io.begin(IoOp::Flush, FileId(0), 0);
+        let mut batch = VecDeque::from([io]);
+        assert_eq!(context.submit(&mut batch, 64), Ok(1));
+        let cancelled = context.cancel(1);
+        let (_, result) = wait(&mut completions, 1).pop().unwrap();
+        assert!(result == Ok(0) || (cancelled && result.is_err()), "{cancelled}: {result:?}");
     }
 
     #[test]

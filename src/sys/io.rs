@@ -60,11 +60,26 @@ pub struct Io {
     pub len: u64,
     /// Fail with EAGAIN rather than block.
     pub nowait: bool,
+    /// For an engine around another one; 0 at the beginning.
+    pub mark: u8,
     iovecs: Vec<libc::iovec>,
     /// First piece that is not wholly done.
     first: usize,
+    /// What [`cut`](Io::cut) took off.
+    off: Option<Cut>,
     memories: Vec<Arc<Memory>>,
     pub(super) iocb: super::aio::Iocb,
+}
+
+/// The end of an I/O, set aside.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    /// Bytes before it was cut.
+    len: u64,
+    /// Pieces up to and with the one that was shortened.
+    end: usize,
+    /// Bytes of that one before.
+    last: usize,
 }
 
 // SAFETY: the pointers in `iovecs` are into `memories`, which are Send and Sync; those in `iocb` are used only while
@@ -84,16 +99,23 @@ impl Io {
             offset: 0,
             len: 0,
             nowait: false,
+            mark: 0,
             iovecs: Vec::with_capacity(iovecs),
             first: 0,
+            off: None,
             memories: Vec::with_capacity(MAX_MEMORIES),
             iocb: super::aio::Iocb::default(),
         })
     }
 
+    /// Memory of one with room for `iovecs` pieces, bytes.
+    pub fn bytes(iovecs: usize) -> usize {
+        size_of::<Io>() + iovecs * size_of::<libc::iovec>() + MAX_MEMORIES * size_of::<Arc<Memory>>()
+    }
+
     /// Begins anew: no memory, no bytes.
     pub fn begin(&mut self, op: IoOp, file: FileId, offset: u64) {
-        (self.op, self.file, self.offset, self.len, self.nowait) = (op, file, offset, 0, false);
+        (self.op, self.file, self.offset, self.len, self.nowait, self.mark) = (op, file, offset, 0, false, 0);
         self.clear();
     }
 
@@ -102,6 +124,7 @@ impl Io {
         self.iovecs.clear();
         self.memories.clear();
         self.first = 0;
+        self.off = None;
     }
 
     /// Pieces of memory that still fit.
@@ -152,9 +175,40 @@ impl Io {
         }
     }
 
+    /// Lets only the first `n` bytes be done, more than none and fewer than the length, until [`uncut`](Self::uncut).
+    pub fn cut(&mut self, n: u64) {
+        assert!(self.off.is_none() && n > 0 && n < self.len);
+        let mut left = n as usize;
+        let mut end = self.first;
+        while left > self.iovecs[end].iov_len {
+            left -= self.iovecs[end].iov_len;
+            end += 1;
+        }
+        let last = std::mem::replace(&mut self.iovecs[end].iov_len, left);
+        self.off = Some(Cut { len: self.len, end: end + 1, last });
+        self.len = n;
+    }
+
+    /// Takes back what [`cut`](Self::cut) did, if it did anything.
+    pub fn uncut(&mut self) {
+        if let Some(cut) = self.off.take() {
+            self.iovecs[cut.end - 1].iov_len = cut.last;
+            self.len = cut.len;
+        }
+    }
+
     /// The pieces of memory that are not yet done.
     pub(super) fn iovecs(&self) -> &[libc::iovec] {
-        &self.iovecs[self.first..]
+        let end = self.off.map_or(self.iovecs.len(), |cut| cut.end);
+        &self.iovecs[self.first..end]
+    }
+
+    /// The only memory that it points into, and the only piece; none if there are several.
+    pub(super) fn single(&self) -> Option<(&Arc<Memory>, libc::iovec)> {
+        match (self.memories.as_slice(), self.iovecs()) {
+            ([memory], [iovec]) => Some((memory, *iovec)),
+            _ => None,
+        }
     }
 
     /// Copies the bytes of `from` into the I/O's memory, as a read does; `from` has as many as the memory.
@@ -231,6 +285,31 @@ mod tests {
         assert_eq!((io.offset, bytes(&io).as_slice()), (523, &b"l"[..]));
         io.fill(b"L");
         assert_eq!(memory.read_once::<4>(4096), *b"ijkL");
+    }
+
+    #[test]
+    fn what_is_cut_off_comes_back() {
+        let memory = Arc::new(Memory::anonymous(12288).unwrap());
+        memory.write(0, b"abcdefgh");
+        memory.write(4096, b"ijkl");
+        memory.write(8192, b"mn");
+        let mut io = Io::new(0, 3);
+        io.begin(IoOp::Write { fua: false }, FileId(0), 0);
+        io.push(&memory, 0, 8);
+        io.push(&memory, 4096, 4);
+        io.push(&memory, 8192, 2);
+        for (n, expected) in [(1, &b"a"[..]), (8, b"abcdefgh"), (10, b"abcdefghij"), (13, b"abcdefghijklm")] {
+            io.cut(n);
+            assert_eq!((io.len, bytes(&io).as_slice()), (n, expected));
+            io.uncut();
+            assert_eq!((io.len, bytes(&io).as_slice()), (14, &b"abcdefghijklmn"[..]));
+        }
+        io.advance(9);
+        io.cut(2);
+        assert_eq!(bytes(&io), b"jk");
+        io.uncut();
+        io.uncut();
+        assert_eq!(bytes(&io), b"jklmn");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
 
@@ -16,9 +16,18 @@ use super::gntdev::Grants;
 /// Bytes in a page of the ring and of grants.
 pub const PAGE_SIZE: usize = 4096;
 
+static GONE: AtomicU64 = AtomicU64::new(0);
+
+fn new_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// A page-aligned mapping, unmapped when the last owner drops it.
 #[derive(Debug)]
 pub struct Memory {
+    /// No other mapping of this process ever has it.
+    id: u64,
     base: NonNull<u8>,
     len: usize,
     /// What Xen is told when the pages, which are a guest's, are unmapped.
@@ -38,7 +47,7 @@ impl Memory {
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address the kernel chooses touches no memory of ours.
         let base = unsafe { mmap_anonymous(None, size, rw, MapFlags::MAP_PRIVATE) }?;
-        Ok(Memory { base: base.cast(), len: size.get(), grants: None })
+        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None })
     }
 
     /// The first `len` bytes of `fd`, shared. A file that shrinks under its mapping makes an access a SIGBUS, so a
@@ -53,7 +62,7 @@ impl Memory {
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: as in `anonymous`.
         let base = unsafe { mmap(None, size, rw, MapFlags::MAP_SHARED, fd, offset as i64) }?;
-        Ok(Memory { base: base.cast(), len: size.get(), grants: None })
+        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None })
     }
 
     /// Pages of a guest, `len` bytes.
@@ -65,6 +74,16 @@ impl Memory {
 
     fn size(len: usize) -> io::Result<std::num::NonZeroUsize> {
         std::num::NonZeroUsize::new(len.next_multiple_of(PAGE_SIZE)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Tells it from all others of this process, also from those that are gone.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// How many have gone so far.
+    pub fn gone() -> u64 {
+        GONE.load(Ordering::Acquire)
     }
 
     /// Bytes mapped, a multiple of the page.
@@ -137,6 +156,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        GONE.fetch_add(1, Ordering::Release);
         // SAFETY: the mapping is ours, and no `Io` points into it: each holds an `Arc` of the memory it uses.
         let unmapped = unsafe { munmap(self.base.cast(), self.len) };
         debug_assert!(unmapped.is_ok());

@@ -10,7 +10,9 @@ pub mod gntalloc;
 pub mod gntdev;
 pub mod io;
 pub mod memory;
+pub mod process;
 pub mod socket;
+pub mod uring;
 
 /// The number of an ioctl of Xen's devices: all are declared without a direction, and with the size of their argument.
 const fn xen_ioctl(kind: u8, number: u8, size: usize) -> libc::c_ulong {

@@ -52,7 +52,14 @@ impl Double {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let shared = Arc::new(Shared { state: Mutex::new(state), reaped: Condvar::new(), event });
         let reap = Box::new(Reaper(Arc::clone(&shared)));
-        let engine = Engine { name: "double", depth, inline, submit: Arc::clone(&shared) as Arc<dyn Submit>, reap };
+        let engine = Engine {
+            name: "double",
+            depth,
+            inline,
+            submit: Arc::clone(&shared) as Arc<dyn Submit>,
+            reap,
+            faults: None,
+        };
         (Double { shared }, engine)
     }
 

@@ -3,7 +3,9 @@
 
 pub mod double;
 pub mod guest;
+pub mod model;
 pub mod served;
+pub mod small_fs;
 pub mod world;
 pub mod xen_guest;
 pub mod xenstored;

@@ -66,7 +66,11 @@ impl Served {
         let mut served = Served { child, sockets, log };
         let mut line = String::new();
         BufReader::new(served.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("/ctl"), "it did not start: {line}{}", served.log());
+        if !line.contains("/ctl") {
+            let mut errors = String::new();
+            let _ = served.child.stderr.as_mut().unwrap().read_to_string(&mut errors);
+            panic!("it did not start: {line}{}{errors}", served.log());
+        }
         served
     }
 

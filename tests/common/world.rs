@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use slog::{Discard, Logger, o};
-use tapdisk::disk::Disk;
+use tapdisk::disk::{Disk, Parts, Watchdog};
 use tapdisk::engine::Engine;
 use tapdisk::frontend::blkif::queue::{Limits, Pages, RingQueue};
 use tapdisk::frontend::blkif::ring::{BackRing, FrontRing, Shared};
@@ -11,6 +11,7 @@ use tapdisk::frontend::blkif::wire::Abi;
 use tapdisk::frontend::{DiskInfo, Frontend, Intake};
 use tapdisk::queue::{Queue, SubmitMode};
 use tapdisk::request::{Request, Slots};
+use tapdisk::retry::Retry;
 use tapdisk::stack::{Layer, Stack};
 use tapdisk::sys::io::FileId;
 use tapdisk::sys::memory::{Memory, PAGE_SIZE};
@@ -92,10 +93,20 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
     let layer = Layer { format: Box::new(raw), file: FileId(0), path: "image".into() };
     let info = DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() };
-    let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20 };
+    let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let queue_of_disk = Queue::new(engine, SubmitMode::Auto, limits).unwrap();
     let slots = Slots::new(16, 32);
     let log = Logger::root(Discard, o!());
-    let disk = Disk::new(info, vec![Box::new(ring)], slots, Stack::new(layer), queue_of_disk, None, log);
+    let disk = Disk::new(Parts {
+        info,
+        frontends: vec![Box::new(ring)],
+        slots,
+        stack: Stack::new(layer),
+        queue: queue_of_disk,
+        lock: None,
+        opener: None,
+        watchdog: Watchdog::default(),
+        log,
+    });
     World { disk, front, queue, memory }
 }

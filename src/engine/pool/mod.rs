@@ -64,7 +64,14 @@ impl Default for Threads {
 pub fn open(files: &Arc<[Backing]>, depth: usize, threads: Threads, event: &Arc<EventFd>) -> io::Result<Engine> {
     let (pool, finishing) = Pool::start(files, depth, threads, event)?;
     // Handing over never blocks, whatever the I/O does.
-    Ok(Engine { name: "threads", depth, inline: Inline::Always, submit: Arc::new(pool), reap: Box::new(finishing) })
+    Ok(Engine {
+        name: "threads",
+        depth,
+        inline: Inline::Always,
+        submit: Arc::new(pool),
+        reap: Box::new(finishing),
+        faults: None,
+    })
 }
 
 type Finished = (Box<Io>, Result<u64, Errno>);

@@ -29,7 +29,9 @@ use slog::{Logger, info, warn};
 
 use self::client::Client;
 use super::{DiskInfo, Frontend, Intake};
+use crate::memory::Part;
 use crate::request::Request;
+use crate::sys::memory::PAGE_SIZE;
 
 /// Limits of the local frontend.
 #[derive(Clone, Debug)]
@@ -222,6 +224,13 @@ impl Frontend for Local {
             let _ = std::fs::remove_file(&self.config.socket);
         }
         (0..self.clients.len()).for_each(|index| self.drop_client(index, "the disk is closed"));
+    }
+
+    fn memory(&self) -> Vec<Part> {
+        let config = &self.config;
+        let rings = config.max_queues as usize * (PAGE_SIZE << config.max_ring_page_order);
+        let data = config.max_data_pages as usize * PAGE_SIZE;
+        vec![Part::each("client of the local ring", rings + data, config.max_clients)]
     }
 
     fn inspect(&self) -> serde_json::Value {

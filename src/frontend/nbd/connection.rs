@@ -24,6 +24,8 @@ use crate::sys::socket;
 
 /// Bytes of payload memory.
 const ARENA: usize = 4 << 20;
+/// Memory of a client, bytes.
+pub(super) const BYTES: usize = ARENA + RECEIVE;
 /// Bytes received before they are taken apart.
 const RECEIVE: usize = 64 * 1024;
 /// Commands that a client may have in flight, and parts of them.

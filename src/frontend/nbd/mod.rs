@@ -26,6 +26,7 @@ use self::connection::{Connection, Socket};
 use self::listen::Listener;
 use self::negotiate::Export;
 use super::{DiskInfo, Frontend, Intake};
+use crate::memory::Part;
 use crate::request::Request;
 use crate::stats::now;
 
@@ -317,6 +318,10 @@ impl Frontend for Nbd {
         self.listeners.clear();
         self.connections_mut().for_each(Connection::leave);
         self.publish();
+    }
+
+    fn memory(&self) -> Vec<Part> {
+        vec![Part::each("NBD client", connection::BYTES, self.seats.len())]
     }
 
     fn inspect(&self) -> serde_json::Value {

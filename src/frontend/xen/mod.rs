@@ -23,6 +23,7 @@ use self::handshake::Stage;
 use self::vbd::{Connection, Limits, Vbd};
 use self::xenbus::{Backend, End, Handshake};
 use super::{DiskInfo, Frontend, Intake};
+use crate::memory::Part;
 use crate::request::Request;
 use crate::stats::now;
 use crate::xenstore::{Store, Task};
@@ -295,6 +296,10 @@ impl Frontend for Xen {
                 "msg": rings.malformed, "map": counters.copy_errors, "vbd": counters.broken, "img": image,
             },
         }))
+    }
+
+    fn memory(&self) -> Vec<Part> {
+        vec![Part::fixed("buffers of the Xen guest", self.shared.vbd.borrow().bytes())]
     }
 
     fn inspect(&self) -> serde_json::Value {

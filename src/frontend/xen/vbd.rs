@@ -228,6 +228,12 @@ impl Vbd {
         self.arena.memory().lock()
     }
 
+    /// Memory that is there from the start, bytes.
+    pub fn bytes(&self) -> usize {
+        let segments: usize = self.flights.iter().map(|flight| flight.segments.capacity()).sum();
+        self.arena.memory().len() + self.flights.len() * size_of::<Flight>() + segments * size_of::<Segment>()
+    }
+
     /// Maps a guest's rings and binds its event channels. The text of an error is for the guest's administrator.
     pub fn connect(&mut self, connection: &Connection) -> Result<(), String> {
         self.disconnect();

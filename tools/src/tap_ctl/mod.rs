@@ -1,5 +1,6 @@
 //! `tap-ctl`: lists the tapdisks of a host and shows what they do.
 
+mod engine;
 mod resize;
 mod show;
 
@@ -11,7 +12,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use nix::errno::Errno;
 use tapdisk::config::Size;
 use tapdisk::control::client::{self, Listed, Refused};
-use tapdisk::control::proto::kind;
+use tapdisk::control::proto::{fault, kind};
 use tapdisk::disk::DebugQueue;
 
 /// Inspects and steers tapdisks through their control sockets.
@@ -27,6 +28,7 @@ use tapdisk::disk::DebugQueue;
   tap-ctl debug-queue -p 4711 --json
   tap-ctl resize -p 4711 --size 20G
   tap-ctl poll --us 1000 --idle-percent 30
+  tap-ctl engine --name threads --submit auto
   tap-ctl --directory target/quick-start stats"
 )]
 pub struct Args {
@@ -109,6 +111,47 @@ pub enum Command {
         #[arg(long)]
         size: Option<Size>,
     },
+    /// Shows a disk's engine; with options, changes it while the disk is in use, once what is in flight has finished
+    ///
+    /// Requests wait meanwhile. If something in flight does not finish in 5 seconds, the engine stays as it was.
+    Engine {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// The engine: auto, aio, threads or io_uring
+        #[arg(long, value_parser = engine::name)]
+        name: Option<u32>,
+        /// Who submits: auto, thread, or inline, which can deadlock a host that is short of memory
+        #[arg(long, value_parser = engine::submit_mode)]
+        submit: Option<u32>,
+        /// Threads that the pool always has
+        #[arg(long, value_name = "COUNT")]
+        threads_min: Option<u32>,
+        /// The most threads of the pool
+        #[arg(long, value_name = "COUNT")]
+        threads_max: Option<u32>,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Steers the faults that are configured ([[fault]]), and shows them with what they have hit
+    Fault {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// Lets the I/Os complete that are stuck
+        #[arg(long)]
+        release: bool,
+        /// I/Os are hit from now on
+        #[arg(long, conflicts_with = "off")]
+        on: bool,
+        /// No I/O is hit from now on
+        #[arg(long)]
+        off: bool,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Tells a tapdisk to finish what is in flight, make it durable, and exit
     Exit {
         /// Which disk
@@ -178,6 +221,17 @@ fn command(args: &Args) -> io::Result<()> {
         }
         Command::Resize { disk, size } => {
             resize::resize(&mut out, &args.directory, find(args, disk)?, size.map(|size| size.0))
+        }
+        Command::Engine { disk, name, submit, threads_min, threads_max, json } => {
+            let change = engine::change(*name, *submit, *threads_min, *threads_max);
+            let (pid, minor) = find(args, disk)?;
+            engine::show(&mut out, &client::engine(&args.directory, pid, minor, &change)?, *json)
+        }
+        Command::Fault { disk, release, on, off, json } => {
+            let flag = |set: bool, flag| if set { flag } else { 0 };
+            let flags = flag(*release, fault::RELEASE) | flag(*on, fault::ENABLE) | flag(*off, fault::DISABLE);
+            let (pid, minor) = find(args, disk)?;
+            engine::show_faults(&mut out, &client::faults(&args.directory, pid, minor, flags)?, *json)
         }
         Command::Exit { disk } => client::exit(&args.directory, find(args, disk)?.0),
     }

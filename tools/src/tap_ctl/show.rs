@@ -6,6 +6,8 @@ use tapdisk::control::client::Listed;
 use tapdisk::disk::{DebugQueue, RequestReport};
 use tapdisk::polling::Settings;
 
+use super::engine;
+
 /// `list`, as the storage managers parse it where the output is no terminal.
 pub(super) fn list(out: &mut impl Write, disks: &[Listed], json: bool) -> io::Result<()> {
     if json {
@@ -51,15 +53,20 @@ pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result
     )?;
     writeln!(
         out,
-        "trouble: {} busy (EAGAIN), {} refused, {} short and resubmitted, {} split",
-        q.busy, q.refused, q.resubmitted, q.split
+        "trouble: {} busy (EAGAIN), {} refused, {} short and resubmitted, {} split, {} retries, {} tiocbs wait for a retry, \
+         {} of them for space",
+        q.busy, q.refused, q.resubmitted, q.split, q.retried, q.parked, q.without_space
     )?;
     if let Some(us) = q.submitting_us {
         writeln!(out, "a submission has been running for {us} us")?;
     }
+    engine::line(out, &disk.engine)?;
+    if let Some(faults) = &disk.faults {
+        engine::faults(out, faults)?;
+    }
     polling(out, disk)?;
     operations(out, disk)?;
-    writeln!(out, "requests: {}", disk.requests.len())?;
+    writeln!(out, "requests: {}, {} of them stuck", disk.requests.len(), disk.stuck)?;
     for request in &disk.requests {
         show_request(out, request)?;
     }
@@ -110,13 +117,15 @@ fn operations(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {
 }
 
 fn show_request(out: &mut impl Write, request: &RequestReport) -> io::Result<()> {
-    let RequestReport { slot, op, offset, len, age_us, held_by, tiocbs } = request;
-    writeln!(out, "  slot {slot}: {op} {offset}+{len}, age {age_us} us, held by {held_by}")?;
+    let RequestReport { slot, op, offset, len, age_us, stuck, held_by, tiocbs } = request;
+    let stuck = if *stuck { ", STUCK" } else { "" };
+    writeln!(out, "  slot {slot}: {op} {offset}+{len}, age {age_us} us{stuck}, held by {held_by}")?;
     for tiocb in tiocbs {
         let io = tiocb.io.map_or(String::new(), |io| format!(", I/O {io}"));
         let merged = tiocb.merged_into.map_or(String::new(), |head| format!(", merged into tiocb {head}"));
         let (number, offset, len, held_by) = (tiocb.tiocb, tiocb.offset, tiocb.len, &tiocb.held_by);
-        writeln!(out, "    tiocb {number}: {offset}+{len}, {held_by}{io}{merged}")?;
+        let (layer, path) = (tiocb.layer, &tiocb.path);
+        writeln!(out, "    tiocb {number}: layer {layer}, {path}, {offset}+{len}, {held_by}{io}{merged}")?;
     }
     Ok(())
 }

@@ -5,14 +5,19 @@
 //! what is wholly done succeeds and the rest is submitted again; where it fails, it is split, and each tiocb stands
 //! for itself.
 
+mod report;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Engine, Inline, Reap, Submit};
+pub use self::report::{QueueReport, TiocbReport};
+use crate::engine::{Engine, Inline, Reap};
 use crate::request::{RequestId, Slots};
+use crate::retry::{Failures, Retry};
+use crate::stats::now;
 use crate::submit::{Counters, SubmitThread, submit_all};
 use crate::sys::io::{FileId, Io, IoOp};
 
@@ -29,7 +34,18 @@ pub enum SubmitMode {
     Inline,
 }
 
-/// Sizes of a queue.
+impl SubmitMode {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            SubmitMode::Auto => "auto",
+            SubmitMode::Thread => "thread",
+            SubmitMode::Inline => "inline",
+        }
+    }
+}
+
+/// Sizes of a queue, and what it does about errors.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// tiocbs.
@@ -38,6 +54,8 @@ pub struct Limits {
     pub iovecs: usize,
     /// Bytes in one merged I/O. A single tiocb may be larger.
     pub merge_bytes: u64,
+    /// What is done about an I/O that failed.
+    pub retry: Retry,
 }
 
 const NONE: u32 = u32::MAX;
@@ -65,6 +83,8 @@ enum State {
     Waiting,
     /// In the I/O with that tag.
     Pending(u32),
+    /// It failed with that, and is tried again later.
+    Parked(Errno),
 }
 
 #[derive(Debug)]
@@ -74,6 +94,9 @@ struct Tiocb {
     done: u64,
     /// Not to be merged: it was part of a merged I/O that failed.
     alone: bool,
+    failures: Failures,
+    /// When it is tried again, ns of [`now`].
+    due: u64,
     state: State,
     /// The next in whichever list it is in: free, waiting, or merged into the same I/O.
     next: u32,
@@ -81,62 +104,6 @@ struct Tiocb {
 
 /// A tiocb that is finished: with its bytes, fewer than asked only where the file ended, or its error.
 pub type Finished = (Transfer, Result<u64, Errno>);
-
-/// What the queue counts.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct QueueReport {
-    /// I/Os that the engine can have in flight.
-    pub depth: usize,
-    /// tiocbs that there are.
-    pub size: usize,
-    /// tiocbs that wait.
-    pub waiting: usize,
-    /// tiocbs in I/Os that are submitted or being submitted.
-    pub pending: usize,
-    /// I/Os that are submitted or being submitted.
-    pub in_flight: usize,
-    /// tiocbs so far.
-    pub queued: u64,
-    /// tiocbs that were merged into the I/O of another.
-    pub merged: u64,
-    /// Merged I/Os that failed and were split.
-    pub split: u64,
-    /// I/Os that came back short and were submitted again.
-    pub resubmitted: u64,
-    /// I/Os the main loop submitted by itself.
-    pub inline: u64,
-    /// Of those, the ones that would have blocked and went to the thread.
-    pub would_block: u64,
-    /// Calls of the engine's submit.
-    pub batches: u64,
-    /// Largest batch it took at once.
-    pub largest_batch: u64,
-    /// I/Os it took.
-    pub submitted: u64,
-    /// Times it said EAGAIN.
-    pub busy: u64,
-    /// I/Os it refused.
-    pub refused: u64,
-    /// How long the submission that runs now has taken, µs; none if none runs.
-    pub submitting_us: Option<u64>,
-}
-
-/// Where a tiocb is, for debug-queue.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct TiocbReport {
-    /// "waiting", "submit thread" (not yet begun), "engine".
-    pub held_by: String,
-    /// Its I/O's tag.
-    pub io: Option<u32>,
-    /// The tiocb that leads its I/O, where it is not itself.
-    pub merged_into: Option<u32>,
-    /// Its own number.
-    pub tiocb: u32,
-    /// Byte offset in the file.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-}
 
 /// The queue of a disk.
 pub struct Queue {
@@ -153,26 +120,34 @@ pub struct Queue {
     /// I/Os to be submitted.
     batch: VecDeque<Box<Io>>,
     finished: VecDeque<Finished>,
+    /// tiocbs that failed and are tried again.
+    parked: Vec<u32>,
+    /// The last of those whose first failure nobody has asked for.
+    retried: Option<(Transfer, Errno)>,
+    retry: Retry,
+    /// As long as it is not 0, nothing is submitted.
+    plugs: u32,
     merge_bytes: u64,
     mode: SubmitMode,
+    /// The engine's, until a file turns out not to have it.
     inline: Inline,
+    /// Ends before the engine.
     thread: Option<SubmitThread>,
-    submit: Arc<dyn Submit>,
-    reap: Box<dyn Reap>,
+    engine: Engine,
     counters: Arc<Counters>,
     report: QueueReport,
+    /// Pieces of memory in one I/O.
+    iovecs: usize,
 }
 
 impl Queue {
     /// A queue on `engine`. Starts the submit thread if one can be needed.
     pub fn new(engine: Engine, mode: SubmitMode, limits: Limits) -> std::io::Result<Queue> {
-        let Limits { tiocbs: size, iovecs, merge_bytes } = limits;
+        let Limits { tiocbs: size, iovecs, merge_bytes, retry } = limits;
         let counters = Arc::new(Counters::default());
-        let threaded = mode == SubmitMode::Thread || (mode == SubmitMode::Auto && engine.inline != Inline::Always);
-        let thread = threaded
-            .then(|| SubmitThread::start(Arc::clone(&engine.submit), Arc::clone(&counters), engine.depth))
-            .transpose()?;
-        let tiocb = |next| Tiocb { transfer: None, done: 0, alone: false, state: State::Free, next };
+        let thread = thread_for(&engine, mode, &counters)?;
+        let (failures, due) = (Failures::default(), 0);
+        let tiocb = |next| Tiocb { transfer: None, done: 0, alone: false, failures, due, state: State::Free, next };
         let mut tiocbs: Vec<_> = (1..=size as u32).map(tiocb).collect();
         tiocbs[size - 1].next = NONE;
         Ok(Queue {
@@ -185,20 +160,29 @@ impl Queue {
             in_flight: 0,
             batch: VecDeque::with_capacity(engine.depth),
             finished: VecDeque::with_capacity(size),
+            parked: Vec::with_capacity(size),
+            retried: None,
+            retry,
+            plugs: 0,
             merge_bytes,
             mode,
             inline: engine.inline,
             thread,
-            submit: engine.submit,
-            reap: engine.reap,
-            counters,
             report: QueueReport { depth: engine.depth, size, ..QueueReport::default() },
+            engine,
+            counters,
+            iovecs,
         })
     }
 
-    /// The engine's submitting half, whose event says that something can be reaped.
-    pub fn engine(&self) -> &Arc<dyn Submit> {
-        &self.submit
+    /// The engine. Its event says that something can be reaped.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Who submits.
+    pub fn mode(&self) -> SubmitMode {
+        self.mode
     }
 
     /// Adds a tiocb to those that wait. False: there is no free one.
@@ -209,7 +193,15 @@ impl Queue {
         }
         let tiocb = &mut self.tiocbs[index as usize];
         self.free = tiocb.next;
-        *tiocb = Tiocb { transfer: Some(transfer), done: 0, alone: false, state: State::Waiting, next: NONE };
+        *tiocb = Tiocb {
+            transfer: Some(transfer),
+            done: 0,
+            alone: false,
+            failures: Failures::default(),
+            due: 0,
+            state: State::Waiting,
+            next: NONE,
+        };
         self.append(index);
         self.report.queued += 1;
         true
@@ -234,8 +226,25 @@ impl Queue {
         index
     }
 
-    /// Submits what waits, as far as the depth allows: once a turn.
+    /// From here until as many [`unplug`](Self::unplug)s nothing is submitted, so that what comes meanwhile goes together.
+    pub fn plug(&mut self) {
+        self.plugs += 1;
+    }
+
+    /// Takes a plug out. The last one submits what has come together.
+    pub fn unplug(&mut self, slots: &Slots) {
+        self.plugs -= 1;
+        self.kick(slots);
+    }
+
+    /// Submits what waits, as far as the depth allows, unless there is a plug.
     pub fn kick(&mut self, slots: &Slots) {
+        if self.plugs > 0 {
+            return;
+        }
+        if !self.parked.is_empty() {
+            self.unpark(now());
+        }
         while self.waiting_count > 0 {
             let Some(io) = self.idle.pop() else { break };
             self.in_flight += 1;
@@ -310,7 +319,7 @@ impl Queue {
     /// Submits the only I/O there is, which the kernel is told not to block for. False: it goes to the thread.
     fn submit_nowait(&mut self) -> bool {
         self.batch[0].nowait = true;
-        match self.submit.submit(&mut self.batch, 1) {
+        match self.engine.submit.submit(&mut self.batch, 1) {
             Ok(n) if n > 0 => {
                 self.counters.took(n);
                 self.report.inline += n as u64;
@@ -333,7 +342,7 @@ impl Queue {
         loop {
             let before = self.batch.len();
             submit_all(
-                &*self.submit,
+                &*self.engine.submit,
                 &self.counters,
                 &mut self.batch,
                 || false,
@@ -345,28 +354,42 @@ impl Queue {
         }
     }
 
-    /// Whether I/Os are left over that nothing in flight will make room for.
-    pub fn stalled(&self) -> bool {
-        !self.batch.is_empty()
+    /// When a turn is due although nothing completes, ns of [`now`]: for I/Os that are left over and nothing in flight makes
+    /// room for, for what is to be tried again, and for the engine.
+    pub fn deadline(&self) -> Option<u64> {
+        let left_over = (!self.batch.is_empty()).then(|| now() + 1_000_000);
+        let parked = self.parked.iter().map(|index| self.tiocbs[*index as usize].due);
+        parked.chain(left_over).chain(self.engine.reap.deadline()).min()
+    }
+
+    /// Whether the engine has nothing of ours.
+    pub fn is_drained(&self) -> bool {
+        self.in_flight == self.batch.len()
+    }
+
+    /// Goes on with another engine of the same depth, and another way to submit. The queue is plugged and drained.
+    pub fn switch(&mut self, engine: Engine, mode: SubmitMode) -> std::io::Result<()> {
+        assert!(self.plugs > 0 && self.is_drained() && engine.depth == self.report.depth);
+        let thread = thread_for(&engine, mode, &self.counters)?;
+        // The old thread ends before the engine that it submits to.
+        self.thread = thread;
+        (self.mode, self.inline) = (mode, engine.inline);
+        self.engine = engine;
+        Ok(())
     }
 
     /// Whether [`reap`](Self::reap) would find something.
     pub fn ready(&self) -> bool {
-        self.reap.ready() || self.thread.as_ref().is_some_and(|thread| thread.handover().has_refused())
-    }
-
-    /// When [`reap`](Self::reap) is due although nothing happens, ns of [`now`](crate::stats::now).
-    pub fn deadline(&self) -> Option<u64> {
-        self.reap.deadline()
+        self.engine.reap.ready() || self.thread.as_ref().is_some_and(|thread| thread.handover().has_refused())
     }
 
     /// Takes in what the engine completed and refused. What is finished by that is in
     /// [`next_finished`](Self::next_finished).
     pub fn reap(&mut self) -> usize {
         // The completions are in the kernel's ring while each is taken in, so the reaper is apart from the rest.
-        let mut reap = std::mem::replace(&mut self.reap, Box::new(Nothing));
+        let mut reap = std::mem::replace(&mut self.engine.reap, Box::new(Nothing));
         let count = reap.reap(&mut |io, result| self.complete(io, result));
-        self.reap = reap;
+        self.engine.reap = reap;
         if count > 0
             && let Some(thread) = &self.thread
         {
@@ -412,11 +435,47 @@ impl Queue {
     fn fail(&mut self, io: Box<Io>, errno: Errno) {
         let head = self.release(io);
         if self.tiocbs[head as usize].next == NONE {
-            self.finish(head, Some(Err(errno)));
+            self.park_or_finish(head, errno);
         } else {
             self.report.split += 1;
             self.wait_alone(head);
         }
+    }
+
+    /// A tiocb has failed by itself: it is tried again later, or it is finished.
+    fn park_or_finish(&mut self, index: u32, errno: Errno) {
+        let tiocb = &mut self.tiocbs[index as usize];
+        let transfer = tiocb.transfer.expect("it is pending");
+        let Some(due) = self.retry.judge(transfer.op, errno, &mut tiocb.failures, now()) else {
+            self.finish(index, Some(Err(errno)));
+            return;
+        };
+        (tiocb.due, tiocb.alone, tiocb.state) = (due, true, State::Parked(errno));
+        if tiocb.failures.count == 1 {
+            self.retried = Some((transfer, errno));
+        }
+        self.report.retried += 1;
+        self.parked.push(index);
+    }
+
+    /// Those whose time has come wait again.
+    fn unpark(&mut self, now: u64) {
+        let mut parked = std::mem::take(&mut self.parked);
+        parked.retain(|&index| {
+            let tiocb = &mut self.tiocbs[index as usize];
+            let later = tiocb.due > now;
+            if !later {
+                tiocb.state = State::Waiting;
+                self.append(index);
+            }
+            later
+        });
+        self.parked = parked;
+    }
+
+    /// A transfer that failed for the first time and is tried again, for the log.
+    pub fn next_retried(&mut self) -> Option<(Transfer, Errno)> {
+        self.retried.take()
     }
 
     /// Puts a list of tiocbs in front of those that wait, in their order, each to be submitted by itself.
@@ -495,8 +554,11 @@ impl Queue {
         self.finished.pop_front()
     }
 
-    /// Finishes all that has not reached the engine with ECANCELED.
+    /// Finishes all that has not reached the engine with ECANCELED, and asks the engine to end what it has.
     pub fn cancel(&mut self) {
+        while let Some(index) = self.parked.pop() {
+            self.finish(index, Some(Err(Errno::ECANCELED)));
+        }
         while self.waiting_count > 0 {
             let index = self.pop();
             self.finish(index, Some(Err(Errno::ECANCELED)));
@@ -508,6 +570,9 @@ impl Queue {
                 index = self.finish(index, Some(Err(Errno::ECANCELED)));
             }
         }
+        for tag in (0..).zip(&self.heads).filter_map(|(tag, head)| (*head != NONE).then_some(tag)) {
+            self.engine.submit.cancel(tag);
+        }
     }
 
     /// I/Os that are submitted or being submitted.
@@ -515,49 +580,16 @@ impl Queue {
         self.in_flight
     }
 
-    /// Whether nothing waits, is in flight, or is finished and not taken.
+    /// Whether nothing waits, is in flight, is to be tried again, or is finished and not taken.
     pub fn is_idle(&self) -> bool {
-        self.waiting_count == 0 && self.in_flight == 0 && self.finished.is_empty()
+        self.waiting_count == 0 && self.in_flight == 0 && self.parked.is_empty() && self.finished.is_empty()
     }
+}
 
-    /// What was counted.
-    pub fn report(&self) -> QueueReport {
-        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
-        let since = load(&self.counters.since);
-        QueueReport {
-            waiting: self.waiting_count,
-            pending: self.tiocbs.iter().filter(|tiocb| matches!(tiocb.state, State::Pending(_))).count(),
-            in_flight: self.in_flight,
-            batches: load(&self.counters.batches),
-            largest_batch: load(&self.counters.largest),
-            submitted: load(&self.counters.accepted),
-            busy: load(&self.counters.busy),
-            refused: load(&self.counters.refused),
-            submitting_us: (since != 0).then(|| (crate::stats::now() - since) / 1000),
-            ..self.report.clone()
-        }
-    }
-
-    /// All tiocbs, each with its request.
-    pub fn inspect(&self) -> Vec<(RequestId, TiocbReport)> {
-        let mut unbegun = Vec::new();
-        if let Some(thread) = &self.thread {
-            thread.handover().look(|io| unbegun.push(io.tag));
-        }
-        let used = (0..).zip(&self.tiocbs).filter_map(|(index, tiocb)| Some((index, tiocb.state, tiocb.transfer?)));
-        used.map(|(tiocb, state, transfer)| {
-            let io = if let State::Pending(tag) = state { Some(tag) } else { None };
-            let held_by = match io {
-                None => "waiting",
-                Some(tag) if unbegun.contains(&tag) => "submit thread",
-                Some(_) => "engine",
-            };
-            let merged_into = io.map(|tag| self.heads[tag as usize]).filter(|head| *head != tiocb);
-            let Transfer { offset, len, owner, .. } = transfer;
-            (owner, TiocbReport { held_by: held_by.to_owned(), io, merged_into, tiocb, offset, len })
-        })
-        .collect()
-    }
+/// The submit thread, if one can be needed.
+fn thread_for(engine: &Engine, mode: SubmitMode, counters: &Arc<Counters>) -> std::io::Result<Option<SubmitThread>> {
+    let needed = mode == SubmitMode::Thread || (mode == SubmitMode::Auto && engine.inline != Inline::Always);
+    needed.then(|| SubmitThread::start(Arc::clone(&engine.submit), Arc::clone(counters), engine.depth)).transpose()
 }
 
 /// Adds a transfer's memory, without its first `done` bytes, to `io`.

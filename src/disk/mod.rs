@@ -1,24 +1,30 @@
 //! One disk: its turn of the main loop, from the rings to the engine and back.
 
+mod inspect;
+mod switch;
+mod watchdog;
+
 use std::collections::VecDeque;
 use std::fs::File;
-use std::sync::Arc;
 
 use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
 use nix::fcntl::Flock;
-use serde::{Deserialize, Serialize};
-use slog::{Logger, error, info};
+use slog::{Logger, error, info, warn};
 
-use crate::engine::Submit;
+pub use self::inspect::{DebugQueue, RequestReport};
+use self::switch::Switching;
+pub use self::switch::{EngineReport, SwitchError, Wanted};
+pub use self::watchdog::Watchdog;
+use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
 use crate::log::Limiter;
-use crate::polling::{Polling, PollingReport};
-use crate::queue::{Queue, QueueReport, TiocbReport, Transfer};
+use crate::memory::{Budget, Part};
+use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::Stack;
-use crate::stats::{OpReport, Stats, now};
+use crate::stats::{Stats, now};
 use crate::sys::file::geometry;
 
 /// The disk's own requests.
@@ -90,54 +96,34 @@ pub struct Disk {
     limiter: Limiter,
     /// Until when answers wait for more of them, ns of [`now`].
     held_until: Option<u64>,
+    watchdog: Watchdog,
+    /// Opens other engines. None: the image is its engine.
+    opener: Option<Opener>,
+    switching: Option<Switching>,
+    /// Writes wait for space.
+    without_space: bool,
 }
 
-/// All that debug-queue shows.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct DebugQueue {
-    /// `type:path`.
-    pub name: String,
-    /// Bytes.
-    pub size: u64,
-    /// Logical sector in bytes.
-    pub sector_size: u32,
-    /// Writes are refused.
-    pub read_only: bool,
-    /// The disk's state.
-    pub state: String,
-    /// Request slots.
-    pub slots: usize,
-    /// Of those, in use.
-    pub slots_used: usize,
-    /// The queue's counters.
-    pub queue: QueueReport,
-    /// The main loop's polling.
-    pub polling: PollingReport,
-    /// Requests that are not answered, oldest first.
-    pub requests: Vec<RequestReport>,
-    /// Counters and latencies by operation.
-    pub operations: Vec<OpReport>,
-    /// Frontends and their clients.
-    pub frontends: Vec<serde_json::Value>,
-}
-
-/// One request that is not answered.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct RequestReport {
-    /// Its slot.
-    pub slot: u32,
-    /// Its operation.
-    pub op: String,
-    /// First byte of the disk.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Since it was pulled, µs.
-    pub age_us: u64,
-    /// "stack" until all of it is planned, then "queue", then "answer".
-    pub held_by: String,
-    /// Its transfers that are not finished.
-    pub tiocbs: Vec<TiocbReport>,
+/// What a disk is made of.
+pub struct Parts {
+    /// What clients are told.
+    pub info: DiskInfo,
+    /// Where requests come from.
+    pub frontends: Vec<Box<dyn Frontend>>,
+    /// Room for requests.
+    pub slots: Slots,
+    /// The image.
+    pub stack: Stack,
+    /// What has the engine.
+    pub queue: Queue,
+    /// The image's lock.
+    pub lock: Option<Flock<File>>,
+    /// What opens other engines for the image, if it can have others.
+    pub opener: Option<Opener>,
+    /// What looks for requests that are stuck.
+    pub watchdog: Watchdog,
+    /// The log.
+    pub log: Logger,
 }
 
 /// Why a disk does not take on its file's new size.
@@ -167,15 +153,8 @@ impl ResizeError {
 
 impl Disk {
     /// A disk of these parts.
-    pub fn new(
-        info: DiskInfo,
-        frontends: Vec<Box<dyn Frontend>>,
-        slots: Slots,
-        stack: Stack,
-        queue: Queue,
-        lock: Option<Flock<File>>,
-        log: Logger,
-    ) -> Disk {
+    pub fn new(parts: Parts) -> Disk {
+        let Parts { info, frontends, slots, stack, queue, lock, opener, watchdog, log } = parts;
         let capacity = slots.capacity();
         Disk {
             info,
@@ -196,6 +175,10 @@ impl Disk {
             log,
             limiter: Limiter::default(),
             held_until: None,
+            watchdog,
+            opener,
+            switching: None,
+            without_space: false,
         }
     }
 
@@ -214,18 +197,23 @@ impl Disk {
         }
     }
 
-    /// What its event says that something completed.
-    pub fn engine(&self) -> &Arc<dyn Submit> {
+    /// Its engine, whose event says that something completed. Engines may change, and the event stays.
+    pub fn engine(&self) -> &Engine {
         self.queue.engine()
     }
 
     /// Everything that can be done without waiting.
     pub fn turn(&mut self) -> Turn {
-        let mut worked = self.pull();
+        let now = now();
+        self.queue.plug();
+        let mut worked = self.pull(now);
         worked |= self.start();
-        self.queue.kick(&self.slots);
+        self.queue.unplug(&self.slots);
         worked |= self.queue.reap() > 0;
         worked |= self.finish();
+        worked |= self.switch_if_drained();
+        self.watch(now);
+        self.watch_space();
         if self.holds() {
             return if worked { Turn::Worked } else { Turn::Nothing };
         }
@@ -241,12 +229,11 @@ impl Disk {
         }
     }
 
-    fn pull(&mut self) -> bool {
+    fn pull(&mut self, now: u64) -> bool {
         if self.state != State::Running {
             return false;
         }
         let before = self.started.len();
-        let now = now();
         // Another one is first each turn: where slots are short, none must get them all.
         self.first = self.first.wrapping_add(1);
         let count = self.frontends.len();
@@ -322,6 +309,9 @@ impl Disk {
                 self.done.push_back(transfer.owner);
             }
         }
+        if let Some((transfer, errno)) = self.queue.next_retried() {
+            self.log_retry(&transfer, errno);
+        }
         worked
     }
 
@@ -348,6 +338,12 @@ impl Disk {
             "offset" => transfer.offset, "len" => transfer.len, "errno" => %errno, "suppressed_before" => suppressed);
     }
 
+    fn log_retry(&mut self, transfer: &Transfer, errno: Errno) {
+        let Some(suppressed) = self.limiter.allow(now()) else { return };
+        warn!(self.log, "I/O failed and is tried again"; "op" => ?transfer.op, "file" => %self.stack.leaf().path.display(),
+            "offset" => transfer.offset, "len" => transfer.len, "errno" => %errno, "suppressed_before" => suppressed);
+    }
+
     /// Whether there was something to answer, and for a frontend whose requests memory shows.
     fn answer(&mut self) -> (bool, bool) {
         let mut in_memory = false;
@@ -360,6 +356,10 @@ impl Disk {
                 (self.barrier, self.barrier_state) = (None, Barrier::Draining);
             }
             let request = self.slots.get(id);
+            if request.stuck {
+                info!(self.log, "stuck request is answered"; "op" => request.op.name(), "offset" => request.offset,
+                    "len" => request.len, "age_s" => (now - request.born) / 1_000_000_000, "result" => ?request.result());
+            }
             self.stats.record(request.op, request.len, request.error.is_none(), now - request.born);
             if request.frontend == INTERNAL {
                 self.flush_error = request.error;
@@ -443,6 +443,7 @@ impl Disk {
 
     /// Before the loop sleeps: asks clients to wake it. True: a turn is due.
     pub fn arm(&mut self) -> bool {
+        self.queue.engine().submit.tidy();
         // Where nothing can be pulled, a completion is what wakes the loop, and then it looks at the rings anyway.
         let requests = self.may_pull() && self.frontends.iter_mut().fold(false, |ready, f| f.arm() | ready);
         requests || self.queue.ready()
@@ -454,9 +455,13 @@ impl Disk {
 
     /// When a turn is due although nothing happens, ns of [`now`].
     pub fn deadline(&self) -> Option<u64> {
-        let retry = self.queue.stalled().then(|| now() + 1_000_000);
-        let ours = retry.into_iter().chain(self.held_until).chain(self.queue.deadline());
-        self.frontends.iter().filter_map(|frontend| frontend.deadline()).chain(ours).min()
+        let frontends = self.frontends.iter().filter_map(|frontend| frontend.deadline());
+        frontends
+            .chain(self.queue.deadline())
+            .chain(self.held_until)
+            .chain(self.switching.as_ref().and_then(Switching::deadline))
+            .chain(self.watchdog.deadline(self.slots.used()))
+            .min()
     }
 
     /// What clients are told.
@@ -477,6 +482,18 @@ impl Disk {
         Ok((old, new))
     }
 
+    /// What it takes.
+    pub fn budget(&self) -> Budget {
+        let mut parts = vec![
+            Part::fixed("requests", self.slots.bytes()),
+            Part::fixed("statistics", self.stats.bytes()),
+            Part::threads("log", 1),
+        ];
+        parts.extend(self.queue.memory());
+        parts.extend(self.frontends.iter().flat_map(|frontend| frontend.memory()));
+        Budget::new(parts)
+    }
+
     /// Counters by operation.
     pub fn stats(&self) -> &Stats {
         &self.stats
@@ -490,42 +507,5 @@ impl Disk {
     /// Requests that are not answered.
     pub fn outstanding(&self) -> usize {
         self.slots.used()
-    }
-
-    /// Everything there is to see.
-    pub fn inspect(&self, polling: &Polling) -> DebugQueue {
-        let now = now();
-        let mut tiocbs: Vec<Vec<TiocbReport>> = vec![Vec::new(); self.slots.capacity()];
-        for (owner, tiocb) in self.queue.inspect() {
-            tiocbs[owner.index() as usize].push(tiocb);
-        }
-        let mut requests: Vec<_> = self
-            .slots
-            .iter()
-            .map(|(id, request)| RequestReport {
-                slot: id.index(),
-                op: request.op.name().to_owned(),
-                offset: request.offset,
-                len: request.len,
-                age_us: (now - request.born) / 1000,
-                held_by: if request.planning { "stack" } else { "queue" }.to_owned(),
-                tiocbs: std::mem::take(&mut tiocbs[id.index() as usize]),
-            })
-            .collect();
-        requests.sort_by_key(|request| std::cmp::Reverse(request.age_us));
-        DebugQueue {
-            name: self.info.name.clone(),
-            size: self.info.size,
-            sector_size: self.info.sector_size,
-            read_only: self.info.read_only,
-            state: format!("{:?}", self.state).to_lowercase(),
-            slots: self.slots.capacity(),
-            slots_used: self.slots.used(),
-            queue: self.queue.report(),
-            polling: polling.report(),
-            requests,
-            operations: self.stats.report(),
-            frontends: self.frontends.iter().map(|frontend| frontend.inspect()).collect(),
-        }
     }
 }

@@ -1,0 +1,82 @@
+//! ENGINE and FAULT: another engine while the disk is in use, and the hand on the faults that are configured.
+
+use nix::errno::Errno;
+use serde::Serialize;
+use slog::{Logger, info};
+use zerocopy::IntoBytes;
+
+use super::proto::{EngineChange, FaultChange, Message, engine, fault, kind};
+use super::with_text;
+use crate::disk::{Disk, SwitchError, Wanted};
+
+/// The answer to ENGINE. None: it comes when the disk has changed, by [`switched`].
+pub(super) fn change(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
+    let change: EngineChange = request.member();
+    let cookie = request.cookie;
+    let given = |flag, value: u32| (change.flags & flag != 0).then_some(value);
+    let index = |flag, value| given(flag, value).map(|value| value as usize);
+    let (name, submit) = (index(engine::SET_NAME, change.name), index(engine::SET_SUBMIT, change.submit));
+    let wanted = Wanted {
+        name: name.and_then(|index| engine::NAMES.get(index).copied()),
+        submit: submit.and_then(|index| engine::SUBMIT_MODES.get(index).copied()),
+    };
+    let threads =
+        (given(engine::SET_THREADS_MIN, change.threads_min), given(engine::SET_THREADS_MAX, change.threads_max));
+    if change.flags & !engine::ALL != 0
+        || name.is_some() != wanted.name.is_some()
+        || submit.is_some() != wanted.submit.is_some()
+    {
+        let text = "an engine, a way to submit or a flag that is not known here";
+        return Some(Message::error(cookie, Errno::EINVAL as i32, text).as_bytes().to_vec());
+    }
+    if threads != (None, None)
+        && let Err(error) = disk.set_threads(threads.0, threads.1)
+    {
+        return Some(refused(cookie, disk, &error));
+    }
+    if wanted == Wanted::default() {
+        return Some(text(kind::ENGINE_RSP, cookie, &disk.engine_report()));
+    }
+    disk.switch(wanted).err().map(|error| refused(cookie, disk, &error))
+}
+
+/// The late answer to ENGINE.
+pub(super) fn switched(cookie: u16, disk: &Disk, outcome: &Result<(), SwitchError>) -> Vec<u8> {
+    match outcome {
+        Ok(()) => text(kind::ENGINE_RSP, cookie, &disk.engine_report()),
+        Err(error) => refused(cookie, disk, error),
+    }
+}
+
+/// The answer to FAULT.
+pub(super) fn faults(request: &Message, disk: &Disk, log: &Logger) -> Vec<u8> {
+    let FaultChange { flags } = request.member();
+    let Some(faults) = &disk.engine().faults else {
+        let text = "no faults are configured: [[fault]] in its configuration";
+        return Message::error(request.cookie, Errno::EOPNOTSUPP as i32, text).as_bytes().to_vec();
+    };
+    if flags & !fault::ALL != 0 {
+        let text = format!("flags {flags:#x} are not known here");
+        return Message::error(request.cookie, Errno::EINVAL as i32, &text).as_bytes().to_vec();
+    }
+    if flags & (fault::ENABLE | fault::DISABLE) != 0 {
+        faults.enable(flags & fault::ENABLE != 0);
+        info!(log, "faults"; "enabled" => flags & fault::ENABLE != 0);
+    }
+    if flags & fault::RELEASE != 0 {
+        info!(log, "stuck I/Os are released"; "count" => faults.release());
+    }
+    text(kind::FAULT_RSP, request.cookie, &faults.report())
+}
+
+fn refused(cookie: u16, disk: &Disk, error: &SwitchError) -> Vec<u8> {
+    let text = format!("{}: {error}", disk.info().name);
+    Message::error(cookie, error.errno() as i32, &text).as_bytes().to_vec()
+}
+
+fn text(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u8> {
+    match serde_json::to_string(shown) {
+        Ok(text) => with_text(kind, cookie, &text),
+        Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
+    }
+}

@@ -1,0 +1,109 @@
+//! What debug-queue shows of a disk.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Disk, EngineReport};
+use crate::engine::fault::FaultsReport;
+use crate::polling::{Polling, PollingReport};
+use crate::queue::{QueueReport, TiocbReport};
+use crate::stats::{OpReport, now};
+
+/// All that debug-queue shows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DebugQueue {
+    /// `type:path`.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Logical sector in bytes.
+    pub sector_size: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The disk's state.
+    pub state: String,
+    /// Request slots.
+    pub slots: usize,
+    /// Of those, in use.
+    pub slots_used: usize,
+    /// Requests that are not answered for longer than the watchdog allows.
+    pub stuck: usize,
+    /// The engine and who submits to it.
+    pub engine: EngineReport,
+    /// The faults that are configured.
+    pub faults: Option<FaultsReport>,
+    /// The queue's counters.
+    pub queue: QueueReport,
+    /// The main loop's polling.
+    pub polling: PollingReport,
+    /// Requests that are not answered, oldest first.
+    pub requests: Vec<RequestReport>,
+    /// Counters and latencies by operation.
+    pub operations: Vec<OpReport>,
+    /// Frontends and their clients.
+    pub frontends: Vec<serde_json::Value>,
+}
+
+/// One request that is not answered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RequestReport {
+    /// Its slot.
+    pub slot: u32,
+    /// Its operation.
+    pub op: String,
+    /// First byte of the disk.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Since it was pulled, µs.
+    pub age_us: u64,
+    /// That is longer than the watchdog allows.
+    pub stuck: bool,
+    /// "stack" until all of it is planned, then "queue", then "answer".
+    pub held_by: String,
+    /// Its transfers that are not finished.
+    pub tiocbs: Vec<TiocbReport>,
+}
+
+impl Disk {
+    /// Everything there is to see.
+    pub fn inspect(&self, polling: &Polling) -> DebugQueue {
+        let now = now();
+        let mut tiocbs: Vec<Vec<TiocbReport>> = vec![Vec::new(); self.slots.capacity()];
+        for (owner, mut tiocb) in self.queue.inspect() {
+            (tiocb.layer, tiocb.path) = self.stack.place(tiocb.file);
+            tiocbs[owner.index() as usize].push(tiocb);
+        }
+        let mut requests: Vec<_> = self
+            .slots
+            .iter()
+            .map(|(id, request)| RequestReport {
+                slot: id.index(),
+                op: request.op.name().to_owned(),
+                offset: request.offset,
+                len: request.len,
+                age_us: (now - request.born) / 1000,
+                stuck: request.stuck,
+                held_by: if request.planning { "stack" } else { "queue" }.to_owned(),
+                tiocbs: std::mem::take(&mut tiocbs[id.index() as usize]),
+            })
+            .collect();
+        requests.sort_by_key(|request| std::cmp::Reverse(request.age_us));
+        DebugQueue {
+            name: self.info.name.clone(),
+            size: self.info.size,
+            sector_size: self.info.sector_size,
+            read_only: self.info.read_only,
+            state: format!("{:?}", self.state).to_lowercase(),
+            slots: self.slots.capacity(),
+            slots_used: self.slots.used(),
+            stuck: requests.iter().filter(|request| request.stuck).count(),
+            engine: self.engine_report(),
+            faults: self.queue.engine().faults.as_ref().map(|faults| faults.report()),
+            queue: self.queue.report(),
+            polling: polling.report(),
+            requests,
+            operations: self.stats.report(),
+            frontends: self.frontends.iter().map(|frontend| frontend.inspect()).collect(),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! A small ext4 file system on a loop device, for what only a full or frozen file system shows.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::served::{folder, run};
+
+/// A loop device over a file, gone when this is dropped. None where the machine does not let us have one.
+pub struct Loop(pub String);
+
+impl Loop {
+    pub fn new(file: &Path, sector: u32) -> Option<Loop> {
+        let mut command = Command::new("losetup");
+        let output = command.args(["--find", "--show", "--sector-size"]).arg(sector.to_string()).arg(file).output();
+        let output = output.expect("losetup is installed");
+        let name = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        if !output.status.success() {
+            eprintln!("SKIPPED: no loop devices here: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        output.status.success().then_some(Loop(name))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // Nothing can be done if the device is still in use.
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// A mounted file system.
+pub struct SmallFs {
+    mount: PathBuf,
+    device: Loop,
+    _folder: TempDir,
+}
+
+impl SmallFs {
+    /// Of that size, such as "8m". None where the machine has no loop devices for us.
+    pub fn new(size: &str) -> Option<SmallFs> {
+        let folder = folder();
+        let file = folder.path().join("fs.ext4");
+        run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-O", "^has_journal"]).arg(&file).arg(size));
+        let device = Loop::new(&file, 512)?;
+        let mount = folder.path().join("mnt");
+        std::fs::create_dir(&mount).unwrap();
+        run(Command::new("mount").arg(&device.0).arg(&mount));
+        Some(SmallFs { mount, device, _folder: folder })
+    }
+
+    /// A file in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.mount.join(name)
+    }
+
+    /// Unmounts it, which nothing may be in the way of, and mounts it again.
+    pub fn remount(&self) {
+        run(Command::new("umount").arg(&self.mount));
+        run(Command::new("mount").arg(&self.device.0).arg(&self.mount));
+    }
+
+    /// Holds every write up, as a hung array does.
+    pub fn freeze(&self) {
+        run(Command::new("fsfreeze").arg("--freeze").arg(&self.mount));
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) {
+        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.mount));
+    }
+}
+
+impl Drop for SmallFs {
+    fn drop(&mut self) {
+        // Frozen it could not be unmounted; not frozen this is an error that says nothing.
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.mount).output();
+        // A killed process's io_uring keeps its files for a moment.
+        let umount = || Command::new("umount").arg(&self.mount).output().is_ok_and(|output| output.status.success());
+        let end = Instant::now() + Duration::from_secs(10);
+        while !umount() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
