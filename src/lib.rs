@@ -30,6 +30,8 @@
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
 //!   [Which one](engine::Opener) is for the configuration to say, or for the image, and can [change](disk::Wanted) while the
 //!   disk is in use. [Faults](engine::fault) are engines around an engine.
+//! - The **pool** ([`engine::pool`]) is an engine of threads, and does for the others what the kernel does only by waiting.
+//!   Whoever submits to it makes no thread.
 //! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
 //!
 //! ## A Xen guest

@@ -276,13 +276,13 @@ fn the_loop_is_woken_once_for_a_batch() {
     bench.until(|report| report.idle == 4);
     assert_eq!((bench.events(), bench.engine.reap.ready()), (0, false));
     bench.submit(IoOp::Read, 0..100);
-    until(|| bench.report().queued + bench.report().running == 0);
+    until(|| bench.report().idle == 4 && bench.report().queued == 0);
     assert_eq!((bench.events(), bench.engine.reap.ready()), (1, true), "nobody has reaped");
     assert_eq!(bench.reap().len(), 100);
     assert!(!bench.engine.reap.ready());
     bench.submit(IoOp::Read, 0..1);
-    until(|| bench.engine.reap.ready());
-    until(|| bench.events() == 1);
+    until(|| bench.report().idle == 4 && bench.engine.reap.ready());
+    assert_eq!(bench.events(), 1);
     assert_eq!(bench.reap().len(), 1);
 }
 

@@ -94,7 +94,12 @@ fn threads_are_the_loops_and_never_the_requesters() {
         assert!(Instant::now() < end, "{count}");
     }
     requester.join().unwrap();
-    let report = engine.submit.pool().unwrap().report();
+    // The last one that was made may not have its name yet.
+    let report = || engine.submit.pool().unwrap().report();
+    while report().idle < report().threads {
+        assert!(Instant::now() < end, "{:?}", report());
+    }
+    let report = report();
     assert!(report.created > 1, "one thread was enough: {report:?}");
     let seen = threads("pool");
     assert_eq!(seen.len(), report.threads);
@@ -124,19 +129,21 @@ fn with_no_more_address_space() {
     let pool = submit.pool().unwrap();
     let mut batch = reads(64);
     setrlimit(Resource::RLIMIT_AS, space() + 65536, RLIM_INFINITY).unwrap();
+    let begin = now();
     pool.set(4, 8).unwrap();
     assert_eq!(submit.submit(&mut batch, usize::MAX), Ok(64));
-    let (begin, mut count, mut due) = (now(), 0, 0);
-    while now() - begin < 10 * pool::RETRY_NS {
+    let (mut count, mut due) = (0, false);
+    let end = Instant::now() + Duration::from_secs(20);
+    while count < 64 || pool.report().failed < 5 || !due {
         count += engine.reap.reap(&mut |_, result| assert_eq!(result, Ok(4096)));
-        due += u32::from(engine.reap.deadline().is_some());
+        due |= engine.reap.deadline().is_some();
+        assert!(Instant::now() < end, "{count}, {:?}", pool.report());
         std::thread::sleep(Duration::from_millis(1));
     }
     let report = pool.report();
-    assert_eq!((count, report.threads, report.created), (64, 1, 1), "{report:?}");
-    assert!((2..=12).contains(&report.failed) && due > 100, "{report:?}, {due}");
+    assert_eq!((report.threads, report.created), (1, 1), "{report:?}");
+    assert!(report.failed <= 1 + (now() - begin) / pool::RETRY_NS, "no busy loop: {report:?}");
     setrlimit(Resource::RLIMIT_AS, RLIM_INFINITY, RLIM_INFINITY).unwrap();
-    let end = Instant::now() + Duration::from_secs(20);
     while pool.report().threads < 4 {
         assert_eq!(engine.reap.reap(&mut |_, _: Result<u64, Errno>| {}), 0);
         assert!(Instant::now() < end, "{:?}", pool.report());
