@@ -119,6 +119,17 @@ class Bench:
     def libaio(self, rw, bs, depth):
         return self.fio(rw, bs, depth, ["--ioengine=libaio", "--direct=1", f"--filename={self.image}"])
 
+    def storage_daemon(self, aio, rw, bs, depth):
+        """qemu-storage-daemon with that engine, on a file that has no O_DIRECT."""
+        socket = self.path("peer")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket)
+        command = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={self.image},aio={aio}",
+                   "--nbd-server", f"addr.type=unix,addr.path={socket}", "--export",
+                   "type=nbd,id=e,node-name=f,name=,writable=on"]
+        with process(command, socket) as pid:
+            return self.fio(rw, bs, depth, ["--ioengine=nbd", f"--uri=nbd+unix:///?socket={socket}"], pid)
+
     def nbd(self, server, rw, bs, depth):
         socket = self.path("peer")
         with contextlib.suppress(FileNotFoundError):
