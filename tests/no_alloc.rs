@@ -23,17 +23,25 @@ fn quiet(command: &mut Command) -> Child {
 
 #[test]
 fn none_between_warm_up_and_the_end_of_a_mixed_load() {
+    event::signals().thread_block().unwrap();
+    // A pool that grows makes threads; one whose minimum is its maximum has all that it will have.
+    for engine in ["name = 'aio'", "name = 'io_uring'", "name = 'threads'\nthreads_min = 8\nthreads_max = 8"] {
+        println!("{engine}");
+        none_with(engine);
+    }
+}
+
+fn none_with(engine: &str) {
     let folder = folder();
     let sockets = tempfile::tempdir().unwrap();
     let (image, s) = (folder.path().join("disk.img"), sockets.path());
     let text = format!(
         "[image]\npath = '{}'\ncreate = '64 MiB'\n[control]\ndirectory = '{s}'\n[frontend.local]\nsocket = '{s}/ring'\n\
-         [frontend.nbd]\nsocket = '{s}/nbd'\n",
+         [frontend.nbd]\nsocket = '{s}/nbd'\n[engine]\n{engine}\n",
         image.display(),
         s = s.display()
     );
     let config = Config::parse(&text, Path::new("test")).unwrap();
-    event::signals().thread_block().unwrap();
     let (logging, log) = Log::open(config.log.format, slog::Level::Error, None).unwrap();
     let (ready, serving) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
