@@ -134,6 +134,19 @@ impl Pool {
         pool
     }
 
+    /// The same, with the thread that makes others.
+    fn with_maker(min: usize, max: usize, most: usize) -> StdArc<Pool> {
+        let pool = Pool::new(min, max, most);
+        let theirs = StdArc::clone(&pool);
+        let maker = thread::spawn(move || {
+            while let Some(id) = theirs.life.birth() {
+                theirs.create(id);
+            }
+        });
+        pool.handles.lock().unwrap().push(maker);
+        pool
+    }
+
     /// The same without its first threads, which the test makes or is.
     fn with_none(min: usize, max: usize, most: usize) -> StdArc<Pool> {
         StdArc::new(Pool {
@@ -179,10 +192,6 @@ impl Pool {
         loop {
             come = match self.life.next(&me, come, Duration::ZERO) {
                 Step::Run(job) => Come::Done(job),
-                Step::Create(id) => {
-                    self.create(id);
-                    Come::Looking
-                }
                 Step::Tell => {
                     self.tell(true);
                     Come::Looking
@@ -198,11 +207,6 @@ impl Pool {
         let mut taken = VecDeque::new();
         self.life.drain(&mut taken);
         seen.extend(taken);
-        if self.life.has_wanted()
-            && let Some(id) = self.life.begin()
-        {
-            self.create(id);
-        }
     }
 
     /// Turns whenever the event says so, as an edge-triggered poll does, until all `jobs` are seen.
@@ -254,8 +258,8 @@ fn few_preemptions(bound: usize, model: impl Fn() + Sync + Send + 'static) {
 fn a_pool_of_one_loses_no_job_and_no_wake_up() {
     loom::model(|| {
         let pool = Pool::new(1, 1, 1);
-        pool.tell(pool.life.give([1].into_iter()));
-        pool.tell(pool.life.give([2].into_iter()));
+        pool.life.give([1].into_iter());
+        pool.life.give([2].into_iter());
         pool.serve(&[1, 2]);
         pool.end();
     });
@@ -274,32 +278,31 @@ fn a_pool_ends_after_its_work() {
     });
 }
 
-/// A thread that is wanted is made by whoever looks first, one at a time, and no more of them than the maximum.
+/// A thread that is wanted is made, one at a time, and no more of them than the maximum.
 #[test]
 fn a_pool_grows_within_its_bounds() {
-    few_preemptions(4, || {
-        let pool = Pool::new(1, 2, 2);
-        pool.tell(pool.life.give([1, 2].into_iter()));
+    few_preemptions(3, || {
+        let pool = Pool::with_maker(1, 2, 2);
+        pool.life.give([1, 2].into_iter());
         pool.serve(&[1, 2]);
         pool.end();
         assert!(pool.life.report().created <= 2);
     });
 }
 
-/// With all threads in jobs, it is the main loop that makes the next one, and it is told once.
+/// With all threads in jobs one is made, and that one, once it is there, calls for the next.
 #[test]
 fn a_pool_grows_where_all_threads_are_busy() {
     loom::model(|| {
         let life = Life::<u32, u32>::new(4, 1, 3).unwrap();
         let next = |id, come| life.next(&Sleeper::new(id), come, Duration::ZERO);
-        assert!(!life.give([1].into_iter()), "the first thread is coming");
+        life.give([1].into_iter());
         assert_eq!(next(1, Come::Looking), Step::Run(1));
-        assert!(life.give([2, 3, 4].into_iter()), "the loop is told");
-        assert!(!life.give([5].into_iter()), "once");
-        assert_eq!((life.begin(), life.begin()), (Some(2), None), "one at a time");
-        assert_eq!(next(2, Come::Born), Step::Create(3), "before it takes work");
-        assert_eq!(next(2, Come::Looking), Step::Run(2));
-        assert_eq!(next(3, Come::Born), Step::Run(3), "no more than the maximum");
+        life.give([2, 3, 4, 5].into_iter());
+        assert_eq!((life.birth(), life.report().threads), (Some(2), 2));
+        assert_eq!(next(2, Come::Born), Step::Run(2));
+        assert_eq!((life.birth(), life.report().threads), (Some(3), 3));
+        assert_eq!(next(3, Come::Born), Step::Run(3));
         assert_eq!(next(1, Come::Done(1)), Step::Tell, "with no job in its hands");
         assert_eq!(next(1, Come::Looking), Step::Run(4));
         assert_eq!(next(2, Come::Done(2)), Step::Run(5), "the batch is told already");
@@ -311,10 +314,10 @@ fn a_pool_grows_where_all_threads_are_busy() {
 fn a_job_that_meets_the_end_of_an_idle_time_is_done() {
     few_preemptions(2, || {
         let pool = Pool::new(2, 2, 2);
-        pool.tell(pool.life.set(1, 2).unwrap());
+        pool.life.set(1, 2).unwrap();
         let theirs = StdArc::clone(&pool);
         let clock = thread::spawn(move || theirs.life.expire());
-        pool.tell(pool.life.give([1].into_iter()));
+        pool.life.give([1].into_iter());
         pool.serve(&[1]);
         clock.join().unwrap();
         assert!(pool.life.report().threads >= 1);
@@ -327,12 +330,12 @@ fn a_job_that_meets_the_end_of_an_idle_time_is_done() {
 fn the_minimum_outlives_the_idle_time() {
     few_preemptions(3, || {
         let pool = Pool::new(2, 2, 2);
-        pool.tell(pool.life.set(1, 2).unwrap());
+        pool.life.set(1, 2).unwrap();
         pool.life.expire();
         pool.life.expire();
         let report = pool.life.report();
         assert!((1..=2).contains(&report.threads));
-        pool.tell(pool.life.give([1].into_iter()));
+        pool.life.give([1].into_iter());
         pool.serve(&[1]);
         pool.end();
     });
@@ -344,8 +347,8 @@ fn bounds_change_while_jobs_come() {
     few_preemptions(3, || {
         let pool = Pool::new(2, 2, 2);
         let theirs = StdArc::clone(&pool);
-        let giver = thread::spawn(move || theirs.tell(theirs.life.give([1, 2].into_iter())));
-        pool.tell(pool.life.set(1, 1).unwrap());
+        let giver = thread::spawn(move || theirs.life.give([1, 2].into_iter()));
+        pool.life.set(1, 1).unwrap();
         pool.serve(&[1, 2]);
         giver.join().unwrap();
         pool.end();
@@ -355,9 +358,9 @@ fn bounds_change_while_jobs_come() {
 /// A minimum that is raised is reached without any job.
 #[test]
 fn a_raised_minimum_is_reached() {
-    loom::model(|| {
-        let pool = Pool::new(1, 1, 2);
-        pool.tell(pool.life.set(2, 2).unwrap());
+    few_preemptions(3, || {
+        let pool = Pool::with_maker(1, 1, 2);
+        pool.life.set(2, 2).unwrap();
         pool.wait_alive(2);
         pool.end();
         assert_eq!(pool.life.report().created, 2);
@@ -369,7 +372,7 @@ fn a_raised_minimum_is_reached() {
 fn a_job_of_the_pool_is_either_run_or_cancelled() {
     loom::model(|| {
         let pool = Pool::new(1, 1, 1);
-        pool.tell(pool.life.give([1, 2].into_iter()));
+        pool.life.give([1, 2].into_iter());
         if let Some(job) = pool.life.cancel(|job| *job == 2) {
             pool.tell(pool.life.finish(job));
         }
@@ -378,41 +381,48 @@ fn a_job_of_the_pool_is_either_run_or_cancelled() {
     });
 }
 
-/// A job that counted on a thread which then can't be made goes to one that has come to rest meanwhile.
+/// Nothing counts on a thread that is being made, which may take for ever where memory is short: the others do all jobs.
 #[test]
-fn a_thread_that_can_not_be_made_leaves_no_job_behind() {
+fn a_thread_that_is_never_made_holds_no_job_up() {
     loom::model(|| {
         let pool = Pool::with_none(1, 2, 2);
         pool.life.give([1].into_iter());
         let first = pool.life.next(&Sleeper::new(1), Come::Looking, Duration::ZERO);
         assert_eq!(first, Step::Run(1));
         pool.life.give([2].into_iter());
-        assert_eq!(pool.life.begin(), Some(2));
+        assert_eq!(pool.life.birth(), Some(2));
         // While it is being made, the first thread goes on and may rest.
         pool.spawn(1, Come::Done(1));
-        pool.tell(pool.life.give([3].into_iter()));
-        pool.tell(pool.life.unborn());
+        pool.life.give([3].into_iter());
         pool.serve(&[1, 2, 3]);
+        pool.life.stop();
+        pool.life.unborn(Duration::ZERO);
         pool.end();
     });
 }
 
-/// Nobody tries again until the time has come, and then the main loop is told.
+/// After a thread could not be made nobody tries again until the time has come.
 #[test]
-fn a_thread_that_can_not_be_made_is_tried_again_when_told() {
+fn a_thread_that_can_not_be_made_is_tried_again_later() {
     loom::model(|| {
-        let life = Life::<u32, u32>::new(4, 1, 2).unwrap();
-        let next = |id, come| life.next(&Sleeper::new(id), come, Duration::ZERO);
+        let life = StdArc::new(Life::<u32, u32>::new(4, 1, 2).unwrap());
         life.give([1].into_iter());
-        assert_eq!(next(1, Come::Looking), Step::Run(1));
-        assert!(life.give([2, 3].into_iter()));
-        assert_eq!(life.begin(), Some(2));
-        assert!(!life.unborn() && life.has_failed() && life.lacks());
-        assert!(!life.give([4].into_iter()) && !life.has_wanted());
-        assert_eq!(life.begin(), None);
-        assert!(life.retry() && !life.has_failed() && life.has_wanted());
-        assert_eq!(life.begin(), Some(2));
-        assert_eq!(next(2, Come::Born), Step::Run(2));
+        assert_eq!(life.next(&Sleeper::new(1), Come::Looking, Duration::ZERO), Step::Run(1));
+        life.give([2, 3].into_iter());
+        assert_eq!(life.birth(), Some(2));
+        let theirs = StdArc::clone(&life);
+        let maker = thread::spawn(move || {
+            theirs.unborn(Duration::ZERO);
+            theirs.birth()
+        });
+        while life.report().failed == 0 {
+            thread::yield_now();
+        }
+        life.give([4].into_iter());
+        assert_eq!(life.report().threads, 1);
+        life.expire();
+        assert_eq!(maker.join().unwrap(), Some(2));
+        assert_eq!(life.next(&Sleeper::new(2), Come::Born, Duration::ZERO), Step::Run(2));
         let report = life.report();
         assert_eq!((report.threads, report.created, report.failed), (2, 2, 1));
     });

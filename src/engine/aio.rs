@@ -120,8 +120,4 @@ impl Reap for AioReap {
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
         self.completions.reap(usize::MAX, done) + self.finished.reap(done)
     }
-
-    fn deadline(&self) -> Option<u64> {
-        self.finished.deadline()
-    }
 }

@@ -342,10 +342,6 @@ impl Reap for FaultReap {
         self.inner.ready() || self.faults.ready.load(Ordering::Acquire)
     }
 
-    fn deadline(&self) -> Option<u64> {
-        self.inner.deadline()
-    }
-
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
         let faults = &self.faults;
         self.inner.reap(&mut |mut io, result| {

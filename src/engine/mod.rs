@@ -57,11 +57,6 @@ pub trait Reap: Send {
 
     /// Hands each completed I/O with its bytes or error to `done`, and says how many.
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize;
-
-    /// When [`reap`](Self::reap) is due although nothing happens, ns of [`now`](crate::stats::now).
-    fn deadline(&self) -> Option<u64> {
-        None
-    }
 }
 
 /// When the main loop may submit by itself under `submit = "auto"`: only where that can't block, or where nothing is

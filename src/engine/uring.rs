@@ -110,10 +110,6 @@ impl Reap for UringReap {
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
         self.completions.reap(done) + self.finished.reap(done)
     }
-
-    fn deadline(&self) -> Option<u64> {
-        self.finished.deadline()
-    }
 }
 
 #[cfg(test)]

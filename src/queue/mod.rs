@@ -355,11 +355,10 @@ impl Queue {
     }
 
     /// When a turn is due although nothing completes, ns of [`now`]: for I/Os that are left over and nothing in flight makes
-    /// room for, for what is to be tried again, and for the engine.
+    /// room for, and for what is to be tried again.
     pub fn deadline(&self) -> Option<u64> {
         let left_over = (!self.batch.is_empty()).then(|| now() + 1_000_000);
-        let parked = self.parked.iter().map(|index| self.tiocbs[*index as usize].due);
-        parked.chain(left_over).chain(self.engine.reap.deadline()).min()
+        self.parked.iter().map(|index| self.tiocbs[*index as usize].due).chain(left_over).min()
     }
 
     /// Whether the engine has nothing of ours.

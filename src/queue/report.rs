@@ -119,7 +119,7 @@ impl Queue {
         }
         if let Some(pool) = self.engine.submit.pool() {
             let PoolReport { min, max, .. } = pool.report();
-            parts.push(Part::threads("pool", min));
+            parts.push(Part::threads("pool and its maker", min + 1));
             parts.push(Part::each("thread of the pool", STACK_SIZE, max - min));
         }
         parts

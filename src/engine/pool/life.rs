@@ -1,10 +1,10 @@
 //! How the pool's threads live: who waits, who is woken, who is made and who ends. Without a system call, so that every
 //! order of events can be tried (`tests/loom.rs`).
 //!
-//! A thread is *coming* from when it is woken, made or sent on an errand until it has looked for work under the lock. What
-//! holds whenever the lock is free, but for the moments in which [`Life::give`] wakes one thread after the other: where
-//! there are more jobs than threads that are coming, no thread is idle; and if one more may be made, then either one is
-//! being made, or a thread is coming, which sees to it before it takes work, or the main loop has been told.
+//! A thread is *coming* from when it is woken until it has looked for work under the lock. What holds whenever the lock is
+//! free, but for the moments in which [`Life::give`] wakes one thread after the other: where there are more jobs than threads
+//! that are coming, no thread is idle; and if one more may be made, one is being made, or the maker has been told. Nothing
+//! counts on a thread that is being made: that may take as long as it likes.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -79,9 +79,9 @@ impl Sleeper {
 /// Where a thread comes from when it looks for work.
 #[derive(Debug)]
 pub enum Come<D> {
-    /// It was made because one was wanted.
+    /// The maker made it.
     Born,
-    /// From an errand, or it is one of the first.
+    /// From the main loop's event, or it is one of the first.
     Looking,
     /// From a job, with what came of it.
     Done(D),
@@ -92,8 +92,6 @@ pub enum Come<D> {
 pub enum Step<J> {
     /// A job.
     Run(J),
-    /// Make the thread with that number, and come back.
-    Create(u64),
     /// Write the main loop's event, and come back.
     Tell,
     /// Its own end.
@@ -114,8 +112,6 @@ struct State<J, D> {
     running: usize,
     /// One is being made, and has not looked for work yet.
     being_born: bool,
-    /// The last one could not be made.
-    failing: bool,
     stop: bool,
     created: u64,
     failed: u64,
@@ -124,34 +120,17 @@ struct State<J, D> {
 }
 
 impl<J, D> State<J, D> {
-    /// Whether there are too few threads, `looking` of which are about to take a job each.
-    fn lacks(&self, looking: usize) -> bool {
-        let waits = self.todo.len() > self.coming + looking && self.idle.is_empty();
-        !self.stop && (self.threads < self.min || (waits && self.threads < self.max))
-    }
-
-    /// Whether one is to be made now.
-    fn wanted(&self, looking: usize) -> bool {
-        !self.being_born && !self.failing && self.lacks(looking)
-    }
-
-    /// One is being made from here on; gives its number.
-    fn birth(&mut self) -> u64 {
-        self.threads += 1;
-        self.coming += 1;
-        self.being_born = true;
-        self.created += 1;
-        self.created
+    /// Whether a thread is to be made now.
+    fn wanted(&self) -> bool {
+        let waits = self.todo.len() > self.coming && self.idle.is_empty();
+        let lacks = self.threads < self.min || (waits && self.threads < self.max);
+        lacks && !self.being_born && !self.stop
     }
 
     /// What there is to do for a thread that looks. None: to rest.
     fn step(&mut self) -> Option<Step<J>> {
         if self.threads > self.max {
             return Some(Step::End);
-        }
-        if self.wanted(1) {
-            self.coming += 1;
-            return Some(Step::Create(self.birth()));
         }
         if let Some(job) = self.todo.pop_front() {
             self.running += 1;
@@ -167,10 +146,8 @@ pub struct Life<J, D> {
     state: Mutex<State<J, D>>,
     /// `State::finished` is not empty, seen without the lock.
     finished: AtomicBool,
-    /// The main loop is to make a thread, seen without the lock.
-    create: AtomicBool,
-    /// `State::failing`, seen without the lock.
-    failing: AtomicBool,
+    /// Wakes the maker.
+    maker: Condvar,
 }
 
 impl<J, D> Life<J, D> {
@@ -189,7 +166,6 @@ impl<J, D> Life<J, D> {
                 coming: min,
                 running: 0,
                 being_born: false,
-                failing: false,
                 stop: false,
                 created: min as u64,
                 failed: 0,
@@ -197,8 +173,7 @@ impl<J, D> Life<J, D> {
                 expiries: 0,
             }),
             finished: AtomicBool::new(false),
-            create: AtomicBool::new(false),
-            failing: AtomicBool::new(false),
+            maker: Condvar::new(),
         })
     }
 
@@ -206,8 +181,8 @@ impl<J, D> Life<J, D> {
         self.state.lock().unwrap()
     }
 
-    /// Wakes threads for the jobs that nobody is coming for. True: the main loop is to be told that it should make one.
-    fn settle<'a>(&'a self, mut state: MutexGuard<'a, State<J, D>>) -> bool {
+    /// Wakes threads for the jobs that nobody is coming for, or the maker.
+    fn settle<'a>(&'a self, mut state: MutexGuard<'a, State<J, D>>) {
         while state.todo.len() > state.coming
             && let Some(sleeper) = state.idle.pop()
         {
@@ -217,8 +192,13 @@ impl<J, D> Life<J, D> {
             sleeper.wake.notify_one();
             state = self.lock();
         }
-        // Whoever is coming sees to it sooner than the main loop, and holds up nothing but one job.
-        state.coming == 0 && state.wanted(0) && !self.create.swap(true, Ordering::AcqRel)
+        self.tell_maker(&state);
+    }
+
+    fn tell_maker(&self, state: &State<J, D>) {
+        if state.wanted() {
+            self.maker.notify_one();
+        }
     }
 
     /// All that wait look again.
@@ -229,11 +209,11 @@ impl<J, D> Life<J, D> {
         }
     }
 
-    /// Any thread: hands over all of `jobs`. Makes no thread and waits for none. True: the event is to be written.
-    pub fn give(&self, jobs: impl Iterator<Item = J>) -> bool {
+    /// Any thread: hands over all of `jobs`. Makes no thread and waits for none.
+    pub fn give(&self, jobs: impl Iterator<Item = J>) {
         let mut state = self.lock();
         state.todo.extend(jobs);
-        self.settle(state)
+        self.settle(state);
     }
 
     /// Main loop: takes back the first job for which `found` says so, if no thread has begun it.
@@ -273,47 +253,38 @@ impl<J, D> Life<J, D> {
         }
     }
 
-    /// Main loop: whether [`begin`](Self::begin) is due.
-    pub fn has_wanted(&self) -> bool {
-        self.create.load(Ordering::Acquire)
-    }
-
-    /// Main loop: the number of the thread that it is to make, if one is still wanted.
-    pub fn begin(&self) -> Option<u64> {
+    /// Maker: waits until a thread is wanted, and gives its number; [`unborn`](Self::unborn) if it can't be made. None: the
+    /// end.
+    pub fn birth(&self) -> Option<u64> {
         let mut state = self.lock();
-        self.create.store(false, Ordering::Release);
-        state.wanted(0).then(|| state.birth())
+        while !state.wanted() {
+            if state.stop {
+                return None;
+            }
+            state = self.maker.wait(state).unwrap();
+        }
+        state.threads += 1;
+        state.being_born = true;
+        state.created += 1;
+        Some(state.created)
     }
 
-    /// The thread that was wanted can't be made. None is made until [`retry`](Self::retry). True: the event is to be written.
-    pub fn unborn(&self) -> bool {
+    /// Maker: that thread can't be made. Waits a while: the system will not have more of them at once.
+    pub fn unborn(&self, pause: Duration) {
         let mut state = self.lock();
         state.threads -= 1;
-        state.coming -= 1;
         state.created -= 1;
         state.failed += 1;
+        // As long as this is set none is wanted.
+        let mut clock = Clock::new(true, pause, &state);
+        while !state.stop {
+            let over;
+            (state, over) = clock.wait(&self.maker, state);
+            if over {
+                break;
+            }
+        }
         state.being_born = false;
-        state.failing = true;
-        self.failing.store(true, Ordering::Release);
-        self.settle(state)
-    }
-
-    /// Main loop: whether making a thread has failed, and not been tried since.
-    pub fn has_failed(&self) -> bool {
-        self.failing.load(Ordering::Acquire)
-    }
-
-    /// Main loop: whether there are fewer threads than work for them.
-    pub fn lacks(&self) -> bool {
-        self.lock().lacks(0)
-    }
-
-    /// Main loop: threads may be made again. True: the event is to be written.
-    pub fn retry(&self) -> bool {
-        let mut state = self.lock();
-        state.failing = false;
-        self.failing.store(false, Ordering::Release);
-        self.settle(state)
     }
 
     /// Thread: what to do next. Waits for it, `idle` at most while there are more threads than the minimum.
@@ -321,8 +292,8 @@ impl<J, D> Life<J, D> {
         let mut state = self.lock();
         match come {
             Come::Born => {
-                state.coming -= 1;
                 state.being_born = false;
+                self.tell_maker(&state);
             }
             Come::Looking => state.coming -= 1,
             Come::Done(done) => {
@@ -337,7 +308,10 @@ impl<J, D> Life<J, D> {
         loop {
             match state.step() {
                 Some(Step::End) => break,
-                Some(step) => return step,
+                Some(step) => {
+                    self.tell_maker(&state);
+                    return step;
+                }
                 None => {}
             }
             let (guard, goes_on) = self.rest(state, me, idle);
@@ -377,23 +351,24 @@ impl<J, D> Life<J, D> {
         }
     }
 
-    /// Changes the bounds. Missing threads are made, and those that are too many end when their work is done. True: the
-    /// event is to be written.
-    pub fn set(&self, min: usize, max: usize) -> Result<bool, BoundsError> {
+    /// Changes the bounds. Missing threads are made, and those that are too many end when their work is done.
+    pub fn set(&self, min: usize, max: usize) -> Result<(), BoundsError> {
         check(min, max)?;
         let mut state = self.lock();
         (state.min, state.max) = (min, max);
         let missing = max.saturating_sub(state.idle.len());
         state.idle.reserve(missing);
         Self::wake_all(&mut state);
-        Ok(self.settle(state))
+        self.settle(state);
+        Ok(())
     }
 
-    /// No more jobs will come; threads end when none is left.
+    /// No more jobs will come; threads end when none is left, and the maker at once.
     pub fn stop(&self) {
         let mut state = self.lock();
         state.stop = true;
         Self::wake_all(&mut state);
+        self.maker.notify_one();
     }
 
     /// What there is to see.
@@ -411,12 +386,13 @@ impl<J, D> Life<J, D> {
         }
     }
 
-    /// The idle time of all that wait is over: there is no time in the model.
+    /// The time of all that wait is over: there is no time in the model.
     #[cfg(loom)]
     pub fn expire(&self) {
         let mut state = self.lock();
         state.expiries += 1;
         state.idle.iter().for_each(|sleeper| sleeper.wake.notify_one());
+        self.maker.notify_one();
     }
 }
 

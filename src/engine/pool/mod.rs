@@ -3,26 +3,22 @@
 //!
 //! ## Who makes threads
 //!
-//! Never the one who submits: a request must not wait for a `clone`, and the thread would get the requester's CPUs and
-//! priority. The first ones, as many as the minimum, are made at the start. Where there are more jobs than threads for them,
-//! that is noted, and a pool thread that is on its way to the queue makes the next one before it takes work: one that was
-//! woken, one that has just finished a job, or the one that was just made, so that a burst brings up a chain. Only where no
-//! thread is on its way, because all are in system calls, the main loop makes the first one of the chain, when there is
-//! nothing to reap. All of them descend from the thread that called [`Pool::start`] or from the main loop, and have their
-//! CPUs and priority. One is being made at a time, never under the lock, so that those who exist go on serving.
-//!
-//! An idle thread that is kept in reserve would spare the main loop even that one; but it would also be one more stack in
-//! locked memory for each disk, and one more thread to be made whenever a disk is used after a rest.
+//! A thread of its own, the maker, and nobody else: where the host is short of memory, a `clone` waits until there is some,
+//! and what waits then must not be a request, nor the main loop, which would reap nothing meanwhile, nor a thread of the pool
+//! that the memory's coming may depend on. (With pool threads that made each other, a host that swapped to such a disk stood
+//! still: the only thread was making the second one.) The first threads, as many as the minimum, and the maker are made at
+//! the start; all descend from the thread that called [`Pool::start`], the main loop's, and have its CPUs and priority, never
+//! a requester's. One is being made at a time, never under the lock; one that was just made calls for the next if there still
+//! are too few. Nothing counts on a thread before it is there.
 //!
 //! ## What is promised
 //!
 //! The minimum is all that the data path needs. Threads beyond it make it faster; making one allocates, and where the
-//! system has none for us (EAGAIN, ENOMEM), that is counted and tried again [a while](RETRY_NS) later. Nothing else here
+//! system has none for us (EAGAIN, ENOMEM), that is counted and tried again [a while](RETRY) later. Nothing else here
 //! allocates: the queues have their room from the start.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,15 +29,14 @@ use nix::sys::eventfd::EventFd;
 pub use self::life::{BoundsError, PoolReport};
 use self::life::{Come, Life, Sleeper, Step};
 use super::{Engine, Inline, Reap, Submit};
-use crate::stats::now;
 use crate::submit::STACK_SIZE;
 use crate::sys::file::Backing;
 use crate::sys::io::Io;
 
 pub mod life;
 
-/// How long no thread is made after one could not be, ns.
-pub const RETRY_NS: u64 = 100_000_000;
+/// How long no thread is made after one could not be.
+pub const RETRY: Duration = Duration::from_millis(100);
 
 /// How many threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,8 +87,6 @@ struct Shared {
     event: Arc<EventFd>,
     idle: Duration,
     handles: Mutex<Handles>,
-    /// When a thread may be made again after one could not be, ns of [`now`].
-    retry_at: AtomicU64,
 }
 
 impl Shared {
@@ -115,11 +108,12 @@ impl Shared {
         Ok(())
     }
 
-    /// Makes a thread that was wanted.
-    fn create(self: &Arc<Self>, id: u64) {
-        if self.spawn(id, Come::Born).is_err() {
-            self.retry_at.store(now() + RETRY_NS, Ordering::Relaxed);
-            self.tell(self.life.unborn());
+    /// Makes threads that are wanted, as long as the pool lives.
+    fn make(self: &Arc<Self>) {
+        while let Some(id) = self.life.birth() {
+            if self.spawn(id, Come::Born).is_err() {
+                self.life.unborn(RETRY);
+            }
         }
     }
 
@@ -130,10 +124,6 @@ impl Shared {
                 Step::Run(io) => {
                     let result = self.files[usize::from(io.file.0)].carry_out(&io);
                     Come::Done((io, result))
-                }
-                Step::Create(id) => {
-                    self.create(id);
-                    Come::Looking
                 }
                 Step::Tell => {
                     self.tell(true);
@@ -150,10 +140,6 @@ impl Shared {
         drop(handles);
         join(before);
     }
-
-    fn may_retry(&self) -> bool {
-        self.life.has_failed() && now() >= self.retry_at.load(Ordering::Relaxed)
-    }
 }
 
 fn join(handle: Option<JoinHandle<()>>) {
@@ -166,6 +152,7 @@ fn join(handle: Option<JoinHandle<()>>) {
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
+    maker: Option<JoinHandle<()>>,
 }
 
 impl Pool {
@@ -185,20 +172,22 @@ impl Pool {
             event: Arc::clone(event),
             idle,
             handles: Mutex::default(),
-            retry_at: AtomicU64::new(0),
         });
-        let pool = Pool { shared: Arc::clone(&shared) };
+        let mut pool = Pool { shared: Arc::clone(&shared), maker: None };
         for id in 1..=min as u64 {
             shared.spawn(id, Come::Looking).map_err(|error| {
                 io::Error::new(error.kind(), format!("start thread {id} of {min} of the pool: {error}"))
             })?;
         }
+        let theirs = Arc::clone(&shared);
+        let maker = std::thread::Builder::new().name("pool maker".into()).stack_size(STACK_SIZE);
+        pool.maker = Some(maker.spawn(move || theirs.make())?);
         Ok((pool, Finishing { shared, taken: VecDeque::with_capacity(depth) }))
     }
 
     /// Hands over I/Os. Never blocks. They are begun in this order.
     pub fn give(&self, ios: impl Iterator<Item = Box<Io>>) {
-        self.shared.tell(self.shared.life.give(ios));
+        self.shared.life.give(ios);
     }
 
     /// Ends the I/O with that tag with ECANCELED, if no thread has begun it. False: it can only be waited for.
@@ -210,9 +199,7 @@ impl Pool {
 
     /// Changes the bounds. Missing threads are made one by one, and those that are too many end when their work is done.
     pub fn set(&self, min: usize, max: usize) -> Result<(), BoundsError> {
-        let tell = self.shared.life.set(min, max)?;
-        self.shared.tell(tell);
-        Ok(())
+        self.shared.life.set(min, max)
     }
 
     /// What there is to see.
@@ -224,6 +211,8 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.life.stop();
+        // Before the others: it makes none any more.
+        join(self.maker.take());
         // One that ends may have made another one before, whose handle is there then.
         loop {
             let next = self.shared.handles.lock().unwrap().live.pop();
@@ -265,33 +254,15 @@ pub struct Finishing {
 
 impl Reap for Finishing {
     fn ready(&self) -> bool {
-        let life = &self.shared.life;
-        life.has_finished() || life.has_wanted() || self.shared.may_retry()
+        self.shared.life.has_finished()
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        let Finishing { shared, taken } = self;
-        shared.life.drain(taken);
-        let count = taken.len();
-        for (io, result) in taken.drain(..) {
+        self.shared.life.drain(&mut self.taken);
+        let count = self.taken.len();
+        for (io, result) in self.taken.drain(..) {
             done(io, result);
         }
-        if shared.may_retry() {
-            // Not told: it is us.
-            shared.life.retry();
-        }
-        // Where something was finished, a pool thread is looking, and makes what is wanted; answers go out first.
-        if count == 0
-            && shared.life.has_wanted()
-            && let Some(id) = shared.life.begin()
-        {
-            shared.create(id);
-        }
         count
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        let waits = self.shared.life.has_failed() && self.shared.life.lacks();
-        waits.then(|| self.shared.retry_at.load(Ordering::Relaxed))
     }
 }
