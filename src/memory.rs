@@ -7,8 +7,9 @@
 //!
 //! - All that a request needs is made at the start: its slot, tiocb, I/O and iovecs, the queues between the threads, the
 //!   engine's rings, and at least one thread of the pool. A client's data pages are made when it connects.
-//! - All of it is locked (`mlockall`), also what a client brings; stacks of threads are small for that reason
-//!   ([`STACK_SIZE`]). Needs CAP_IPC_LOCK, or a limit (RLIMIT_MEMLOCK) that suffices.
+//! - All of it is locked (`mlockall`), and what comes later too, such as what a client brings; stacks of threads are small
+//!   for that reason ([`STACK_SIZE`]). Needs CAP_IPC_LOCK, or no limit (RLIMIT_MEMLOCK); with a limit that suffices, what
+//!   is there at the start and the clients' data pages are locked.
 //! - The kernel is told (`PR_SET_IO_FLUSHER`, since Linux 5.6) that this process writes memory back: when it allocates on
 //!   our behalf, in `io_submit` or in `pwritev2`, it doesn't wait for other I/O. Needs CAP_SYS_RESOURCE. All threads
 //!   inherit that from the first one.
@@ -30,6 +31,7 @@
 use std::fs;
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use slog::{Logger, info, warn};
 
@@ -145,11 +147,24 @@ fn set_oom_score_adj(wanted: i32) -> std::io::Result<()> {
     fs::write(path, wanted.to_string())
 }
 
-/// Keeps all that is there now resident. What clients bring later locks itself.
+/// Keeps all that is there now resident, and all that comes: what a client's connection allocates and the stacks of the
+/// pool's threads could otherwise be swapped out to the disk that they serve.
 pub fn lock(log: &Logger) {
-    if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT) {
+    // Where there is a limit, what is beyond it could not be had at all, and the program would end.
+    let future = if may_lock_all() { MlockAllFlags::MCL_FUTURE } else { MlockAllFlags::empty() };
+    if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | future) {
         let what = "cannot lock memory: under memory pressure the disk can be slow or stop";
         let remedy = "raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity) or give CAP_IPC_LOCK";
         Denied { what, error: errno.into(), remedy }.log(log);
     }
+}
+
+/// Whether nothing limits what this process locks: RLIMIT_MEMLOCK does not, or CAP_IPC_LOCK lifts it.
+fn may_lock_all() -> bool {
+    const CAP_IPC_LOCK: u64 = 1 << 14;
+    let unlimited = getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft == RLIM_INFINITY);
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective =
+        status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    unlimited || effective.is_some_and(|effective| effective & CAP_IPC_LOCK != 0)
 }
