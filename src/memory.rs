@@ -6,7 +6,8 @@
 //! would wait for itself. So:
 //!
 //! - All that a request needs is made at the start: its slot, tiocb, I/O and iovecs, the queues between the threads, the
-//!   engine's rings, and at least one thread of the pool. A client's data pages are made when it connects.
+//!   engine's rings, and the minimum of the pool's threads; more of them are made by a thread that nothing waits for. A
+//!   client's data pages are made when it connects.
 //! - All of it is locked (`mlockall`), and what comes later too, such as what a client brings; stacks of threads are small
 //!   for that reason ([`STACK_SIZE`]). Needs CAP_IPC_LOCK, or no limit (RLIMIT_MEMLOCK); with a limit that suffices, what
 //!   is there at the start and the clients' data pages are locked.
@@ -24,9 +25,10 @@
 //! # What a disk takes
 //!
 //! [`Budget`] adds it up; it is logged at the start and shown by `tap-ctl stats` under `memory`. With the defaults, in KiB:
-//! requests 36, tiocbs 40, I/Os 570 (most of it iovecs, `engine.depth` × `engine.merge_iovecs` × 16 bytes), statistics 240,
-//! stacks 128 for each thread. A Xen guest takes `frontend.xen.buffers` for data, 16 MiB, a client of NBD 4 MiB, one of
-//! the local ring what it asks for, `frontend.local.max_data` at most. The rest is the program itself.
+//! requests 25, or 540 with the local ring, whose requests may have 256 segments; tiocbs 37; I/Os 550, most of it iovecs
+//! (`engine.depth` × `engine.merge_iovecs` × 16 bytes); statistics 140; stacks 128 for each thread. A Xen guest takes
+//! `frontend.xen.buffers` for data, 16 MiB, a client of NBD 4 MiB, one of the local ring what it asks for,
+//! `frontend.local.max_data` at most. The rest is the program itself.
 
 use std::fs;
 

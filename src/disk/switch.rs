@@ -111,6 +111,7 @@ impl Disk {
         let opener = self.opener.as_mut().ok_or(SwitchError::OnlyOne)?;
         // The new one is there before the old one is touched: an error changes nothing.
         let engine = opener.open(wanted.name)?;
+        opener.lock_memory();
         let mode = wanted.submit.unwrap_or(self.queue.mode());
         self.queue.plug();
         let until = now() + PATIENCE.as_nanos() as u64;

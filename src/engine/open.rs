@@ -41,11 +41,14 @@ impl Opener {
             name => self.named(name)?,
         };
         self.settings.name = name;
-        let engine = if self.faults.is_empty() { engine } else { fault::wrap(engine, &self.faults)? };
+        if self.faults.is_empty() { Ok(engine) } else { fault::wrap(engine, &self.faults) }
+    }
+
+    /// Keeps what was opened resident, if that is wanted.
+    pub fn lock_memory(&self) {
         if self.lock_memory {
             memory::lock(&self.log);
         }
-        Ok(engine)
     }
 
     /// Has the engines that are opened from now on have so many threads at least and at most.
