@@ -45,8 +45,10 @@ all_flushers() {
     # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE, include/linux/sched.h. The name before it may have blanks.
     local task flags
     for task in "/proc/$pid"/task/*; do
-        flags=$(sed 's/.*) //' "$task/stat" | cut -d' ' -f7)
-        is "flags of thread $(cat "$task/comm")" $((0x180000)) $((flags & 0x180000))
+        # A thread of the pool may end meanwhile.
+        flags=$(sed 's/.*) //' "$task/stat" 2>/dev/null | cut -d' ' -f7)
+        [ -n "$flags" ] || continue
+        is "flags of thread $task" $((0x180000)) $((flags & 0x180000))
     done
 }
 # A line of its status, in KiB.
