@@ -39,7 +39,7 @@ use slog::{Logger, info, warn};
 
 use crate::config::Memory;
 use crate::submit::STACK_SIZE;
-use crate::sys::process::set_io_flusher;
+use crate::sys::process::{set_io_flusher, share_one_arena};
 
 /// Something that takes memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +125,7 @@ const RESOURCE: &str = "give CAP_SYS_RESOURCE, as root has it, or say in [memory
 
 /// Tells the kernel what kind of process this is. Before the first thread starts, since threads inherit it.
 pub fn announce(config: &Memory) -> Vec<Denied> {
+    share_one_arena();
     let mut denied = Vec::new();
     if config.io_flusher
         && let Err(error) = set_io_flusher()
