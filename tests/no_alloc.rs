@@ -6,13 +6,13 @@ mod common;
 use std::alloc::System;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::served::{folder, tool};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tapdisk::config::Config;
 use tapdisk::log::Log;
-use tapdisk::{event, serve};
+use tapdisk::{control, event, serve};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
@@ -28,6 +28,25 @@ fn none_between_warm_up_and_the_end_of_a_mixed_load() {
     for engine in ["name = 'aio'", "name = 'io_uring'", "name = 'threads'\nthreads_min = 8\nthreads_max = 8"] {
         println!("{engine}");
         none_with(engine);
+    }
+}
+
+/// Waits until a client of the ring and one of NBD have had a few hundred requests answered: machines can be slow.
+fn wait_until_loaded(sockets: &Path) {
+    let end = Instant::now() + Duration::from_secs(10);
+    let pid = std::process::id() as i32;
+    let loaded = || {
+        let text = control::client::text_of(sockets, pid, 0, control::proto::kind::DEBUG_QUEUE).unwrap();
+        let queue: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let clients = |index: usize| queue["frontends"][index]["clients"].as_array().unwrap().clone();
+        let nbd = clients(1).iter().any(|client| client["requests"].as_u64() > Some(300));
+        let completed: u64 =
+            queue["operations"].as_array().unwrap().iter().map(|op| op["completed"].as_u64().unwrap()).sum();
+        !clients(0).is_empty() && nbd && completed > 1000
+    };
+    while !loaded() {
+        assert!(Instant::now() < end, "the loads do not run");
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -52,18 +71,19 @@ fn none_with(engine: &str) {
     serving.recv().unwrap();
     let mut ring = quiet(
         tool("ring-load")
-            .args(["run", "--rw", "randrw", "--bs", "512-256k", "--depth", "32", "--queues", "2", "--runtime", "4s"])
+            .args(["run", "--rw", "randrw", "--bs", "512-256k", "--depth", "32", "--queues", "2", "--runtime", "6s"])
             .args(["--fsync", "100", "--ring-page-order", "2", "--socket"])
             .arg(s.join("ring")),
     );
     let mut nbd = quiet(
         Command::new("fio")
             .args(["--name=load", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-512k"])
-            .args(["--blockalign=512", "--iodepth=32", "--runtime=4", "--time_based", "--fsync=100", "--size=64m"])
+            .args(["--blockalign=512", "--iodepth=32", "--runtime=6", "--time_based", "--fsync=100", "--size=64m"])
             .arg(format!("--uri=nbd+unix:///?socket={}/nbd", s.display())),
     );
     // Connections are set up, and every buffer has been used.
-    std::thread::sleep(Duration::from_millis(1500));
+    wait_until_loaded(s);
+    std::thread::sleep(Duration::from_millis(500));
     assert!(ring.try_wait().unwrap().is_none() && nbd.try_wait().unwrap().is_none(), "the loads do not run");
     let probe = Region::new(ALLOCATOR);
     drop(std::hint::black_box(vec![0u8; 100]));
