@@ -94,7 +94,7 @@ fn none_with(engine: &str) {
     assert!(ring.try_wait().unwrap().is_none() && nbd.try_wait().unwrap().is_none(), "the loads ended early");
     assert!(ring.wait().unwrap().success() && nbd.wait().unwrap().success());
     // The control socket allocates; it is no part of the data path.
-    tapdisk::control::client::exit(s, std::process::id() as i32).unwrap();
+    control::client::exit(s, std::process::id() as i32).unwrap();
     server.join().unwrap();
     assert_eq!((change.allocations, change.reallocations, change.deallocations), (0, 0, 0), "{change:?}");
 }
