@@ -16,7 +16,7 @@ use crate::config;
 use crate::control::Control;
 use crate::disk::{Disk, Turn};
 use crate::log::Log;
-use crate::polling::{Look, Polling, Settings};
+use crate::polling::{Look, Polling, Settings, watch};
 use crate::stats::now;
 
 const ENGINE: usize = 0;
@@ -236,21 +236,7 @@ impl Spin {
 
     /// True: there is something.
     fn run(&self, ready: impl Fn() -> bool) -> bool {
-        if self.window == 0 {
-            return false;
-        }
-        let end = now() + self.window;
-        loop {
-            for _ in 0..16 {
-                if ready() {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-            if now() >= end {
-                return false;
-            }
-        }
+        self.window > 0 && watch(now() + self.window, ready)
     }
 
     /// A sleep took that long, in ns: would spinning have seen its end?

@@ -121,7 +121,7 @@ impl Polling {
         let verdict = verdict(self.settings, last_request, begin, || self.meter.idle_percent(begin));
         if verdict == Verdict::Poll {
             self.active = true;
-            self.seen = see(begin, ready);
+            self.seen = watch(begin + SLICE, ready);
             return if self.seen { Look::Found } else { Look::Again };
         }
         self.active = false;
@@ -151,8 +151,8 @@ impl Polling {
     }
 }
 
-/// Whether memory shows something within a slice.
-fn see(begin: u64, ready: impl Fn() -> bool) -> bool {
+/// Looks at memory until that time of [`now`]. True: there is something.
+pub fn watch(until: u64, ready: impl Fn() -> bool) -> bool {
     loop {
         for _ in 0..16 {
             if ready() {
@@ -160,9 +160,11 @@ fn see(begin: u64, ready: impl Fn() -> bool) -> bool {
             }
             std::hint::spin_loop();
         }
-        if now() - begin >= SLICE {
+        if now() >= until {
             return false;
         }
+        // What is waited for may be a thread that has only this CPU.
+        std::thread::yield_now();
     }
 }
 
