@@ -11,7 +11,7 @@ use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
 use nix::fcntl::Flock;
-use slog::{Logger, error, info, warn};
+use slog::{Logger, error, info, o, warn};
 
 pub use self::inspect::{DebugQueue, RequestReport};
 use self::switch::Switching;
@@ -302,7 +302,7 @@ impl Disk {
         while let Some((transfer, result)) = self.queue.next_finished() {
             worked = true;
             if let Some(errno) = self.stack.finish(&transfer, result, &mut self.slots) {
-                self.log_error(&transfer, errno);
+                self.log_failure(&transfer, errno, false);
             }
             let request = self.slots.get(transfer.owner);
             if request.pieces == 0 && !request.planning {
@@ -310,7 +310,7 @@ impl Disk {
             }
         }
         if let Some((transfer, errno)) = self.queue.next_retried() {
-            self.log_retry(&transfer, errno);
+            self.log_failure(&transfer, errno, true);
         }
         worked
     }
@@ -332,16 +332,16 @@ impl Disk {
         self.held_until.is_some()
     }
 
-    fn log_error(&mut self, transfer: &Transfer, errno: Errno) {
+    fn log_failure(&mut self, transfer: &Transfer, errno: Errno, tried_again: bool) {
         let Some(suppressed) = self.limiter.allow(now()) else { return };
-        error!(self.log, "I/O error"; "op" => ?transfer.op, "file" => %self.stack.leaf().path.display(),
-            "offset" => transfer.offset, "len" => transfer.len, "errno" => %errno, "suppressed_before" => suppressed);
-    }
-
-    fn log_retry(&mut self, transfer: &Transfer, errno: Errno) {
-        let Some(suppressed) = self.limiter.allow(now()) else { return };
-        warn!(self.log, "I/O failed and is tried again"; "op" => ?transfer.op, "file" => %self.stack.leaf().path.display(),
-            "offset" => transfer.offset, "len" => transfer.len, "errno" => %errno, "suppressed_before" => suppressed);
+        let log = self.log.new(o!("op" => format!("{:?}", transfer.op), "offset" => transfer.offset,
+            "file" => self.stack.leaf().path.display().to_string(), "len" => transfer.len, "errno" => errno.to_string(),
+            "suppressed_before" => suppressed));
+        if tried_again {
+            warn!(log, "I/O failed and is tried again");
+        } else {
+            error!(log, "I/O error");
+        }
     }
 
     /// Whether there was something to answer, and for a frontend whose requests memory shows.

@@ -102,6 +102,13 @@ struct Tiocb {
     next: u32,
 }
 
+impl Tiocb {
+    /// For `transfer`; `next` is the next in the list that it goes to.
+    fn new(transfer: Option<Transfer>, state: State, next: u32) -> Tiocb {
+        Tiocb { transfer, done: 0, alone: false, failures: Failures::default(), due: 0, state, next }
+    }
+}
+
 /// A tiocb that is finished: with its bytes, fewer than asked only where the file ended, or its error.
 pub type Finished = (Transfer, Result<u64, Errno>);
 
@@ -146,9 +153,7 @@ impl Queue {
         let Limits { tiocbs: size, iovecs, merge_bytes, retry } = limits;
         let counters = Arc::new(Counters::default());
         let thread = thread_for(&engine, mode, &counters)?;
-        let (failures, due) = (Failures::default(), 0);
-        let tiocb = |next| Tiocb { transfer: None, done: 0, alone: false, failures, due, state: State::Free, next };
-        let mut tiocbs: Vec<_> = (1..=size as u32).map(tiocb).collect();
+        let mut tiocbs: Vec<_> = (1..=size as u32).map(|next| Tiocb::new(None, State::Free, next)).collect();
         tiocbs[size - 1].next = NONE;
         Ok(Queue {
             tiocbs,
@@ -193,15 +198,7 @@ impl Queue {
         }
         let tiocb = &mut self.tiocbs[index as usize];
         self.free = tiocb.next;
-        *tiocb = Tiocb {
-            transfer: Some(transfer),
-            done: 0,
-            alone: false,
-            failures: Failures::default(),
-            due: 0,
-            state: State::Waiting,
-            next: NONE,
-        };
+        *tiocb = Tiocb::new(Some(transfer), State::Waiting, NONE);
         self.append(index);
         self.report.queued += 1;
         true
