@@ -33,6 +33,7 @@
 //! - The **pool** ([`engine::pool`]) is an engine of threads, and does for the others what the kernel does only by waiting.
 //!   Whoever submits to it makes no thread.
 //! - A **frontend** ([`frontend`]) brings requests, each with a tag of its own that comes back with the answer.
+//! - The **XenStore** ([`xenstore`]) is asked without waiting: its client's requests are futures, polled on the main loop.
 //!
 //! ## A Xen guest
 //!
@@ -42,7 +43,6 @@
 //! through [`xenstore`]: an asynchronous function, polled by the main loop, that looks at both sides' nodes whenever one has
 //! changed and does what [`decide`](frontend::xen::handshake::decide) says. A guest that goes leaves its requests behind: they
 //! are finished in memory of ours before the next guest is let in, and before the toolstack is told that the disk is closed.
-//! - The **XenStore** ([`xenstore`]) is asked without waiting: its client's requests are futures, polled on the main loop.
 //!
 //! ## Ownership
 //!
