@@ -160,8 +160,8 @@ fn open_file(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error>
             "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
     }
     let files: Arc<[Backing]> = Arc::new([Backing { file, direct, block_device: geometry.block_device }]);
-    let mut opener = Opener::new(files, config, log.clone()).map_err(io("start its engine"))?;
-    let engine = opener.open(None).map_err(io("start its engine"))?;
+    let opener = Opener::new(files, config, log.clone()).map_err(io("start its engine"))?;
+    let engine = opener.open(opener.name).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => %path.display(), "size" => size, "sector_size" => sector_size,
         "direct" => direct, "block_device" => geometry.block_device, "read_only" => image.read_only,
         "engine" => engine.name, "depth" => engine.depth);

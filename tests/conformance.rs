@@ -84,8 +84,8 @@ impl Bench {
             let faulty = |engine| tapdisk::engine::fault::wrap(engine, &config.faults).unwrap();
             (None, if config.faults.is_empty() { engine } else { faulty(engine) })
         } else {
-            let mut opener = opener(&config, folder.path(), direct, size);
-            let engine = opener.open(None).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let opener = opener(&config, folder.path(), direct, size);
+            let engine = opener.open(opener.name).unwrap_or_else(|error| panic!("{name}: {error}"));
             (Some(opener), engine)
         };
         Self::on(engine, opener, mode, folder)
@@ -425,7 +425,7 @@ fn change_engine(bench: &mut Bench, random: &mut fastrand::Rng) {
     use tapdisk::config::EngineName::{Aio, IoUring, Threads};
     let name = *random.choice(&[Aio, IoUring, Threads]).unwrap();
     let mode = *random.choice(&MODES).unwrap();
-    let engine = bench.opener.as_mut().unwrap().open(Some(name)).unwrap();
+    let engine = bench.opener.as_ref().unwrap().open(name).unwrap();
     bench.queue.switch(engine, mode).unwrap();
     bench.queue.unplug(&bench.slots);
 }

@@ -247,6 +247,8 @@ fn an_engine_is_kept_where_it_cannot_be_changed() {
     assert_eq!(guest.write(0, &[1; 512]), 0, "requests go on");
     fault(&served, &["--release"]);
     assert_eq!(guest.response().status, 0);
+    let report = engine(&served, &["--submit", "thread"]).unwrap();
+    assert_eq!(report["name"], "aio", "what was asked for in vain is forgotten");
     let (code, text) = engine(&served, &["--name", "floppy"]).unwrap_err();
     assert!(code == 2 && text.contains("io_uring"), "{text}");
     let ram = Served::start("type = 'ram'\nsize = '1 MiB'", LOCAL);

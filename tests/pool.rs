@@ -13,7 +13,7 @@ use common::served::{folder, run};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use tapdisk::engine::pool::{self, BoundsError, PoolReport, Threads};
-use tapdisk::engine::{Engine, Inline, event};
+use tapdisk::engine::{Engine, Inline, Setup};
 use tapdisk::sys::file::Backing;
 use tapdisk::sys::io::{FileId, Io, IoOp};
 use tapdisk::sys::memory::Memory;
@@ -36,9 +36,9 @@ impl Bench {
     fn on(path: &Path, threads: Threads) -> Bench {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
         let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
-        let event = event().unwrap();
-        let engine = pool::open(&files, 128, threads, &event).unwrap();
-        Bench { engine, event, memory: Arc::new(Memory::anonymous(128 * 4096).unwrap()) }
+        let setup = Setup { threads, ..Setup::new(files, 128).unwrap() };
+        let engine = pool::open(&setup).unwrap();
+        Bench { engine, event: setup.event, memory: Arc::new(Memory::anonymous(128 * 4096).unwrap()) }
     }
 
     fn io(&self, op: IoOp, tag: u32) -> Box<Io> {
@@ -198,7 +198,8 @@ fn bounds_are_checked_and_kept_and_change_while_it_runs() {
     let file = std::fs::File::open(&path).unwrap();
     let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
     for (min, max) in [(0, 4), (3, 2)] {
-        let error = pool::open(&files, 8, threads(min, max), &event().unwrap()).unwrap_err();
+        let setup = Setup { threads: threads(min, max), ..Setup::new(Arc::clone(&files), 8).unwrap() };
+        let error = pool::open(&setup).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput, "{error}");
     }
     let mut bench = Bench::on(&path, threads(3, 5));

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::gettid;
 use tapdisk::engine::pool::{self, Threads};
-use tapdisk::engine::{Engine, event};
+use tapdisk::engine::{Engine, Setup};
 use tapdisk::stats::now;
 use tapdisk::sys::file::Backing;
 use tapdisk::sys::io::{FileId, Io, IoOp};
@@ -24,7 +24,8 @@ fn open(path: &Path, min: usize, max: usize) -> Engine {
     std::fs::write(path, vec![0x5a; 1 << 20]).unwrap();
     let files: Arc<[Backing]> =
         Arc::new([Backing { file: std::fs::File::open(path).unwrap(), direct: false, block_device: false }]);
-    pool::open(&files, 64, Threads { min, max, idle: Duration::from_secs(600) }, &event().unwrap()).unwrap()
+    let threads = Threads { min, max, idle: Duration::from_secs(600) };
+    pool::open(&Setup { threads, ..Setup::new(files, 64).unwrap() }).unwrap()
 }
 
 fn reads(count: u32) -> VecDeque<Box<Io>> {

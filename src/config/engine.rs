@@ -34,6 +34,9 @@ impl EngineName {
     }
 }
 
+/// The most threads of a pool.
+pub const THREADS_MAX: i64 = 1024;
+
 /// `[engine]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -54,10 +57,10 @@ pub struct Engine {
     #[serde(deserialize_with = "in_range::<256, 1024, _, _>")]
     pub merge_iovecs: u32,
     /// Threads that the pool always has.
-    #[serde(deserialize_with = "in_range::<1, 1024, _, _>")]
+    #[serde(deserialize_with = "in_range::<1, THREADS_MAX, _, _>")]
     pub threads_min: u32,
     /// The most threads of the pool.
-    #[serde(deserialize_with = "in_range::<1, 1024, _, _>")]
+    #[serde(deserialize_with = "in_range::<1, THREADS_MAX, _, _>")]
     pub threads_max: u32,
     /// After so many seconds without work a thread beyond the minimum ends.
     #[serde(deserialize_with = "in_range::<1, 3600, _, _>")]

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use self::engine::{Engine, EngineName, NoSpace, Retry, Watchdog};
+pub use self::engine::{Engine, EngineName, NoSpace, Retry, THREADS_MAX, Watchdog};
 pub use self::fault::{Distribution, ErrnoName, Fault, FaultKind, FaultOp};
 pub use self::units::Size;
 use self::units::{in_range, log_level, sector_size};

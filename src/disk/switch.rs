@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use slog::{info, warn};
 
 use super::Disk;
-use crate::config::EngineName;
+use crate::config::{EngineName, THREADS_MAX};
 use crate::engine::Engine;
 use crate::engine::pool::{Pool, PoolReport};
 use crate::queue::SubmitMode;
@@ -16,11 +16,8 @@ use crate::stats::now;
 /// How long what is in flight may take to finish; requests wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The most threads of a pool, as in the configuration.
-const THREADS_MAX: usize = 1024;
-
 /// What is wanted; what is not named stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// The engine.
     pub name: Option<EngineName>,
@@ -86,10 +83,18 @@ impl From<std::io::Error> for SwitchError {
 /// A change under way, the queue being plugged, or how it ended.
 pub(super) struct Switching {
     /// None: it is over.
-    next: Option<(Engine, SubmitMode)>,
+    next: Option<Next>,
     /// When it is called off, ns of [`now`].
     until: u64,
     outcome: Result<(), SwitchError>,
+}
+
+/// What takes the engine's place.
+struct Next {
+    /// As it was asked for.
+    name: EngineName,
+    engine: Engine,
+    mode: SubmitMode,
 }
 
 impl Switching {
@@ -110,12 +115,13 @@ impl Disk {
         }
         let opener = self.opener.as_mut().ok_or(SwitchError::OnlyOne)?;
         // The new one is there before the old one is touched: an error changes nothing.
-        let engine = opener.open(wanted.name)?;
+        let name = wanted.name.unwrap_or(opener.name);
+        let engine = opener.open(name)?;
         opener.lock_memory();
         let mode = wanted.submit.unwrap_or(self.queue.mode());
         self.queue.plug();
         let until = now() + PATIENCE.as_nanos() as u64;
-        self.switching = Some(Switching { next: Some((engine, mode)), until, outcome: Ok(()) });
+        self.switching = Some(Switching { next: Some(Next { name, engine, mode }), until, outcome: Ok(()) });
         Ok(())
     }
 
@@ -127,14 +133,15 @@ impl Disk {
     /// Whether there was something to do.
     pub(super) fn switch_if_drained(&mut self) -> bool {
         let Some(switching) = &mut self.switching else { return false };
-        if switching.next.is_none() || !(self.queue.is_drained() || now() >= switching.until) {
-            return false;
-        }
-        let Some((engine, mode)) = switching.next.take() else { return false };
-        switching.outcome = if self.queue.is_drained() {
-            let name = engine.name;
-            let done = self.queue.switch(engine, mode).map_err(SwitchError::from);
-            info!(self.log, "engine changed"; "engine" => name, "submit" => ?mode, "error" => ?done.as_ref().err());
+        let drained = self.queue.is_drained();
+        let Some(next) = switching.next.take_if(|_| drained || now() >= switching.until) else { return false };
+        switching.outcome = if drained {
+            let (engine, submit) = (next.engine.name, next.mode);
+            let done = self.queue.switch(next.engine, next.mode).map_err(SwitchError::from);
+            if let (Ok(()), Some(opener)) = (&done, &mut self.opener) {
+                opener.name = next.name;
+            }
+            info!(self.log, "engine changed"; "engine" => engine, "submit" => ?submit, "error" => ?done.as_ref().err());
             done
         } else {
             warn!(self.log, "engine not changed: I/O in flight does not finish"; "in_flight" => self.queue.in_flight());
@@ -150,7 +157,7 @@ impl Disk {
         let report = pool.report();
         let given = |value: Option<u32>, now| value.map_or(now, |value| value as usize);
         let (min, max) = (given(min, report.min), given(max, report.max));
-        if max > THREADS_MAX {
+        if max > THREADS_MAX as usize {
             return Err(SwitchError::Threads(format!("at most {THREADS_MAX} threads")));
         }
         pool.set(min, max).map_err(|error| SwitchError::Threads(error.to_string()))?;

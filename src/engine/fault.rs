@@ -15,7 +15,7 @@ use nix::sys::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 
 use super::pool::Pool;
-use super::{Engine, Reap, Submit};
+use super::{Completion, Engine, Reap, Submit, hand_out};
 use crate::config::{Distribution, Fault, FaultKind, FaultOp};
 use crate::stats::now;
 use crate::submit::STACK_SIZE;
@@ -44,25 +44,10 @@ pub struct FaultsReport {
     pub faults: Vec<FaultReport>,
 }
 
-/// splitmix64 (Steele, Lea, Flood 2014): small, and good enough for chances.
-#[derive(Debug)]
-struct Chance(u64);
-
-impl Chance {
-    /// From 0 to 1, without 1.
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((x ^ (x >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
 #[derive(Debug)]
 struct Armed {
     fault: Fault,
-    chance: Chance,
+    chance: fastrand::Rng,
     hits: u64,
 }
 
@@ -75,7 +60,7 @@ impl Armed {
 
     /// Whether it hits, drawn anew each time.
     fn hits(&mut self, io: &Io) -> bool {
-        let hit = self.concerns(io) && self.chance.next() < self.fault.rate;
+        let hit = self.concerns(io) && self.chance.f64() < self.fault.rate;
         self.hits += u64::from(hit);
         hit
     }
@@ -84,8 +69,8 @@ impl Armed {
     fn delay(&mut self) -> u64 {
         let factor = match self.fault.distribution {
             Distribution::Fixed => 1.0,
-            Distribution::Uniform => 2.0 * self.chance.next(),
-            Distribution::Exponential => -(1.0 - self.chance.next()).ln(),
+            Distribution::Uniform => 2.0 * self.chance.f64(),
+            Distribution::Exponential => -(1.0 - self.chance.f64()).ln(),
         };
         (f64::from(self.fault.us) * 1000.0 * factor) as u64
     }
@@ -101,19 +86,17 @@ mod mark {
     pub(super) const FAILS: u8 = 2;
 }
 
-type Finished = (Box<Io>, Result<u64, Errno>);
-
 struct State {
     enabled: bool,
     faults: Vec<Armed>,
     /// Completions that are held back, by tag.
-    held: Vec<Option<Finished>>,
+    held: Vec<Option<Completion>>,
     /// When each of the delayed is due, ns of [`now`], and its tag.
     due: BinaryHeap<Reverse<(u64, u32)>>,
     /// Tags of those that are stuck.
     stuck: Vec<u32>,
     /// To be reaped.
-    done: VecDeque<Finished>,
+    done: VecDeque<Completion>,
     stop: bool,
 }
 
@@ -225,7 +208,7 @@ impl Faults {
                     // Whole sectors: the kernel gives others only at the end of a file.
                     FaultKind::Short if io.len > drivers::SECTOR_SIZE && armed.hits(io) => {
                         let sectors = (io.len - 1) / drivers::SECTOR_SIZE;
-                        let some = 1 + (armed.chance.next() * sectors as f64) as u64;
+                        let some = 1 + (armed.chance.f64() * sectors as f64) as u64;
                         io.cut(some * drivers::SECTOR_SIZE);
                         break;
                     }
@@ -238,7 +221,7 @@ impl Faults {
     }
 
     /// Holds a completion back, if it is hit by that.
-    fn hold(&self, state: &mut State, (io, result): Finished) {
+    fn hold(&self, state: &mut State, (io, result): Completion) {
         let tag = io.tag;
         let State { faults, enabled, .. } = state;
         for armed in faults.iter_mut().filter(|_| *enabled) {
@@ -333,8 +316,8 @@ impl Drop for FaultSubmit {
 struct FaultReap {
     inner: Box<dyn Reap>,
     faults: Arc<Faults>,
-    /// Swapped with what is done, so that the lock is not held while completions run.
-    taken: VecDeque<Finished>,
+    /// Swapped with what is done.
+    taken: VecDeque<Completion>,
 }
 
 impl Reap for FaultReap {
@@ -360,17 +343,15 @@ impl Reap for FaultReap {
             drop(faults.state.lock().unwrap());
             faults.reaped.notify_all();
         }
-        for (io, result) in self.taken.drain(..) {
-            done(io, result);
-        }
-        count
+        hand_out(&mut self.taken, done)
     }
 }
 
 /// `engine` with faults around it.
 pub fn wrap(engine: Engine, faults: &[Fault]) -> std::io::Result<Engine> {
     let depth = engine.depth;
-    let armed = |fault: &Fault| Armed { fault: fault.clone(), chance: Chance(fault.seed.into()), hits: 0 };
+    let armed =
+        |fault: &Fault| Armed { fault: fault.clone(), chance: fastrand::Rng::with_seed(fault.seed.into()), hits: 0 };
     let state = State {
         enabled: true,
         faults: faults.iter().map(armed).collect(),

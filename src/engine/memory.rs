@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::{Engine, Inline, Reap, Submit};
+use super::{Completion, Engine, Inline, Reap, Submit, hand_out};
 use crate::sys::io::{Io, IoOp};
 
 /// A RAM image of `size` bytes, zeroed.
@@ -46,7 +46,7 @@ struct Shared {
 struct State {
     /// None: the null image.
     image: Option<Vec<u8>>,
-    done: VecDeque<(Box<Io>, Result<u64, Errno>)>,
+    done: VecDeque<Completion>,
 }
 
 fn run(image: &mut [u8], io: &Io) -> Result<u64, Errno> {
@@ -98,8 +98,8 @@ impl Submit for Shared {
 
 struct MemoryReap {
     shared: Arc<Shared>,
-    /// Swapped with what is done, so that the lock is not held while completions run.
-    taken: VecDeque<(Box<Io>, Result<u64, Errno>)>,
+    /// Swapped with what is done.
+    taken: VecDeque<Completion>,
 }
 
 impl Reap for MemoryReap {
@@ -112,10 +112,6 @@ impl Reap for MemoryReap {
             return 0;
         }
         std::mem::swap(&mut self.taken, &mut self.shared.state.lock().unwrap().done);
-        let count = self.taken.len();
-        for (io, result) in self.taken.drain(..) {
-            done(io, result);
-        }
-        count
+        hand_out(&mut self.taken, done)
     }
 }

@@ -12,6 +12,7 @@ use crate::sys::io::{Io, IoOp};
 
 pub mod aio;
 pub mod fault;
+mod kernel;
 pub mod memory;
 mod open;
 pub mod pool;
@@ -19,6 +20,10 @@ pub mod uring;
 
 use self::fault::Faults;
 pub use self::open::Opener;
+use self::pool::Threads;
+
+/// An I/O that an engine is done with: with its bytes, or its error.
+pub type Completion = (Box<Io>, Result<u64, Errno>);
 
 /// The submitting half, called from the submit thread or the main loop.
 pub trait Submit: Send + Sync {
@@ -45,8 +50,7 @@ pub trait Submit: Send + Sync {
 
     /// Makes [`event`](Self::event) readable.
     fn wake(&self) {
-        // An eventfd's counter can't reach its limit by ones.
-        let _ = self.event().write(1);
+        wake(self.event());
     }
 }
 
@@ -97,8 +101,44 @@ impl Inline {
 }
 
 /// The event of a disk's engines.
-pub fn event() -> std::io::Result<Arc<EventFd>> {
+fn event() -> std::io::Result<Arc<EventFd>> {
     Ok(Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?))
+}
+
+fn wake(event: &EventFd) {
+    // An eventfd's counter can't reach its limit by ones.
+    let _ = event.write(1);
+}
+
+/// Hands all of `taken`, which was swapped with what is done so that no lock is held here, to `done`, and says how many.
+fn hand_out(taken: &mut VecDeque<Completion>, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+    let count = taken.len();
+    for (io, result) in taken.drain(..) {
+        done(io, result);
+    }
+    count
+}
+
+/// What an engine for files is opened with.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The first of them is what a [`FileId`](crate::sys::io::FileId) of 0 names.
+    pub files: Arc<[Backing]>,
+    /// I/Os in flight.
+    pub depth: usize,
+    /// The most I/Os in one system call.
+    pub batch: usize,
+    /// The pool's.
+    pub threads: Threads,
+    /// Becomes readable with each completion.
+    pub event: Arc<EventFd>,
+}
+
+impl Setup {
+    /// For `depth` I/Os in flight on `files`; all else as if nothing were configured.
+    pub fn new(files: Arc<[Backing]>, depth: usize) -> std::io::Result<Setup> {
+        Ok(Setup { files, depth, batch: 64, threads: Threads::default(), event: event()? })
+    }
 }
 
 /// An engine with its files registered, ready to use.

@@ -4,43 +4,45 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::eventfd::EventFd;
 use slog::{Logger, warn};
 
 use super::pool::{self, Threads};
-use super::{Engine, aio, fault, uring};
-use crate::config::{self, Config, EngineName, Fault};
+use super::{Engine, Setup, aio, fault, uring};
+use crate::config::{Config, EngineName, Fault};
 use crate::memory;
 use crate::sys::file::Backing;
 
 /// Opens a disk's engines: at its start, and when it goes on with another one.
 pub struct Opener {
-    files: Arc<[Backing]>,
-    settings: config::Engine,
+    /// The engine that serves, as it was asked for.
+    pub name: EngineName,
+    setup: Setup,
+    sqpoll_idle_ms: Option<u32>,
     faults: Vec<Fault>,
     /// What an engine brings is kept resident.
     lock_memory: bool,
-    event: Arc<EventFd>,
     log: Logger,
 }
 
 impl Opener {
     /// For `files`, the first of which a [`FileId`](crate::sys::io::FileId) of 0 names.
     pub fn new(files: Arc<[Backing]>, config: &Config, log: Logger) -> io::Result<Opener> {
-        let (settings, faults) = (config.engine.clone(), config.faults.clone());
-        Ok(Opener { files, settings, faults, lock_memory: config.memory.lock, event: super::event()?, log })
+        let engine = &config.engine;
+        let threads = Threads {
+            min: engine.threads_min as usize,
+            max: engine.threads_max as usize,
+            idle: Duration::from_secs(engine.threads_idle_s.into()),
+        };
+        let setup = Setup { batch: engine.batch as usize, threads, ..Setup::new(files, engine.depth as usize)? };
+        let sqpoll_idle_ms = engine.sqpoll.then_some(engine.sqpoll_idle_ms);
+        let (name, faults, lock_memory) = (engine.name, config.faults.clone(), config.memory.lock);
+        Ok(Opener { name, setup, sqpoll_idle_ms, faults, lock_memory, log })
     }
 
-    /// Opens the engine of that name, or the one that was opened last. Under `auto` that is the best one for the files, or
-    /// the next best where the system doesn't let it, with the reason in the log; any other either opens, or the error says
-    /// why not and what to do.
-    pub fn open(&mut self, name: Option<EngineName>) -> io::Result<Engine> {
-        let name = name.unwrap_or(self.settings.name);
-        let engine = match name {
-            EngineName::Auto => self.best()?,
-            name => self.named(name)?,
-        };
-        self.settings.name = name;
+    /// Opens the engine of that name. Under `auto` that is the best one for the files, or the next best where the system
+    /// doesn't let it, with the reason in the log; any other either opens, or the error says why not and what to do.
+    pub fn open(&self, name: EngineName) -> io::Result<Engine> {
+        let engine = self.named(name)?;
         if self.faults.is_empty() { Ok(engine) } else { fault::wrap(engine, &self.faults) }
     }
 
@@ -53,17 +55,18 @@ impl Opener {
 
     /// Has the engines that are opened from now on have so many threads at least and at most.
     pub fn set_threads(&mut self, min: usize, max: usize) {
-        (self.settings.threads_min, self.settings.threads_max) = (min as u32, max as u32);
+        (self.setup.threads.min, self.setup.threads.max) = (min, max);
     }
 
     fn best(&self) -> io::Result<Engine> {
-        let candidates = candidates(&self.files);
+        let candidates = candidates(&self.setup.files);
         let (last, others) = candidates.split_last().expect("there is always one");
         for name in others {
             match self.named(*name) {
                 Ok(engine) => return Ok(engine),
                 Err(error) => {
-                    warn!(self.log, "the best engine cannot be had: trying the next"; "engine" => name.name(), "why" => %error);
+                    warn!(self.log, "the best engine cannot be had: trying the next"; "engine" => name.name(),
+                        "why" => %error);
                 }
             }
         }
@@ -71,20 +74,13 @@ impl Opener {
     }
 
     fn named(&self, name: EngineName) -> io::Result<Engine> {
-        let (depth, batch) = (self.settings.depth as usize, self.settings.batch as usize);
-        let (files, event) = (&self.files, &self.event);
-        let threads = Threads {
-            min: self.settings.threads_min as usize,
-            max: self.settings.threads_max as usize,
-            idle: Duration::from_secs(self.settings.threads_idle_s.into()),
-        };
+        let setup = &self.setup;
+        let uring = || uring::Settings { depth: setup.depth, sqpoll_idle_ms: self.sqpoll_idle_ms, cq_entries: None };
         match name {
-            EngineName::Auto | EngineName::Aio => aio::open(files, depth, batch, threads, event),
-            EngineName::IoUring => {
-                let sqpoll_idle_ms = self.settings.sqpoll.then_some(self.settings.sqpoll_idle_ms);
-                uring::open(files, uring::Settings { depth, sqpoll_idle_ms, cq_entries: None }, batch, threads, event)
-            }
-            EngineName::Threads => pool::open(files, depth, threads, event),
+            EngineName::Auto => self.best(),
+            EngineName::Aio => aio::open(setup),
+            EngineName::IoUring => uring::open(setup, uring()),
+            EngineName::Threads => pool::open(setup),
         }
     }
 }

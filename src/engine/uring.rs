@@ -8,36 +8,17 @@ use std::io;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::eventfd::EventFd;
 
-use super::pool::{Finishing, Pool, Threads};
-use super::{Engine, Inline, Reap, Submit};
-use crate::sys::file::Backing;
+use super::kernel::{self, Kernel};
+use super::{Engine, Reap, Setup};
 use crate::sys::io::{Io, IoOp};
 pub use crate::sys::uring::Settings;
-use crate::sys::uring::{Completions, Ring, SetupError, setup};
+use crate::sys::uring::{self, Completions, Ring, SetupError};
 
-/// Opens the engine for I/O on `files`, at most `batch` I/Os in one system call.
-pub fn open(
-    files: &Arc<[Backing]>,
-    settings: Settings,
-    batch: usize,
-    threads: Threads,
-    event: &Arc<EventFd>,
-) -> io::Result<Engine> {
-    let depth = settings.depth;
-    let (ring, completions) = setup(settings, files, event).map_err(explain)?;
-    let (pool, finished) = Pool::start(files, depth, threads, event)?;
-    let submit = UringSubmit { ring, pool, batch, event: Arc::clone(event) };
-    let reap = Box::new(UringReap { completions, finished });
-    Ok(Engine {
-        name: "io_uring",
-        depth,
-        inline: Inline::of_files(files),
-        submit: Arc::new(submit),
-        reap,
-        faults: None,
-    })
+/// Opens the engine. Where the system forbids io_uring, the error says what does, and what to use instead.
+pub fn open(setup: &Setup, settings: Settings) -> io::Result<Engine> {
+    let (ring, completions) = uring::setup(settings, &setup.files, &setup.event).map_err(explain)?;
+    kernel::engine("io_uring", ring, completions, setup)
 }
 
 fn explain(error: SetupError) -> io::Error {
@@ -57,64 +38,38 @@ fn explain(error: SetupError) -> io::Error {
     io::Error::new(kind, text)
 }
 
-struct UringSubmit {
-    ring: Arc<Ring>,
-    pool: Pool,
-    /// I/Os in one system call.
-    batch: usize,
-    event: Arc<EventFd>,
-}
+impl Kernel for Arc<Ring> {
+    fn lacks(&self, io: &Io) -> bool {
+        matches!(io.op, IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status)
+    }
 
-fn for_pool(io: &Io) -> bool {
-    matches!(io.op, IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status)
-}
-
-impl Submit for UringSubmit {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
-        let diverted = batch.iter().take(limit).take_while(|io| for_pool(io)).count();
-        if diverted > 0 {
-            self.pool.give(batch.drain(..diverted));
-            return Ok(diverted);
-        }
-        let count = batch.iter().take(limit.min(self.batch)).take_while(|io| !for_pool(io)).count();
-        self.ring.submit(batch, count)
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize) -> Result<usize, Errno> {
+        Ring::submit(self, batch, count)
     }
 
     fn cancel(&self, tag: u32) -> bool {
-        self.pool.cancel(tag) || self.ring.cancel(tag)
-    }
-
-    fn pool(&self) -> Option<&Pool> {
-        Some(&self.pool)
+        Ring::cancel(self, tag)
     }
 
     fn tidy(&self) {
-        self.ring.tidy();
-    }
-
-    fn event(&self) -> &EventFd {
-        &self.event
+        Ring::tidy(self);
     }
 }
 
-struct UringReap {
-    completions: Completions,
-    finished: Finishing,
-}
-
-impl Reap for UringReap {
+impl Reap for Completions {
     fn ready(&self) -> bool {
-        self.completions.ready() || self.finished.ready()
+        Completions::ready(self)
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        self.completions.reap(done) + self.finished.reap(done)
+        Completions::reap(self, done)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::file::Backing;
 
     #[test]
     fn a_kernel_without_it_is_explained_with_a_remedy() {
@@ -133,12 +88,11 @@ mod tests {
 
     #[test]
     fn where_it_is_forbidden_the_error_says_so() {
-        crate::sys::uring::tests::forbidden(Errno::EPERM, || {
+        uring::tests::forbidden(Errno::EPERM, || {
             let file = tempfile::tempfile().unwrap();
             let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
             let settings = Settings { depth: 8, sqpoll_idle_ms: None, cq_entries: None };
-            let event = super::super::event().unwrap();
-            let text = open(&files, settings, 64, Threads::default(), &event).unwrap_err().to_string();
+            let text = open(&Setup::new(files, 8).unwrap(), settings).unwrap_err().to_string();
             assert!(text.contains("seccomp") && text.contains("engine.name"), "{text}");
         });
     }

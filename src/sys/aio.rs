@@ -14,10 +14,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
 use super::file::Backing;
-use super::io::{Io, IoOp, last_error};
-
-/// The most I/Os in one `io_submit`, and completions in one `io_getevents`.
-pub const BATCH_MAX: usize = 256;
+use super::io::{BATCH_MAX, Io, IoOp, last_error};
 
 // include/uapi/linux/aio_abi.h
 const IOCB_CMD_PREAD: u16 = 0;

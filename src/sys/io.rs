@@ -12,6 +12,9 @@ use super::memory::Memory;
 /// The kernel's limit on the pieces of one vectored I/O (`UIO_MAXIOV`).
 pub const MAX_IOVECS: usize = 1024;
 
+/// The most I/Os in one system call.
+pub(super) const BATCH_MAX: usize = 256;
+
 /// Different memories that one merged I/O may point into.
 const MAX_MEMORIES: usize = 8;
 
@@ -212,21 +215,16 @@ impl Io {
     }
 
     /// Copies the bytes of `from` into the I/O's memory, as a read does; `from` has as many as the memory.
-    pub fn fill(&self, mut from: &[u8]) {
+    pub fn fill(&self, from: &[u8]) {
         assert_eq!(from.len(), self.memory_len());
-        for iovec in self.iovecs() {
-            let (now, rest) = from.split_at(iovec.iov_len);
-            // SAFETY: the iovec is within a memory that `self` keeps; `from` is private memory of ours.
-            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), iovec.iov_base.cast(), now.len()) };
-            from = rest;
-        }
+        self.put(from);
     }
 
     /// Copies `from`, or what fits of it, to the beginning of the I/O's memory.
     pub fn put(&self, mut from: &[u8]) {
         for iovec in self.iovecs() {
             let (now, rest) = from.split_at(iovec.iov_len.min(from.len()));
-            // SAFETY: as in `fill`.
+            // SAFETY: the iovec is within a memory that `self` keeps; `from` is private memory of ours.
             unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), iovec.iov_base.cast(), now.len()) };
             from = rest;
         }
@@ -242,7 +240,7 @@ impl Io {
         assert_eq!(to.len(), self.memory_len());
         for iovec in self.iovecs() {
             let (now, rest) = to.split_at_mut(iovec.iov_len);
-            // SAFETY: as in `fill`, in the other direction.
+            // SAFETY: as in `put`, in the other direction.
             unsafe { std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), now.as_mut_ptr(), now.len()) };
             to = rest;
         }

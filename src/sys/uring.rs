@@ -48,11 +48,8 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
 use super::file::Backing;
-use super::io::{Io, IoOp};
+use super::io::{BATCH_MAX, Io, IoOp};
 use super::memory::Memory;
-
-/// The most I/Os in one `io_uring_enter`.
-pub const BATCH_MAX: usize = 256;
 
 /// Memories whose pages the kernel keeps pinned, so that it need not look them up for each I/O.
 const BUFFERS: usize = 64;
@@ -89,7 +86,8 @@ struct Buffer {
     /// [`Memory::id`]: another memory can have its address later.
     id: u64,
     memory: Weak<Memory>,
-    /// The kernel has it. Otherwise it refused it.
+    /// The kernel has it. Otherwise it would not pin it, because it is larger than 1 GiB, of a kind that it can't, or more
+    /// than RLIMIT_MEMLOCK allows: its pages are looked up for each I/O.
     fixed: bool,
 }
 
@@ -117,8 +115,6 @@ pub struct Ring {
     leftover: AtomicBool,
     /// [`Memory::gone`] when the buffers were last looked through.
     gone: AtomicU64,
-    /// Memories that the kernel would not pin.
-    unfixed: AtomicU64,
     /// The main loop's thread, which must not wait.
     looper: ThreadId,
 }
@@ -159,7 +155,6 @@ pub fn setup(settings: Settings, files: &[Backing], event: &EventFd) -> Result<(
         places: std::iter::repeat_with(|| AtomicU64::new(0)).take(settings.depth).collect(),
         leftover: AtomicBool::new(false),
         gone: AtomicU64::new(Memory::gone()),
-        unfixed: AtomicU64::new(0),
         looper: std::thread::current().id(),
     });
     Ok((Arc::clone(&ring), Completions { ring }))
@@ -221,7 +216,8 @@ fn prepare_requests(ring: &IoUring, depth: usize) -> io::Result<()> {
 impl Ring {
     /// Gives the first I/Os of `batch`, at most `limit`, to the kernel with one system call (none, where its own thread is
     /// awake), and takes them out of it. EAGAIN: there is no room until something is reaped, or the main loop would wait for
-    /// who submits just now. Any other error is the ring's end. What the kernel says about an I/O comes as its completion. The operations are read, write and flush.
+    /// who submits just now. Any other error is the ring's end. What the kernel says about an I/O comes as its completion.
+    /// The operations are read, write and flush.
     pub fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
         let looper = std::thread::current().id() == self.looper;
         let mut submitting = if looper {
@@ -396,17 +392,8 @@ impl Ring {
         // SAFETY: the mapping is there; its pages stay pinned by the kernel until the buffer is replaced, whatever becomes of
         // the mapping; and the index is used only for I/Os that own a share of this very memory.
         let fixed = unsafe { self.ring.submitter().register_buffers_update(index as u32, &[all], None) }.is_ok();
-        if !fixed {
-            self.unfixed.fetch_add(1, Ordering::Relaxed);
-        }
         buffers[index] = Some(Buffer { id: memory.id(), memory: Arc::downgrade(memory), fixed });
         fixed.then_some(index as u16)
-    }
-
-    /// Memories that the kernel would not pin, because they are larger than 1 GiB, of a kind that it can't, or more than
-    /// RLIMIT_MEMLOCK allows: their pages are looked up for each I/O.
-    pub fn unfixed(&self) -> u64 {
-        self.unfixed.load(Ordering::Relaxed)
     }
 }
 

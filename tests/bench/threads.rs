@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use nix::sys::mman::{MlockAllFlags, mlockall};
-use tapdisk::engine::Engine;
 use tapdisk::engine::pool::{self, Threads};
+use tapdisk::engine::{Engine, Setup};
 use tapdisk::submit::STACK_SIZE;
 use tapdisk::sys::file::Backing;
 use tapdisk::sys::io::{FileId, Io, IoOp};
@@ -217,8 +217,9 @@ fn compare(what: &str, files: &Arc<[Backing]>, depth: usize, all: bool, rounds: 
     let mut made = 0;
     for _ in 0..rounds {
         let event = Arc::new(EventFd::new()?);
-        let bounds = Threads { min: 1, max: THREADS, idle: Duration::from_secs(60) };
-        let mut engine = pool::open(files, depth, bounds, &event)?;
+        let threads = Threads { min: 1, max: THREADS, idle: Duration::from_secs(60) };
+        let setup = Setup { threads, event: Arc::clone(&event), ..Setup::new(Arc::clone(files), depth)? };
+        let mut engine = pool::open(&setup)?;
         let submit = Arc::clone(&engine.submit);
         let pool = submit.pool().expect("it is one");
         if all {

@@ -28,7 +28,7 @@ use nix::sys::eventfd::EventFd;
 
 pub use self::life::{BoundsError, PoolReport};
 use self::life::{Come, Life, Sleeper, Step};
-use super::{Engine, Inline, Reap, Submit};
+use super::{Completion, Engine, Inline, Reap, Setup, Submit, hand_out, wake};
 use crate::submit::STACK_SIZE;
 use crate::sys::file::Backing;
 use crate::sys::io::Io;
@@ -55,21 +55,19 @@ impl Default for Threads {
     }
 }
 
-/// Opens the pool as an engine for `depth` I/Os in flight on `files`. Errors are those of [`Pool::start`].
-pub fn open(files: &Arc<[Backing]>, depth: usize, threads: Threads, event: &Arc<EventFd>) -> io::Result<Engine> {
-    let (pool, finishing) = Pool::start(files, depth, threads, event)?;
+/// Opens the pool as an engine. Errors are those of [`Pool::start`].
+pub fn open(setup: &Setup) -> io::Result<Engine> {
+    let (pool, finishing) = Pool::start(setup)?;
     // Handing over never blocks, whatever the I/O does.
     Ok(Engine {
         name: "threads",
-        depth,
+        depth: setup.depth,
         inline: Inline::Always,
         submit: Arc::new(pool),
         reap: Box::new(finishing),
         faults: None,
     })
 }
-
-type Finished = (Box<Io>, Result<u64, Errno>);
 
 /// The threads of a pool, to be joined.
 #[derive(Debug, Default)]
@@ -82,7 +80,7 @@ struct Handles {
 
 #[derive(Debug)]
 struct Shared {
-    life: Life<Box<Io>, Finished>,
+    life: Life<Box<Io>, Completion>,
     files: Arc<[Backing]>,
     event: Arc<EventFd>,
     idle: Duration,
@@ -90,15 +88,8 @@ struct Shared {
 }
 
 impl Shared {
-    fn tell(&self, due: bool) {
-        if due {
-            // An eventfd's counter can't reach its limit by ones.
-            let _ = self.event.write(1);
-        }
-    }
-
     /// Starts the thread with that number.
-    fn spawn(self: &Arc<Self>, id: u64, come: Come<Finished>) -> io::Result<()> {
+    fn spawn(self: &Arc<Self>, id: u64, come: Come<Completion>) -> io::Result<()> {
         let shared = Arc::clone(self);
         // Held over the call: the thread's handle is here before it can end. Nothing else waits for it.
         let mut handles = self.handles.lock().unwrap();
@@ -117,7 +108,7 @@ impl Shared {
         }
     }
 
-    fn run(self: Arc<Self>, id: u64, mut come: Come<Finished>) {
+    fn run(self: Arc<Self>, id: u64, mut come: Come<Completion>) {
         let me = Sleeper::new(id);
         loop {
             come = match self.life.next(&me, come, self.idle) {
@@ -126,7 +117,7 @@ impl Shared {
                     Come::Done((io, result))
                 }
                 Step::Tell => {
-                    self.tell(true);
+                    wake(&self.event);
                     Come::Looking
                 }
                 Step::End => break,
@@ -156,20 +147,16 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Starts the minimum of `threads` for I/Os on `files`, `depth` at most at a time; `event` is written when there is
-    /// something to reap. Fails where the bounds are wrong (EINVAL), or where the system does not have that many threads.
-    pub fn start(
-        files: &Arc<[Backing]>,
-        depth: usize,
-        threads: Threads,
-        event: &Arc<EventFd>,
-    ) -> io::Result<(Pool, Finishing)> {
-        let Threads { min, max, idle } = threads;
-        let life = Life::new(depth, min, max).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    /// Starts the minimum of threads. Fails where the bounds are wrong (EINVAL), or where the system does not have that many
+    /// threads.
+    pub fn start(setup: &Setup) -> io::Result<(Pool, Finishing)> {
+        let Threads { min, max, idle } = setup.threads;
+        let life =
+            Life::new(setup.depth, min, max).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         let shared = Arc::new(Shared {
             life,
-            files: Arc::clone(files),
-            event: Arc::clone(event),
+            files: Arc::clone(&setup.files),
+            event: Arc::clone(&setup.event),
             idle,
             handles: Mutex::default(),
         });
@@ -182,7 +169,7 @@ impl Pool {
         let theirs = Arc::clone(&shared);
         let maker = std::thread::Builder::new().name("pool maker".into()).stack_size(STACK_SIZE);
         pool.maker = Some(maker.spawn(move || theirs.make())?);
-        Ok((pool, Finishing { shared, taken: VecDeque::with_capacity(depth) }))
+        Ok((pool, Finishing { shared, taken: VecDeque::with_capacity(setup.depth) }))
     }
 
     /// Hands over I/Os. Never blocks. They are begun in this order.
@@ -193,7 +180,9 @@ impl Pool {
     /// Ends the I/O with that tag with ECANCELED, if no thread has begun it. False: it can only be waited for.
     pub fn cancel(&self, tag: u32) -> bool {
         let Some(io) = self.shared.life.cancel(|io| io.tag == tag) else { return false };
-        self.shared.tell(self.shared.life.finish((io, Err(Errno::ECANCELED))));
+        if self.shared.life.finish((io, Err(Errno::ECANCELED))) {
+            wake(&self.shared.event);
+        }
         true
     }
 
@@ -211,9 +200,8 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.life.stop();
-        // Before the others: it makes none any more.
+        // Before the others: after it there are no new ones.
         join(self.maker.take());
-        // One that ends may have made another one before, whose handle is there then.
         loop {
             let next = self.shared.handles.lock().unwrap().live.pop();
             let Some((_, handle)) = next else { break };
@@ -244,12 +232,12 @@ impl Submit for Pool {
     }
 }
 
-/// What the pool has finished, and what it needs of the main loop.
+/// What the pool has finished.
 #[derive(Debug)]
 pub struct Finishing {
     shared: Arc<Shared>,
-    /// Swapped with what is finished, so that the lock is not held while completions run.
-    taken: VecDeque<Finished>,
+    /// Swapped with what is finished.
+    taken: VecDeque<Completion>,
 }
 
 impl Reap for Finishing {
@@ -259,10 +247,6 @@ impl Reap for Finishing {
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
         self.shared.life.drain(&mut self.taken);
-        let count = self.taken.len();
-        for (io, result) in self.taken.drain(..) {
-            done(io, result);
-        }
-        count
+        hand_out(&mut self.taken, done)
     }
 }
