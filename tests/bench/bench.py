@@ -79,7 +79,7 @@ class Bench:
     def tapdisk(self, image, more=""):
         config = self.path("disk.toml")
         with open(config, "w") as file:
-            file.write(f"[image]\n{image}\n[frontend.local]\nsocket = '{self.path('ring')}'\n"
+            file.write(f"[image]\n{image}\n[frontend.local]\nsocket = '{self.path('ring')}'\nmax_data = '256 MiB'\n"
                        f"[frontend.nbd]\nsocket = '{self.path('nbd')}'\n[control]\ndirectory = '{self.folder}'\n"
                        f"[log]\nlevel = 'error'\n{more}")
         return process([f"{BIN}/tapdisk", config], line=True)
