@@ -4,7 +4,8 @@
 --modes compares the ways to submit instead, on what there is of block device, ext4, xfs, tmpfs and the page cache: the
 table by which engine = "auto" and submit = "auto" choose. --ram compares CPU with qemu-storage-daemon's on a file in RAM.
 
-Machines are noisy: compare ratios, which are of measurements one after the other, and not rates. Nothing here is a test.
+tapdisk's process has one CPU, its client another; fio has tapdisk's. Machines are noisy: compare ratios, which are of
+measurements one after the other, and not rates. Nothing here is a test.
 """
 
 import argparse
@@ -50,8 +51,10 @@ class Engines(Bench):
         return rate, cpu, 100 * queue["merged"] / max(queue["queued"], 1)
 
     def fio_side(self, engine, rw, bs, depth, direct=True):
-        # Shared memory in pages of 4 KiB, as the ring's is: how many pieces a buffer is in is half of what a large I/O costs.
-        options = [f"--ioengine={FIO[engine]}", f"--direct={int(direct)}", f"--filename={self.image}", "--iomem=shm"]
+        # Shared memory in pages of 4 KiB, as the ring's is.
+        options = [f"--ioengine={FIO[engine]}", f"--direct={int(direct)}", f"--filename={self.image}", "--iomem=shm",
+                   # tapdisk's CPU: from 64k on, most depends on how many of the pages that a CPU gets lie side by side.
+                   f"--cpus_allowed={common.SERVER}"]
         if engine == "threads":
             # psync has one I/O in flight: as many threads as the depth.
             options += ["--thread", f"--numjobs={depth}", "--group_reporting"]
@@ -178,6 +181,38 @@ def ram(bench, args):
     return rows
 
 
+def table(rows, title, column, cell):
+    """Markdown: a line for each `title` of the rows, and a column for each `column`."""
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    lines = {}
+    for row in rows:
+        lines.setdefault(title(row), {})[column(row)] = cell(row)
+    yield "| | " + " | ".join(columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for name, cells in lines.items():
+        yield f"| {name} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
+
+
+def markdown(rows):
+    """What was measured, as Markdown."""
+    first = rows[0]
+    if "on" in first:
+        for kind in dict.fromkeys(row["on"] for row in rows):
+            yield f"\n{kind}:\n"
+            yield from table([row for row in rows if row["on"] == kind], lambda row: f"{row['engine']}, {row['submit']}",
+                             lambda row: "{} {} d{}".format(*row["load"]),
+                             lambda row: f"{row['ratio']:.2f}, {row['cpu_us']:.1f} µs")
+    elif "side" in first:
+        yield from table(rows, lambda row: row["side"], lambda row: f"{row['bs']} {row['rw']}",
+                         lambda row: f"{row['iops']:.0f} a second, {row['cpu_us']:.2f} µs")
+    else:
+        for bs in dict.fromkeys(row["bs"] for row in rows):
+            yield f"\n{bs}:\n"
+            yield from table([row for row in rows if row["bs"] == bs], lambda row: f"{row['rw']}, {row['engine']}",
+                             lambda row: f"depth {row['depth']}",
+                             lambda row: f"{row['ratio']:.2f}, {row['cpu_us']:.1f} µs, {row['merged_percent']:.0f} %")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=1, help="length of a measurement")
@@ -190,6 +225,7 @@ def main():
     parser.add_argument("--modes", action="store_true", help="ways to submit, on each kind of image")
     parser.add_argument("--ram", action="store_true", help="a file in RAM, beside qemu-storage-daemon")
     parser.add_argument("--json", help="write the figures to this file, too")
+    parser.add_argument("--markdown", help="write them to this file as tables, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=args.dir) as images:
         image = os.path.join(images, "disk.img")
@@ -206,6 +242,9 @@ def main():
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
+    if args.markdown:
+        with open(args.markdown, "w") as file:
+            file.writelines(line + "\n" for line in markdown(rows))
 
 
 if __name__ == "__main__":
