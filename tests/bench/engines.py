@@ -115,6 +115,12 @@ def fill(path, size_mib):
                     "--end_fsync=1"], stdout=subprocess.DEVNULL, check=True)
 
 
+def drop_caches():
+    os.sync()
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("1")
+
+
 def modes(bench, args, images):
     """Engines and ways to submit, on each kind of image."""
     candidates = [(engine, submit) for engine in args.engines for submit in ("auto", "thread", "inline")
@@ -122,7 +128,7 @@ def modes(bench, args, images):
     loads = [("randread", "4k", 1), ("randread", "4k", 32), ("randwrite", "4k", 32), ("read", "64k", 8), ("write", "4k", 32)]
     rows = []
 
-    def measure(kind, path, direct):
+    def measure(kind, path, direct, before=os.sync):
         bench.image = path
         print(f"\n{kind}: I/Os a second beside the first, and CPU µs an I/O")
         titles = [f"{rw} {bs} d{depth}" for rw, bs, depth in loads]
@@ -131,8 +137,10 @@ def modes(bench, args, images):
         for engine, submit in candidates:
             cells = []
             for load in loads:
-                os.sync()
-                sides = [bench.tapdisk_side(engine, submit, *load, direct=direct) for _ in range(args.rounds)]
+                sides = []
+                for _ in range(args.rounds):
+                    before()
+                    sides.append(bench.tapdisk_side(engine, submit, *load, direct=direct))
                 rate, cpu, _ = (statistics.median(values) for values in zip(*sides))
                 ratio = rate / first.setdefault(load, rate)
                 cells.append(f"{ratio:.2f} {cpu:.1f} µs")
@@ -142,8 +150,12 @@ def modes(bench, args, images):
 
     own = bench.image
     measure("this folder's file system, O_DIRECT", own, True)
-    measure("this folder's file system, page cache", own, False)
+    with open(own, "rb") as file:
+        while file.read(1 << 20):
+            pass
+    measure("this folder's file system, all of it in the page cache", own, False)
     if os.geteuid() == 0:
+        measure("this folder's file system, page cache, empty", own, False, drop_caches)
         with loop_device(own) as device:
             measure("block device (loop, O_DIRECT below)", device, True)
         for kind in ("ext4", "xfs"):
