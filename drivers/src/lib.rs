@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod raw;
+pub mod vhd;
 
 pub use raw::{OddSize, Raw};
 

@@ -1,0 +1,262 @@
+//! An image's metadata, read and checked when it is opened.
+
+use std::io;
+
+use super::{
+    Batmap, Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, OLD_FOOTER_SIZE, Platform, Table, decode_path,
+};
+use crate::SECTOR_SIZE;
+
+/// Bytes of a parent's name in a locator, at most.
+const NAME_MAX: u64 = 16 << 10;
+
+/// What metadata is read from, while the image is not served.
+pub trait Source {
+    /// Bytes of the file, or the device.
+    fn size(&self) -> u64;
+
+    /// Fills `to` with what is at byte `at`. Nothing beyond the end is asked for.
+    fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()>;
+}
+
+/// Why an image's metadata could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The system says no.
+    #[error("cannot read {len} bytes at byte {at}: {source}")]
+    Io {
+        /// Where.
+        at: u64,
+        /// Bytes.
+        len: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is no image that can be used.
+    #[error(transparent)]
+    Corrupt(#[from] Corrupt),
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// What.
+    pub what: Corrupt,
+    /// The image can't be used with it. Otherwise what is wrong can be had from elsewhere, or is not needed.
+    pub fatal: bool,
+}
+
+/// The metadata of an image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The one at the end, or, if that is no good, its copy.
+    pub footer: Footer,
+    /// Which kind the footer says.
+    pub kind: Kind,
+    /// Where the footer at the end is, or is to be.
+    pub footer_at: u64,
+    /// Of an image that is not fixed.
+    pub header: Option<Header>,
+    /// Where the disk's blocks are.
+    pub table: Table,
+    /// Which of them are full, if the image has that and it is right.
+    pub batmap: Option<Batmap>,
+    /// Where the parent is, as the locators name it.
+    pub parents: Vec<(Platform, String)>,
+}
+
+/// Bytes of the file that something has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Region {
+    pub(super) at: u64,
+    pub(super) len: u64,
+}
+
+impl Region {
+    fn end(self) -> u64 {
+        self.at.saturating_add(self.len)
+    }
+
+    pub(super) fn meets(self, other: Region) -> bool {
+        self.at < other.end() && other.at < self.end()
+    }
+}
+
+impl Image {
+    /// Reads an image's metadata. Problems that it can be used with in spite go to `problems`.
+    pub fn read(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
+        let mut reader = Reader { source, problems };
+        let (footer, footer_at) = reader.footer()?;
+        let kind = footer.kind()?;
+        let size = footer.size();
+        let wrong = |why| Err(Corrupt::Size { size, why }.into());
+        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
+            return wrong("is not one or more sectors of 512 bytes");
+        }
+        let mut image = Image {
+            footer,
+            kind,
+            footer_at,
+            header: None,
+            table: Table::empty(0),
+            batmap: None,
+            parents: Vec::new(),
+        };
+        if kind == Kind::Fixed {
+            return if size > footer_at { wrong("is more than the file has") } else { Ok(image) };
+        }
+        let at = footer.header_at().ok_or(Corrupt::NoHeader)?;
+        let header = Header::parse(&reader.bytes("header", at, HEADER_SIZE as u64)?)?;
+        let blocks = size.div_ceil(header.block_size().into());
+        if blocks > header.entries().into() {
+            return wrong("is more than its table has blocks for");
+        }
+        let table_len = Table::bytes(header.entries());
+        // A table may have more entries than the disk has blocks, and the file need not have those.
+        let table = Table::parse(&reader.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
+        let mut taken = vec![
+            Region { at: 0, len: FOOTER_SIZE as u64 },
+            Region { at, len: HEADER_SIZE as u64 },
+            Region { at: header.table_at(), len: 4 * blocks },
+        ];
+        image.parents = reader.locators(&header, &mut taken)?;
+        let block_len = header.bitmap_size() + u64::from(header.block_size());
+        image.batmap = reader.batmap(header.table_at() + table_len, &table, block_len, &mut taken)?;
+        table.check(block_len, &taken, footer_at)?;
+        (image.header, image.table) = (Some(header), table);
+        Ok(image)
+    }
+
+    /// All that is wrong with an image.
+    pub fn check(source: &dyn Source) -> Result<Vec<Problem>, ReadError> {
+        let mut problems = Vec::new();
+        match Image::read(source, &mut problems) {
+            Ok(_) => {}
+            Err(ReadError::Corrupt(what)) => problems.push(Problem { what, fatal: true }),
+            Err(error) => return Err(error),
+        }
+        Ok(problems)
+    }
+}
+
+struct Reader<'a> {
+    source: &'a dyn Source,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl Reader<'_> {
+    /// `len` bytes at byte `at`, which `what` is to be in.
+    fn bytes(&self, what: &'static str, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {
+        let file = self.source.size();
+        if at.checked_add(len).is_none_or(|end| end > file) {
+            return Err(Corrupt::Place { what, at, len, file }.into());
+        }
+        let mut bytes = vec![0; len as usize];
+        let read = self.source.read_at(at, &mut bytes);
+        read.map_err(|source| ReadError::Io { at, len: bytes.len(), source })?;
+        Ok(bytes)
+    }
+
+    fn minor(&mut self, what: Corrupt) {
+        self.problems.push(Problem { what, fatal: false });
+    }
+
+    /// The footer, and where it is, or is to be.
+    fn footer(&mut self) -> Result<(Footer, u64), ReadError> {
+        let size = self.source.size();
+        if size < OLD_FOOTER_SIZE as u64 {
+            return Err(Corrupt::Short { what: "footer", len: size }.into());
+        }
+        let tail = self.bytes("footer", size - size.min(FOOTER_SIZE as u64), size.min(FOOTER_SIZE as u64))?;
+        let old = || Footer::parse(&tail[tail.len() - OLD_FOOTER_SIZE..]).map(|footer| (footer, OLD_FOOTER_SIZE));
+        let last = match Footer::parse(&tail) {
+            Ok(footer) => Ok((footer, FOOTER_SIZE)),
+            Err(Corrupt::Disabled) => return Err(Corrupt::Disabled.into()),
+            Err(error) => old().map_err(|_| error),
+        };
+        if let Ok((footer, len)) = &last
+            && footer.kind() == Ok(Kind::Fixed)
+        {
+            return Ok((*footer, size - *len as u64));
+        }
+        let copy = Footer::parse(&self.bytes("footer's copy", 0, size.min(FOOTER_SIZE as u64))?);
+        match (last, copy) {
+            (Ok((footer, len)), copy) => {
+                match copy {
+                    Ok(copy) if copy == footer => {}
+                    Ok(_) => self.minor(Corrupt::CopyDiffers),
+                    Err(error) => self.minor(Corrupt::Copy(Box::new(error))),
+                }
+                Ok((footer, size - len as u64))
+            }
+            (Err(error), Ok(copy)) if copy.kind() != Ok(Kind::Fixed) => {
+                self.minor(error);
+                Ok((copy, size))
+            }
+            (Err(error), _) => Err(error.into()),
+        }
+    }
+
+    /// What the locators name.
+    fn locators(&mut self, header: &Header, taken: &mut Vec<Region>) -> Result<Vec<(Platform, String)>, ReadError> {
+        let mut parents = Vec::new();
+        for locator in &header.locators {
+            let Some(platform) = locator.platform() else { continue };
+            let (at, len) = locator.place();
+            let what = "parent locator";
+            if len > NAME_MAX || len > locator.space() {
+                self.minor(Corrupt::Place { what, at, len, file: self.source.size() });
+                continue;
+            }
+            match self.bytes(what, at, len) {
+                Ok(bytes) => {
+                    taken.push(Region { at, len });
+                    match decode_path(platform, &bytes) {
+                        Some(path) => parents.push((platform, path)),
+                        None => self.minor(Corrupt::Name { at }),
+                    }
+                }
+                Err(ReadError::Corrupt(what)) => self.minor(what),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(parents)
+    }
+
+    /// The batmap, if there is one after the table.
+    fn batmap(
+        &mut self,
+        at: u64,
+        table: &Table,
+        block_len: u64,
+        taken: &mut Vec<Region>,
+    ) -> Result<Option<Batmap>, ReadError> {
+        // Where a block is, what looks like a batmap may be the guest's.
+        let free = |at, len| {
+            let region = Region { at, len };
+            !table.allocated().any(|(_, block)| region.meets(Region { at: block, len: block_len }))
+        };
+        if at + SECTOR_SIZE > self.source.size() || !free(at, SECTOR_SIZE) {
+            return Ok(None);
+        }
+        let found = self.bytes("batmap", at, SECTOR_SIZE).and_then(|bytes| {
+            let Some(place) = Batmap::parse_header(&bytes)? else { return Ok(None) };
+            let (bits_at, len) = (place.at, place.len);
+            let most = u64::from(table.blocks()).div_ceil(8).next_multiple_of(SECTOR_SIZE) + SECTOR_SIZE;
+            if len > most.max(256 << 10) || !free(bits_at, len) {
+                let file = self.source.size();
+                return Err(Corrupt::Place { what: "batmap", at: bits_at, len, file }.into());
+            }
+            let bits = self.bytes("batmap", bits_at, len)?;
+            taken.extend([Region { at, len: SECTOR_SIZE }, Region { at: bits_at, len }]);
+            Ok(Some(Batmap::parse(&place, bits)?))
+        });
+        match found {
+            Err(ReadError::Corrupt(what)) => {
+                self.minor(what);
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+}

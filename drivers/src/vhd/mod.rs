@@ -1,0 +1,175 @@
+//! VHD images: fixed, dynamic and differencing.
+//!
+//! Source of the format: Microsoft, "Virtual Hard Disk Image Format Specification", October 11, 2006; what Xen's toolstacks
+//! add is said where it is. All numbers are big-endian. A fixed image is the disk's bytes and a footer; the others are:
+//!
+//! ```text
+//! 0     copy of the footer                       512 bytes
+//! 512   header                                  1024 bytes     where the footer says
+//!       block allocation table (BAT)            4 bytes for each block, in whole sectors; where the header says
+//!       batmap, blktap's: which blocks are full  header of 512 bytes and a bit for each block; after the table
+//!       names of the parent                      where the header's locators say
+//!       blocks, in any order, each:
+//!         bitmap                                 a bit for each sector of the block, in whole sectors
+//!         data                                   2 MiB
+//! end   footer                                   512 bytes
+//! ```
+//!
+//! A table entry is the number of the file's sector that the block's bitmap begins with.
+
+mod footer;
+mod header;
+mod image;
+mod table;
+
+pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE};
+pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
+pub use image::{Image, Problem, ReadError, Source};
+pub use table::{Batmap, KeyHash, Table};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// What an image is known by.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+)]
+#[repr(transparent)]
+pub struct Uuid(pub [u8; 16]);
+
+impl Uuid {
+    /// Nobody's.
+    pub const NIL: Uuid = Uuid([0; 16]);
+}
+
+impl std::fmt::Display for Uuid {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        for (i, byte) in self.0.iter().enumerate() {
+            let dash = if matches!(i, 4 | 6 | 8 | 10) { "-" } else { "" };
+            write!(f, "{dash}{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+/// One's complement of the sum of the bytes, of which those of the checksum itself are zero.
+fn checksum(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(0, |sum: u32, byte| sum.wrapping_add((*byte).into()))
+}
+
+/// What is wrong with an image. Nothing of it was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Corrupt {
+    /// The file ends in it.
+    #[error("its {what} has only {len} bytes")]
+    Short {
+        /// Which part.
+        what: &'static str,
+        /// Bytes that there are.
+        len: u64,
+    },
+    /// It is something else, or was overwritten.
+    #[error("its {what} does not begin as one does")]
+    Cookie {
+        /// Which part.
+        what: &'static str,
+    },
+    /// blktap's mark.
+    #[error("it is marked as not to be used by anybody (v_poison)")]
+    Disabled,
+    /// Bytes have changed, or were never written.
+    #[error("the checksum of its {what} is {found:#010x}, and should be {computed:#010x}")]
+    Checksum {
+        /// Which part.
+        what: &'static str,
+        /// As it is.
+        found: u32,
+        /// As it should be.
+        computed: u32,
+    },
+    /// Made by a later program.
+    #[error("its {what} has version {version:#010x}, which is not known here")]
+    Version {
+        /// Which part.
+        what: &'static str,
+        /// As it is: major in the upper half, minor in the lower.
+        version: u32,
+    },
+    /// Neither fixed nor dynamic nor differencing.
+    #[error("it is an image of type {number}; known are 2 (fixed), 3 (dynamic) and 4 (differencing)")]
+    Kind {
+        /// As it is.
+        number: u32,
+    },
+    /// The disk's size can't be.
+    #[error("its size, {size} bytes, {why}")]
+    Size {
+        /// As its footer says.
+        size: u64,
+        /// What is wrong with that.
+        why: &'static str,
+    },
+    /// The footer of an image with blocks says that there is no header.
+    #[error("its footer does not say where its header is")]
+    NoHeader,
+    /// The footer at the beginning is no good.
+    #[error("at its beginning: {0}")]
+    Copy(Box<Corrupt>),
+    /// The footers say different things; that at the end counts.
+    #[error("its footer and the copy at the beginning differ")]
+    CopyDiffers,
+    /// The name of the parent is no text.
+    #[error("the parent's name at byte {at} is no text")]
+    Name {
+        /// Where it is.
+        at: u64,
+    },
+    /// A block can't have that size.
+    #[error("its blocks have {size} bytes, which is no power of two from 4 KiB to 256 MiB")]
+    BlockSize {
+        /// As its header says.
+        size: u32,
+    },
+    /// The table is larger than what is held in memory.
+    #[error("its table has {entries} entries; at most {most} are possible")]
+    Entries {
+        /// As its header says.
+        entries: u64,
+        /// The most.
+        most: u64,
+    },
+    /// A part is where it can't be.
+    #[error("its {what} is at byte {at}, with {len} bytes, where it cannot be: the file has {file}")]
+    Place {
+        /// Which part.
+        what: &'static str,
+        /// Where it is.
+        at: u64,
+        /// Its bytes.
+        len: u64,
+        /// Bytes of the file.
+        file: u64,
+    },
+    /// A block is among the metadata, or beyond the end.
+    #[error(
+        "block {block} has {len} bytes at byte {at}, which are not its own: among the metadata, or beyond byte {end}"
+    )]
+    BlockPlace {
+        /// Which.
+        block: u32,
+        /// Where its bitmap begins.
+        at: u64,
+        /// Its bytes, with the bitmap.
+        len: u64,
+        /// Where blocks must end.
+        end: u64,
+    },
+    /// Two blocks share bytes.
+    #[error("blocks {one} and {other} overlap at byte {at}")]
+    BlocksOverlap {
+        /// Which begins first.
+        one: u32,
+        /// The other.
+        other: u32,
+        /// Where that begins.
+        at: u64,
+    },
+}

@@ -1,0 +1,175 @@
+//! The block allocation table (specification, "Block Allocation Table and Data Blocks"), and blktap's map of full blocks.
+
+use zerocopy::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::Corrupt;
+use super::image::Region;
+use crate::SECTOR_SIZE;
+
+/// An entry of a block that is not there.
+const UNUSED: u32 = u32::MAX;
+
+/// Where each block is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table(Vec<u32>);
+
+impl Table {
+    /// Of `blocks` blocks, none of which is there.
+    pub fn empty(blocks: u32) -> Table {
+        Table(vec![UNUSED; blocks as usize])
+    }
+
+    /// Reads one from its bytes, which may be more than those of its entries.
+    pub fn parse(bytes: &[u8], blocks: u32) -> Table {
+        let entries = bytes.chunks_exact(4).map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]));
+        Table(entries.take(blocks as usize).collect())
+    }
+
+    /// Bytes of a table of so many entries, in whole sectors.
+    pub fn bytes(entries: u32) -> u64 {
+        (4 * u64::from(entries)).next_multiple_of(SECTOR_SIZE)
+    }
+
+    /// Blocks that it has an entry for.
+    pub fn blocks(&self) -> u32 {
+        self.0.len() as u32
+    }
+
+    /// Where a block's bitmap begins in the file, in bytes. None: the block is not there.
+    pub fn get(&self, block: u32) -> Option<u64> {
+        let sector = *self.0.get(block as usize)?;
+        (sector != UNUSED).then(|| u64::from(sector) * SECTOR_SIZE)
+    }
+
+    /// Puts a block there, at a byte that is a multiple of the sector. False: a table can't say that.
+    pub fn set(&mut self, block: u32, at: u64) -> bool {
+        let sector = at / SECTOR_SIZE;
+        let fits = at.is_multiple_of(SECTOR_SIZE) && sector < u64::from(UNUSED);
+        if fits && let Some(entry) = self.0.get_mut(block as usize) {
+            *entry = sector as u32;
+            return true;
+        }
+        false
+    }
+
+    /// Blocks that are there.
+    pub fn allocated(&self) -> impl Iterator<Item = (u32, u64)> {
+        (0..self.blocks()).filter_map(|block| Some((block, self.get(block)?)))
+    }
+
+    /// Looks whether each block, of `len` bytes with its bitmap, ends before byte `end` of the file, and overlaps no other and
+    /// nothing of what is `taken`.
+    pub(super) fn check(&self, len: u64, taken: &[Region], end: u64) -> Result<(), Corrupt> {
+        let mut places = Vec::new();
+        for (block, at) in self.allocated() {
+            let own = Region { at, len };
+            if at + len > end || taken.iter().any(|region| region.meets(own)) {
+                return Err(Corrupt::BlockPlace { block, at, len, end });
+            }
+            places.push((at, block));
+        }
+        places.sort_unstable();
+        let overlap = places.windows(2).find(|pair| pair[1].0 - pair[0].0 < len);
+        match overlap {
+            Some(pair) => Err(Corrupt::BlocksOverlap { one: pair[0].1, other: pair[1].1, at: pair[1].0 }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What is before the batmap's bits, as it is in the file (blktap's libvhd).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct BatmapHeader {
+    cookie: [u8; 8],
+    offset: U64,
+    /// 512-byte sectors.
+    size: U32,
+    version: U32,
+    checksum: U32,
+    marker: u8,
+    /// For encrypted images: a cookie, a nonce of 32 bytes, SHA-256 of nonce and key.
+    key_hash: [u8; 65],
+    reserved: [u8; 418],
+}
+
+const _: () = assert!(size_of::<BatmapHeader>() == SECTOR_SIZE as usize);
+
+/// Which blocks are full: all of their sectors are there, and nobody need look at the block's bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batmap {
+    bits: Vec<u8>,
+    /// The hash of the key that an image is encrypted with. None: it is not.
+    pub key_hash: Option<KeyHash>,
+}
+
+/// What tells whether a key is an image's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyHash {
+    /// What is hashed before the key.
+    pub nonce: [u8; 32],
+    /// SHA-256 of nonce and key.
+    pub hash: [u8; 32],
+}
+
+/// What a batmap's header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatmapPlace {
+    /// Where the bits are in the file.
+    pub at: u64,
+    /// Their bytes, whole sectors.
+    pub len: u64,
+    version: u32,
+    checksum: u32,
+    key_hash: Option<KeyHash>,
+}
+
+impl Batmap {
+    const COOKIE: [u8; 8] = *b"tdbatmap";
+    const VERSION: u32 = 0x0001_0002;
+    /// Its checksum adds up signed bytes, by mistake.
+    const VERSION_SIGNED: u32 = 0x0001_0001;
+
+    /// Reads the header of one, a sector. None: there is none.
+    pub fn parse_header(bytes: &[u8]) -> Result<Option<BatmapPlace>, Corrupt> {
+        let what = "batmap";
+        let header =
+            BatmapHeader::read_from_bytes(bytes).map_err(|_| Corrupt::Short { what, len: bytes.len() as u64 })?;
+        if header.cookie != Self::COOKIE {
+            return Ok(None);
+        }
+        let version = header.version.get();
+        if version > Self::VERSION {
+            return Err(Corrupt::Version { what, version });
+        }
+        let (mut nonce, mut hash) = ([0; 32], [0; 32]);
+        nonce.copy_from_slice(&header.key_hash[1..33]);
+        hash.copy_from_slice(&header.key_hash[33..]);
+        Ok(Some(BatmapPlace {
+            at: header.offset.get(),
+            len: u64::from(header.size.get()) * SECTOR_SIZE,
+            version,
+            checksum: header.checksum.get(),
+            key_hash: (header.key_hash[0] == 1).then_some(KeyHash { nonce, hash }),
+        }))
+    }
+
+    /// Reads the bits.
+    pub fn parse(place: &BatmapPlace, bits: Vec<u8>) -> Result<Batmap, Corrupt> {
+        let computed = if place.version == Self::VERSION_SIGNED {
+            !bits.iter().fold(0, |sum: u32, byte| sum.wrapping_add_signed((*byte as i8).into()))
+        } else {
+            super::checksum(&bits)
+        };
+        if computed != place.checksum {
+            return Err(Corrupt::Checksum { what: "batmap", found: place.checksum, computed });
+        }
+        Ok(Batmap { bits, key_hash: place.key_hash })
+    }
+
+    /// Whether a block is full.
+    pub fn is_full(&self, block: u32) -> bool {
+        self.bits.get(block as usize / 8).is_some_and(|byte| byte & (0x80 >> (block % 8)) != 0)
+    }
+}

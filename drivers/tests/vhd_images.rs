@@ -1,0 +1,167 @@
+//! VHD images that qemu-img has made, and what becomes of them when something in them is changed.
+
+use std::process::Command;
+
+use drivers::vhd::{Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Source};
+use zerocopy::IntoBytes;
+
+/// A file in memory.
+struct Bytes(Vec<u8>);
+
+impl Source for Bytes {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
+        let at = at as usize;
+        to.copy_from_slice(&self.0[at..at + to.len()]);
+        Ok(())
+    }
+}
+
+/// An image of 64 MiB that qemu-img makes, with data in its fourth block.
+fn image(subformat: &str) -> Bytes {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image.vhd");
+    let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+    let options = format!("subformat={subformat},force_size=on");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vpc", "-o", &options]).arg(&path).arg("64M"));
+    run(Command::new("qemu-io").args(["-f", "vpc", "-c", "write -q -P 0x5a 7M 64k"]).arg(&path));
+    Bytes(std::fs::read(path).unwrap())
+}
+
+/// What is wrong with an image: that it can't be used with, and what else.
+fn check(image: &Bytes) -> (Option<Corrupt>, Vec<Corrupt>) {
+    let problems = Image::check(image).unwrap();
+    let fatal = problems.iter().find(|problem| problem.fatal).map(|problem| problem.what.clone());
+    (fatal, problems.into_iter().filter(|problem| !problem.fatal).map(|problem| problem.what).collect())
+}
+
+fn read(image: &Bytes) -> Image {
+    let mut problems = Vec::new();
+    let read = Image::read(image, &mut problems).unwrap();
+    assert_eq!(problems, []);
+    read
+}
+
+#[test]
+fn a_fixed_image_is_its_data_and_a_footer() {
+    let bytes = image("fixed");
+    let image = read(&bytes);
+    assert_eq!((image.kind, image.footer.size(), image.footer_at), (Kind::Fixed, 64 << 20, 64 << 20));
+    assert!(image.header.is_none() && bytes.0[7 << 20..][..65536].iter().all(|byte| *byte == 0x5a));
+}
+
+#[test]
+fn a_dynamic_image_has_the_block_that_was_written() {
+    let bytes = image("dynamic");
+    let image = read(&bytes);
+    assert_eq!((image.kind, image.footer.size()), (Kind::Dynamic, 64 << 20));
+    let header = image.header.unwrap();
+    assert_eq!((header.block_size(), header.bitmap_size(), image.table.blocks()), (2 << 20, 512, 32));
+    let allocated: Vec<_> = image.table.allocated().collect();
+    let [(3, at)] = allocated[..] else { panic!("{allocated:?}") };
+    // The block's second half; its bitmap says that it is there.
+    let data = (at + header.bitmap_size() + (1 << 20)) as usize;
+    assert!(bytes.0[data..][..65536].iter().all(|byte| *byte == 0x5a));
+    assert!(bytes.0[at as usize + 256..][..16].iter().all(|byte| *byte == 0xff));
+}
+
+#[test]
+fn a_bad_footer_is_told_of_and_its_copy_taken() {
+    let whole = image("dynamic");
+    let end = whole.0.len() - FOOTER_SIZE;
+    // blktap's mark of an image that is in use, and a crash in the middle of the last write.
+    for bad in [[0xc7; FOOTER_SIZE].to_vec(), vec![0; 100]] {
+        let bytes = Bytes([&whole.0[..end], &bad].concat());
+        let (fatal, minor) = check(&bytes);
+        assert!(fatal.is_none() && minor == [Corrupt::Cookie { what: "footer" }], "{fatal:?} {minor:?}");
+        let image = Image::read(&bytes, &mut Vec::new()).unwrap();
+        assert_eq!((image.footer.size(), image.footer_at), (64 << 20, bytes.size()));
+    }
+    let mut copy = Bytes(whole.0.clone());
+    copy.0[20] ^= 1;
+    assert!(matches!(&check(&copy), (None, minor) if matches!(minor[..], [Corrupt::Copy(_)])));
+    copy.0[end + 20] ^= 1;
+    assert!(matches!(check(&copy).0, Some(Corrupt::Checksum { what: "footer", .. })));
+    let short = Bytes(whole.0[end..].to_vec());
+    assert!(matches!(check(&short).0, Some(Corrupt::Place { what: "header", .. })), "{:?}", check(&short));
+}
+
+const HEADER: std::ops::Range<usize> = FOOTER_SIZE..FOOTER_SIZE + HEADER_SIZE;
+
+/// What makes the image unusable when its table, as bytes, or its header is changed so.
+fn changed(image: &Bytes, change: impl FnOnce(&mut Header, &mut [u8])) -> Corrupt {
+    let mut bytes = Bytes(image.0.clone());
+    let mut header = Header::parse(&bytes.0[HEADER]).unwrap();
+    let table = header.table_at() as usize;
+    change(&mut header, &mut bytes.0[table..]);
+    header.seal();
+    bytes.0[HEADER].copy_from_slice(header.as_bytes());
+    check(&bytes).0.unwrap()
+}
+
+#[test]
+fn blocks_that_are_not_their_own_are_refused() {
+    let image = image("dynamic");
+    let entry = |block: usize| 4 * block..4 * block + 4;
+    let end = image.size() - FOOTER_SIZE as u64;
+    let (_, own) = read(&image).table.allocated().next().unwrap();
+    let own_sector = (own / 512) as u32;
+    // Beyond the end, over the footer at the end, and in the table itself.
+    for sector in [0xffff_fffe, own_sector + 1, 3] {
+        let what = changed(&image, |_, table| table[entry(5)].copy_from_slice(&sector.to_be_bytes()));
+        let at = u64::from(sector) * 512;
+        assert_eq!(what, Corrupt::BlockPlace { block: 5, at, len: 512 + (2 << 20), end });
+    }
+    let what = changed(&image, |_, table| table[entry(5)].copy_from_slice(&own_sector.to_be_bytes()));
+    assert_eq!(what, Corrupt::BlocksOverlap { one: 3, other: 5, at: own });
+}
+
+#[test]
+fn metadata_that_is_nowhere_is_refused() {
+    let image = image("dynamic");
+    let file = image.size();
+    for at in [file - 100, u64::MAX - 50] {
+        let what = changed(&image, |header, _| *header = Header::new(at, header.entries(), header.block_size()));
+        assert_eq!(what, Corrupt::Place { what: "table", at, len: 128, file });
+    }
+    let what = changed(&image, |header, _| *header = Header::new(header.table_at(), 31, header.block_size()));
+    assert!(matches!(what, Corrupt::Size { size, .. } if size == 64 << 20), "{what}");
+}
+
+#[test]
+fn sizes_that_cannot_be_are_refused() {
+    let fixed = image("fixed");
+    for size in [0, 100, (64 << 20) + 512, u64::MAX - 511] {
+        let mut bytes = Bytes(fixed.0.clone());
+        let mut footer = Footer::parse(&bytes.0[64 << 20..]).unwrap();
+        footer.set_size(size);
+        footer.seal();
+        bytes.0[64 << 20..].copy_from_slice(footer.as_bytes());
+        assert!(matches!(check(&bytes).0, Some(Corrupt::Size { size: found, .. }) if found == size), "{size}");
+    }
+    for len in [0, 1, 510] {
+        assert_eq!(check(&Bytes(vec![0; len])).0, Some(Corrupt::Short { what: "footer", len: len as u64 }));
+    }
+    for len in [511, 512, 4096] {
+        assert_eq!(check(&Bytes(vec![0; len])).0, Some(Corrupt::Cookie { what: "footer" }), "{len}");
+    }
+}
+
+#[test]
+fn a_name_of_the_parent_that_is_nowhere_is_told_of() {
+    let image = image("dynamic");
+    let file = image.size();
+    let mut bytes = Bytes(image.0.clone());
+    let mut header = Header::parse(&bytes.0[HEADER]).unwrap();
+    header.locators[0] = Locator::new(Platform::MacX, file - 3, 20);
+    header.locators[1] = Locator::new(Platform::W2ru, 0, 1 << 20);
+    header.seal();
+    bytes.0[HEADER].copy_from_slice(header.as_bytes());
+    let what = "parent locator";
+    let expected =
+        [Corrupt::Place { what, at: file - 3, len: 20, file }, Corrupt::Place { what, at: 0, len: 1 << 20, file }];
+    assert_eq!(check(&bytes), (None, expected.to_vec()));
+}
