@@ -192,8 +192,8 @@ impl Footer {
 
     /// The disk's size, bytes.
     ///
-    /// Virtual PC, and QEMU before 2.0 (creator "qemu"), go by the geometry, all others by the field. An image with the
-    /// largest geometry is likely to be larger than that, and so the field counts there, too.
+    /// Virtual PC goes by the geometry, and so does QEMU, unless it was told to keep to the size (creator "qem2"); all others
+    /// go by the field. An image with the largest geometry is likely to be larger than that: there the field counts, too.
     pub fn size(&self) -> u64 {
         let total = self.geometry.total();
         let by_geometry = matches!(&self.creator, b"vpc " | b"qemu") && (1..Geometry::MAX_SECTORS).contains(&total);

@@ -212,6 +212,11 @@ impl Header {
         (u64::from(self.block_size()) / SECTOR_SIZE).div_ceil(8).next_multiple_of(SECTOR_SIZE)
     }
 
+    /// The largest disk, in bytes, that the table has room for.
+    pub fn size_max(&self) -> u64 {
+        u64::from(self.entries()) * u64::from(self.block_size())
+    }
+
     /// The parent's file name. None: there is none, or it is no text.
     pub fn parent_name(&self) -> Option<String> {
         let units = self.parent_name.iter().map(|unit| unit.get()).take_while(|unit| *unit != 0);

@@ -55,6 +55,8 @@ pub struct Image {
     pub kind: Kind,
     /// Where the footer at the end is, or is to be.
     pub footer_at: u64,
+    /// Where the metadata at the beginning ends.
+    pub metadata_end: u64,
     /// Of an image that is not fixed.
     pub header: Option<Header>,
     /// Where the disk's blocks are.
@@ -97,6 +99,7 @@ impl Image {
             footer,
             kind,
             footer_at,
+            metadata_end: 0,
             header: None,
             table: Table::empty(0),
             batmap: None,
@@ -123,6 +126,8 @@ impl Image {
         let block_len = header.bitmap_size() + u64::from(header.block_size());
         image.batmap = reader.batmap(header.table_at() + table_len, &table, block_len, &mut taken)?;
         table.check(block_len, &taken, footer_at)?;
+        image.metadata_end =
+            taken.iter().map(|region| region.end()).max().unwrap_or(0).max(header.table_at() + table_len);
         (image.header, image.table) = (Some(header), table);
         Ok(image)
     }
@@ -210,7 +215,7 @@ impl Reader<'_> {
             }
             match self.bytes(what, at, len) {
                 Ok(bytes) => {
-                    taken.push(Region { at, len });
+                    taken.push(Region { at, len: locator.space() });
                     match decode_path(platform, &bytes) {
                         Some(path) => parents.push((platform, path)),
                         None => self.minor(Corrupt::Name { at }),
