@@ -26,6 +26,7 @@
 //! ## Boundaries
 //!
 //! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one.
+//!   Which images a disk is made of, a [`chain`] says: each names its parent.
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
 //!   [Which one](engine::Opener) is for the configuration to say, or for the image, and can [change](disk::Wanted) while the
@@ -87,6 +88,7 @@ pub mod submit;
 
 pub mod engine;
 
+pub mod chain;
 pub mod image;
 pub mod memory;
 

@@ -3,3 +3,4 @@
 
 pub mod ring_load;
 pub mod tap_ctl;
+pub mod vhd_util;

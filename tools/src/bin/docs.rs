@@ -17,8 +17,12 @@ struct Args {
 
 fn main() -> io::Result<()> {
     let directory = Args::parse().directory;
-    let commands =
-        [tapdisk::args::Args::command(), tools::tap_ctl::Args::command(), tools::ring_load::Args::command()];
+    let commands = [
+        tapdisk::args::Args::command(),
+        tools::tap_ctl::Args::command(),
+        tools::vhd_util::Args::command(),
+        tools::ring_load::Args::command(),
+    ];
     let man = directory.join("man1");
     let completions = directory.join("completions");
     std::fs::create_dir_all(&man)?;

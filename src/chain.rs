@@ -1,0 +1,171 @@
+//! Chains of VHD images on the host's file systems: an image, its parent, that one's parent, and so on.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use drivers::vhd::{Image, Kind, Platform, Problem, ReadError, Source, Uuid};
+
+use crate::sys::file::geometry;
+
+/// Images of a chain, at most. Toolstacks make no more than 30.
+pub const DEPTH_MAX: usize = 256;
+
+/// Why a chain can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The system says no.
+    #[error("{}: cannot open it: {source}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The image is no good.
+    #[error("{}: {source}", path.display())]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: ReadError,
+    },
+    /// None of the names in the image is a file.
+    #[error("{}: its parent is not there; tried {}", path.display(), list(tried))]
+    NoParent {
+        /// The child.
+        path: PathBuf,
+        /// Where the parent was looked for.
+        tried: Vec<PathBuf>,
+    },
+    /// What is there is another image.
+    #[error("{}: its parent has the UUID {expected}, and {} has {found}", path.display(), parent.display())]
+    OtherParent {
+        /// The child.
+        path: PathBuf,
+        /// What is in the parent's place.
+        parent: PathBuf,
+        /// As the child says.
+        expected: Uuid,
+        /// As that image says.
+        found: Uuid,
+    },
+    /// An image is its own ancestor, or there are too many.
+    #[error("{}: {why}", path.display())]
+    Endless {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// A file of which metadata is read.
+struct Opened {
+    file: File,
+    size: u64,
+}
+
+impl Source for Opened {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(to, at)
+    }
+}
+
+/// An image of a chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// Its path.
+    pub path: PathBuf,
+    /// Bytes of its file or device.
+    pub file_size: u64,
+    /// Its metadata. None: it is raw, and the last of its chain.
+    pub image: Option<Image>,
+    /// What is not as it should be, and does not matter.
+    pub problems: Vec<Problem>,
+}
+
+fn open(path: &Path) -> Result<Opened, Error> {
+    let explain = |source| Error::Open { path: path.to_owned(), source };
+    let file = File::open(path).map_err(explain)?;
+    let size = geometry(&file).map_err(explain)?.size;
+    Ok(Opened { file, size })
+}
+
+/// The VHD image in a file, without its parents.
+pub fn layer(path: &Path) -> Result<Layer, Error> {
+    let opened = open(path)?;
+    let mut problems = Vec::new();
+    let image =
+        Image::read(&opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
+    Ok(Layer { path: path.to_owned(), file_size: opened.size, image: Some(image), problems })
+}
+
+/// All that is wrong with the image in a file, without its parents.
+pub fn check(path: &Path) -> Result<Vec<Problem>, Error> {
+    Image::check(&open(path)?).map_err(|source| Error::Image { path: path.to_owned(), source })
+}
+
+/// Where the parent of a differencing image is, as an absolute path. None: it has none.
+pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
+    let Some(header) = image.header.as_ref().filter(|_| image.kind == Kind::Differencing) else { return Ok(None) };
+    let folder = path.parent().unwrap_or(Path::new(""));
+    // Paths that are relative first: an image is copied together with its parent more often than not.
+    let named = |wanted: &'static [Platform]| {
+        image.parents.iter().filter(|(platform, _)| wanted.contains(platform)).map(|(_, path)| folder.join(path))
+    };
+    let beside = header.parent_name().into_iter().map(|name| folder.join(name));
+    let mut tried = Vec::new();
+    for candidate in named(&[Platform::W2ru, Platform::MacX]).chain(named(&[Platform::W2ku])).chain(beside) {
+        match candidate.canonicalize() {
+            Ok(found) => return Ok(Some(found)),
+            Err(_) if tried.contains(&candidate) => {}
+            Err(_) => tried.push(candidate),
+        }
+    }
+    Err(Error::NoParent { path: path.to_owned(), tried })
+}
+
+/// An image and all that it is made of, the leaf first.
+pub fn chain(leaf: &Path) -> Result<Vec<Layer>, Error> {
+    let mut layers = vec![layer(leaf)?];
+    let mut seen = vec![identity(leaf)?];
+    loop {
+        let Layer { path, image: Some(image), .. } = &layers[layers.len() - 1] else { return Ok(layers) };
+        let Some(next) = parent(path, image)? else { return Ok(layers) };
+        let endless = |why| Error::Endless { path: path.clone(), why };
+        let id = identity(&next)?;
+        if seen.contains(&id) {
+            return Err(endless(format!("{} is its parent and its child", next.display())));
+        }
+        if layers.len() == DEPTH_MAX {
+            return Err(endless(format!("it has more than {DEPTH_MAX} parents")));
+        }
+        let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
+        let below = if expected == Uuid::NIL {
+            let file_size = open(&next)?.size;
+            Layer { path: next, file_size, image: None, problems: Vec::new() }
+        } else {
+            layer(&next)?
+        };
+        if let Some(found) = below.image.as_ref().map(|image| image.footer.uuid).filter(|found| *found != expected) {
+            return Err(Error::OtherParent { path: path.clone(), parent: below.path, expected, found });
+        }
+        seen.push(id);
+        layers.push(below);
+    }
+}
+
+fn identity(path: &Path) -> Result<(u64, u64), Error> {
+    let metadata = path.metadata().map_err(|source| Error::Open { path: path.to_owned(), source })?;
+    Ok((metadata.dev(), metadata.ino()))
+}
