@@ -212,6 +212,11 @@ impl Header {
         (u64::from(self.block_size()) / SECTOR_SIZE).div_ceil(8).next_multiple_of(SECTOR_SIZE)
     }
 
+    /// Bytes of a block in the file: its bitmap and its data.
+    pub fn block_len(&self) -> u64 {
+        self.bitmap_size() + u64::from(self.block_size())
+    }
+
     /// The largest disk, in bytes, that the table has room for.
     pub fn size_max(&self) -> u64 {
         u64::from(self.entries()) * u64::from(self.block_size())

@@ -123,13 +123,25 @@ impl Image {
             Region { at: header.table_at(), len: 4 * blocks },
         ];
         image.parents = reader.locators(&header, &mut taken)?;
-        let block_len = header.bitmap_size() + u64::from(header.block_size());
+        let block_len = header.block_len();
         image.batmap = reader.batmap(header.table_at() + table_len, &table, block_len, &mut taken)?;
         table.check(block_len, &taken, footer_at)?;
         image.metadata_end =
             taken.iter().map(|region| region.end()).max().unwrap_or(0).max(header.table_at() + table_len);
         (image.header, image.table) = (Some(header), table);
         Ok(image)
+    }
+
+    /// Bytes of the file up to the image's end, with the footer that is to be there.
+    pub fn physical_size(&self) -> u64 {
+        let end = match &self.header {
+            Some(header) => {
+                let last = self.table.allocated().map(|(_, at)| at + header.block_len()).max();
+                last.unwrap_or(self.metadata_end)
+            }
+            None => self.footer.size(),
+        };
+        end + FOOTER_SIZE as u64
     }
 
     /// All that is wrong with an image.

@@ -66,9 +66,8 @@ fuzz_target!(|data: &[u8]| {
         None => assert!(size <= image.footer_at),
         Some(header) => {
             assert!(size <= header.size_max());
-            let len = header.bitmap_size() + u64::from(header.block_size());
             for (_, at) in image.table.allocated() {
-                assert!(at >= FOOTER_SIZE as u64 && at + len <= image.footer_at);
+                assert!(at >= FOOTER_SIZE as u64 && at + header.block_len() <= image.footer_at);
             }
         }
     }

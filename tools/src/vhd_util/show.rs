@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use drivers::vhd::{Corrupt, Header, Image, Kind, Problem};
+use drivers::vhd::{Corrupt, Header, Kind, Problem};
 use nix::errno::Errno;
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Layer};
@@ -17,19 +17,6 @@ fn refused(path: &Path, error: &Error, out: &mut dyn Write) -> io::Result<ExitCo
     writeln!(out, "error opening {}: {}", path.display(), -(errno as i32))?;
     eprintln!("{error}");
     Ok(ExitCode::from(u8::try_from(errno as i32).unwrap_or(1)))
-}
-
-/// Bytes of the file up to the image's end.
-fn physical(image: &Image) -> u64 {
-    let footer = drivers::vhd::FOOTER_SIZE as u64;
-    let end = match &image.header {
-        Some(header) => {
-            let block = header.bitmap_size() + u64::from(header.block_size());
-            image.table.allocated().map(|(_, at)| at + block).max().unwrap_or(image.metadata_end)
-        }
-        None => image.footer.size(),
-    };
-    end + footer
 }
 
 /// Prints what is asked for.
@@ -49,7 +36,7 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> io::Result<ExitCode> 
         writeln!(out, "{}", image.footer.size() >> 20)?;
     }
     if query.physical {
-        writeln!(out, "{}", physical(image))?;
+        writeln!(out, "{}", image.physical_size())?;
     }
     if query.parent {
         match chain::parent(path, image) {
@@ -167,7 +154,7 @@ fn describe(layer: &Layer) -> Vec<(&'static str, Value)> {
         ("kind", kind.into()),
         ("size", footer.size().into()),
         file_size,
-        ("physical_size", physical(image).into()),
+        ("physical_size", image.physical_size().into()),
         ("uuid", footer.uuid.to_string().into()),
         ("hidden", footer.is_hidden().into()),
         ("creator", creator.into()),
