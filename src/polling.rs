@@ -163,8 +163,6 @@ pub fn watch(until: u64, ready: impl Fn() -> bool) -> bool {
         if now() >= until {
             return false;
         }
-        // What is waited for may be a thread that has only this CPU.
-        std::thread::yield_now();
     }
 }
 

@@ -36,10 +36,8 @@ class Engines(Bench):
         """I/Os a second, CPU µs an I/O, requests merged into others of a hundred."""
         image = f"path = '{self.image}'\ndirect = '{'on' if direct else 'off'}'"
         table = f"[engine]\nname = '{engine}'\nsubmit = '{submit}'\n{more}"
-        # One at a time, looking at the ring is allowed to both; its CPU is shown.
-        polling = "[main_loop]\nspin_us = 500\n" if depth == 1 else ""
         # Order 4 takes up to 512 requests, and 1 MiB is one indirect request.
-        with self.tapdisk(image, table + polling) as pid:
+        with self.tapdisk(image, table) as pid:
             before = common.cpu_seconds(pid)
             out = subprocess.run(on(CLIENT, [
                 f"{BIN}/ring-load", "run", "--json", "--socket", self.path("ring"), "--rw", rw, "--bs", bs, "--depth",
