@@ -10,6 +10,9 @@ use crate::SECTOR_SIZE;
 /// Bytes of a parent's name in a locator, at most.
 const NAME_MAX: u64 = 16 << 10;
 
+/// Bytes of a batmap, at most: a bit for each of the most blocks that a table can have.
+const BATMAP_MAX: u64 = 256 << 10;
+
 /// What metadata is read from, while the image is not served.
 pub trait Source {
     /// Bytes of the file, or the device.
@@ -101,7 +104,7 @@ impl Image {
             footer_at,
             metadata_end: 0,
             header: None,
-            table: Table::empty(0),
+            table: Table::default(),
             batmap: None,
             parents: Vec::new(),
         };
@@ -114,7 +117,6 @@ impl Image {
         if blocks > header.entries().into() {
             return wrong("is more than its table has blocks for");
         }
-        let table_len = Table::bytes(header.entries());
         // A table may have more entries than the disk has blocks, and the file need not have those.
         let table = Table::parse(&reader.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
         let mut taken = vec![
@@ -123,11 +125,10 @@ impl Image {
             Region { at: header.table_at(), len: 4 * blocks },
         ];
         image.parents = reader.locators(&header, &mut taken)?;
-        let block_len = header.block_len();
-        image.batmap = reader.batmap(header.table_at() + table_len, &table, block_len, &mut taken)?;
+        let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
+        image.batmap = reader.batmap(table_end, &table, block_len, &mut taken)?;
         table.check(block_len, &taken, footer_at)?;
-        image.metadata_end =
-            taken.iter().map(|region| region.end()).max().unwrap_or(0).max(header.table_at() + table_len);
+        image.metadata_end = taken.iter().map(|region| region.end()).fold(table_end, u64::max);
         (image.header, image.table) = (Some(header), table);
         Ok(image)
     }
@@ -259,8 +260,7 @@ impl Reader<'_> {
         let found = self.bytes("batmap", at, SECTOR_SIZE).and_then(|bytes| {
             let Some(place) = Batmap::parse_header(&bytes)? else { return Ok(None) };
             let (bits_at, len) = (place.at, place.len);
-            let most = u64::from(table.blocks()).div_ceil(8).next_multiple_of(SECTOR_SIZE) + SECTOR_SIZE;
-            if len > most.max(256 << 10) || !free(bits_at, len) {
+            if len > BATMAP_MAX || !free(bits_at, len) {
                 let file = self.source.size();
                 return Err(Corrupt::Place { what: "batmap", at: bits_at, len, file }.into());
             }

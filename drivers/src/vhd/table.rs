@@ -11,15 +11,10 @@ use crate::SECTOR_SIZE;
 const UNUSED: u32 = u32::MAX;
 
 /// Where each block is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table(Vec<u32>);
 
 impl Table {
-    /// Of `blocks` blocks, none of which is there.
-    pub fn empty(blocks: u32) -> Table {
-        Table(vec![UNUSED; blocks as usize])
-    }
-
     /// Reads one from its bytes, which may be more than those of its entries.
     pub fn parse(bytes: &[u8], blocks: u32) -> Table {
         let entries = bytes.chunks_exact(4).map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]));
@@ -40,17 +35,6 @@ impl Table {
     pub fn get(&self, block: u32) -> Option<u64> {
         let sector = *self.0.get(block as usize)?;
         (sector != UNUSED).then(|| u64::from(sector) * SECTOR_SIZE)
-    }
-
-    /// Puts a block there, at a byte that is a multiple of the sector. False: a table can't say that.
-    pub fn set(&mut self, block: u32, at: u64) -> bool {
-        let sector = at / SECTOR_SIZE;
-        let fits = at.is_multiple_of(SECTOR_SIZE) && sector < u64::from(UNUSED);
-        if fits && let Some(entry) = self.0.get_mut(block as usize) {
-            *entry = sector as u32;
-            return true;
-        }
-        false
     }
 
     /// Blocks that are there.

@@ -123,3 +123,8 @@ fn errno(error: &Error) -> Errno {
     };
     system.map_or(Errno::EIO, Errno::from_raw)
 }
+
+/// The exit code that says so.
+fn exit_code(error: &Error) -> ExitCode {
+    ExitCode::from(u8::try_from(errno(error) as i32).unwrap_or(1))
+}

@@ -9,14 +9,13 @@ use nix::errno::Errno;
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Layer};
 
-use super::{Check, Query, errno};
+use super::{Check, Query, errno, exit_code};
 
 /// `error opening %s: %d` and the exit code, as storage managers know them; the reason for people on standard error.
 fn refused(path: &Path, error: &Error, out: &mut dyn Write) -> io::Result<ExitCode> {
-    let errno = errno(error);
-    writeln!(out, "error opening {}: {}", path.display(), -(errno as i32))?;
+    writeln!(out, "error opening {}: {}", path.display(), -(errno(error) as i32))?;
     eprintln!("{error}");
-    Ok(ExitCode::from(u8::try_from(errno as i32).unwrap_or(1)))
+    Ok(exit_code(error))
 }
 
 /// Prints what is asked for.
@@ -30,7 +29,7 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> io::Result<ExitCode> 
     let mut code = ExitCode::SUCCESS;
     let mut failed = |error: &Error| {
         eprintln!("{error}");
-        code = ExitCode::from(u8::try_from(errno(error) as i32).unwrap_or(1));
+        code = exit_code(error);
     };
     if query.size {
         writeln!(out, "{}", image.footer.size() >> 20)?;
@@ -114,7 +113,7 @@ pub(super) fn info(path: &Path, json: bool, out: &mut dyn Write) -> io::Result<E
         Ok(layers) => layers,
         Err(error) => {
             eprintln!("{error}");
-            return Ok(ExitCode::from(u8::try_from(errno(&error) as i32).unwrap_or(1)));
+            return Ok(exit_code(&error));
         }
     };
     let layers = layers.iter().map(describe);
