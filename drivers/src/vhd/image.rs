@@ -64,7 +64,7 @@ pub struct Image {
     pub header: Option<Header>,
     /// Where the disk's blocks are.
     pub table: Table,
-    /// Which of them are full, if the image has that and it is right.
+    /// Which of them are full, if the image has that. One that is not right knows of none.
     pub batmap: Option<Batmap>,
     /// Where the parent is, as the locators name it.
     pub parents: Vec<(Platform, String)>,
@@ -259,14 +259,17 @@ impl Reader<'_> {
         }
         let found = self.bytes("batmap", at, SECTOR_SIZE).and_then(|bytes| {
             let Some(place) = Batmap::parse_header(&bytes)? else { return Ok(None) };
-            let (bits_at, len) = (place.at, place.len);
+            let (bits_at, len) = (place.bits_at, place.len);
             if len > BATMAP_MAX || !free(bits_at, len) {
                 let file = self.source.size();
                 return Err(Corrupt::Place { what: "batmap", at: bits_at, len, file }.into());
             }
             let bits = self.bytes("batmap", bits_at, len)?;
             taken.extend([Region { at, len: SECTOR_SIZE }, Region { at: bits_at, len }]);
-            Ok(Some(Batmap::parse(&place, bits)?))
+            Ok(Some(Batmap::parse(&place, at, bits).unwrap_or_else(|what| {
+                self.minor(what);
+                Batmap::unknown(&place, at)
+            })))
         });
         match found {
             Err(ReadError::Corrupt(what)) => {

@@ -25,7 +25,7 @@ mod table;
 pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
-pub use table::{Batmap, KeyHash, Table};
+pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// What an image is known by.

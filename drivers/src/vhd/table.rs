@@ -10,6 +10,9 @@ use crate::SECTOR_SIZE;
 /// An entry of a block that is not there.
 const UNUSED: u32 = u32::MAX;
 
+/// Sectors of a file that a block can begin in: the table has 32 bits for their number.
+pub const SECTORS_MAX: u64 = UNUSED as u64;
+
 /// Where each block is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table(Vec<u32>);
@@ -19,6 +22,11 @@ impl Table {
     pub fn parse(bytes: &[u8], blocks: u32) -> Table {
         let entries = bytes.chunks_exact(4).map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]));
         Table(entries.take(blocks as usize).collect())
+    }
+
+    /// One of which no block is there.
+    pub fn empty(blocks: u32) -> Table {
+        Table(vec![UNUSED; blocks as usize])
     }
 
     /// Bytes of a table of so many entries, in whole sectors.
@@ -35,6 +43,25 @@ impl Table {
     pub fn get(&self, block: u32) -> Option<u64> {
         let sector = *self.0.get(block as usize)?;
         (sector != UNUSED).then(|| u64::from(sector) * SECTOR_SIZE)
+    }
+
+    /// Says where a block's bitmap begins, in bytes: whole sectors, of which an entry can count [`SECTORS_MAX`].
+    pub fn set(&mut self, block: u32, at: u64) {
+        debug_assert!(at.is_multiple_of(SECTOR_SIZE) && at / SECTOR_SIZE < SECTORS_MAX);
+        self.0[block as usize] = (at / SECTOR_SIZE) as u32;
+    }
+
+    /// Says that a block is not there.
+    pub fn clear(&mut self, block: u32) {
+        self.0[block as usize] = UNUSED;
+    }
+
+    /// The bytes, from entry `from` on, as many as `to` has room for; what is beyond the last entry is unused.
+    pub fn write(&self, from: u32, to: &mut [u8]) {
+        let entries = self.0[from as usize..].iter().copied().chain(std::iter::repeat(UNUSED));
+        for (place, entry) in to.chunks_exact_mut(4).zip(entries) {
+            place.copy_from_slice(&entry.to_be_bytes());
+        }
     }
 
     /// Blocks that are there.
@@ -83,6 +110,10 @@ const _: () = assert!(size_of::<BatmapHeader>() == SECTOR_SIZE as usize);
 /// Which blocks are full: all of their sectors are there, and nobody need look at the block's bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batmap {
+    /// Where its header is in the file.
+    pub at: u64,
+    /// Where its bits are.
+    pub bits_at: u64,
     bits: Vec<u8>,
     /// The hash of the key that an image is encrypted with. None: it is not.
     pub key_hash: Option<KeyHash>,
@@ -101,7 +132,7 @@ pub struct KeyHash {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatmapPlace {
     /// Where the bits are in the file.
-    pub at: u64,
+    pub bits_at: u64,
     /// Their bytes, whole sectors.
     pub len: u64,
     version: u32,
@@ -131,7 +162,7 @@ impl Batmap {
         nonce.copy_from_slice(&header.key_hash[1..33]);
         hash.copy_from_slice(&header.key_hash[33..]);
         Ok(Some(BatmapPlace {
-            at: header.offset.get(),
+            bits_at: header.offset.get(),
             len: u64::from(header.size.get()) * SECTOR_SIZE,
             version,
             checksum: header.checksum.get(),
@@ -139,8 +170,13 @@ impl Batmap {
         }))
     }
 
-    /// Reads the bits.
-    pub fn parse(place: &BatmapPlace, bits: Vec<u8>) -> Result<Batmap, Corrupt> {
+    /// Of one whose header is at byte `at`, whatever its bits are: no block is known to be full.
+    pub fn unknown(place: &BatmapPlace, at: u64) -> Batmap {
+        Batmap { at, bits_at: place.bits_at, bits: vec![0; place.len as usize], key_hash: place.key_hash }
+    }
+
+    /// Reads the bits of one whose header is at byte `at`.
+    pub fn parse(place: &BatmapPlace, at: u64, bits: Vec<u8>) -> Result<Batmap, Corrupt> {
         let computed = if place.version == Self::VERSION_SIGNED {
             !bits.iter().fold(0, |sum: u32, byte| sum.wrapping_add_signed((*byte as i8).into()))
         } else {
@@ -149,11 +185,93 @@ impl Batmap {
         if computed != place.checksum {
             return Err(Corrupt::Checksum { what: "batmap", found: place.checksum, computed });
         }
-        Ok(Batmap { bits, key_hash: place.key_hash })
+        Ok(Batmap { bits, ..Batmap::unknown(place, at) })
+    }
+
+    /// One for so many blocks, none of which is full, with its header at byte `at` and its bits after that.
+    pub fn empty(at: u64, blocks: u32) -> Batmap {
+        Batmap { at, bits_at: at + SECTOR_SIZE, bits: vec![0; Batmap::bytes(blocks) as usize], key_hash: None }
+    }
+
+    /// Bytes of the bits of so many blocks, in whole sectors.
+    pub fn bytes(blocks: u32) -> u64 {
+        u64::from(blocks).div_ceil(8).next_multiple_of(SECTOR_SIZE).max(SECTOR_SIZE)
+    }
+
+    /// The bits, as they are in the file.
+    pub fn bits(&self) -> &[u8] {
+        &self.bits
+    }
+
+    /// The header that goes with the bits as they are now.
+    pub fn header(&self) -> [u8; SECTOR_SIZE as usize] {
+        let mut key_hash = [0; 65];
+        if let Some(key) = &self.key_hash {
+            key_hash[0] = 1;
+            key_hash[1..33].copy_from_slice(&key.nonce);
+            key_hash[33..].copy_from_slice(&key.hash);
+        }
+        zerocopy::transmute!(BatmapHeader {
+            cookie: Self::COOKIE,
+            offset: self.bits_at.into(),
+            size: ((self.bits.len() as u64 / SECTOR_SIZE) as u32).into(),
+            version: Self::VERSION.into(),
+            checksum: super::checksum(&self.bits).into(),
+            marker: 0,
+            key_hash,
+            reserved: [0; 418],
+        })
+    }
+
+    /// Says whether a block is full. One that it has no bit for never is.
+    pub fn set(&mut self, block: u32, full: bool) {
+        let bit = 0x80 >> (block % 8);
+        if let Some(byte) = self.bits.get_mut(block as usize / 8) {
+            *byte = if full { *byte | bit } else { *byte & !bit };
+        }
     }
 
     /// Whether a block is full.
     pub fn is_full(&self, block: u32) -> bool {
         self.bits.get(block as usize / 8).is_some_and(|byte| byte & (0x80 >> (block % 8)) != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batmap_is_written_and_read() {
+        let mut batmap = Batmap::empty(4096, 5000);
+        assert_eq!(batmap.bits().len(), 1024);
+        batmap.key_hash = Some(KeyHash { nonce: [7; 32], hash: [9; 32] });
+        batmap.set(4999, true);
+        batmap.set(3, true);
+        batmap.set(4, true);
+        batmap.set(4, false);
+        let place = Batmap::parse_header(&batmap.header()).unwrap().unwrap();
+        assert_eq!((place.bits_at, place.len), (4608, 1024));
+        let read = Batmap::parse(&place, 4096, batmap.bits().to_vec()).unwrap();
+        assert_eq!(read, batmap);
+        assert!(read.is_full(3) && read.is_full(4999) && !read.is_full(4) && !read.is_full(1 << 30));
+        let wrong = Batmap::parse(&place, 4096, vec![0; 1024]).unwrap_err();
+        assert!(matches!(wrong, Corrupt::Checksum { what: "batmap", .. }), "{wrong}");
+    }
+
+    #[test]
+    fn a_table_is_written_and_read() {
+        let mut table = Table::empty(200);
+        table.set(130, 3 << 39);
+        table.set(7, 1024);
+        table.set(8, 1024);
+        table.clear(8);
+        assert_eq!(table.allocated().collect::<Vec<_>>(), [(7, 1024), (130, 3 << 39)]);
+        let mut bytes = vec![0; Table::bytes(200) as usize];
+        table.write(0, &mut bytes);
+        assert_eq!(Table::parse(&bytes, 200), table);
+        let mut sector = [0; 512];
+        table.write(128, &mut sector);
+        assert_eq!(sector, bytes[512..]);
     }
 }
