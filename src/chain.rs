@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{Image, Kind, Platform, Problem, ReadError, Source, Uuid};
+use drivers::vhd::{self, Image, Kind, Platform, Problem, ReadError, Source, Uuid};
 
 use crate::sys::file::geometry;
 
@@ -50,6 +50,34 @@ pub enum Error {
         expected: Uuid,
         /// As that image says.
         found: Uuid,
+    },
+    /// The parent was written after its child was made.
+    #[error(
+        "{}: its parent, {}, has changed since: it was written at {found}, and the child was made at {expected} (seconds since \
+         2000); what the disk shows would be neither; set image.changed_parent to \"serve\" if you know better",
+        path.display(), parent.display()
+    )]
+    ChangedParent {
+        /// The child.
+        path: PathBuf,
+        /// The parent.
+        parent: PathBuf,
+        /// As the child says.
+        expected: u32,
+        /// As the parent says.
+        found: u32,
+    },
+    /// The parent is in a folder that the configuration does not allow.
+    #[error(
+        "{}: its parent, {}, is in another folder, which an image made elsewhere must not name; if it is to be there, add its \
+         folder to image.parents",
+        path.display(), parent.display()
+    )]
+    Folder {
+        /// The child.
+        path: PathBuf,
+        /// The parent.
+        parent: PathBuf,
     },
     /// An image is its own ancestor, or there are too many.
     #[error("{}: {why}", path.display())]
@@ -115,6 +143,28 @@ pub fn check(path: &Path) -> Result<Vec<Problem>, Error> {
     Image::check(&open(path)?).map_err(|source| Error::Image { path: path.to_owned(), source })
 }
 
+/// Which parents are taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// Folders that they may be in, besides the leaf's own. None: any.
+    pub folders: Option<&'a [PathBuf]>,
+    /// Also those that were written after their child was made.
+    pub changed: bool,
+}
+
+impl Rules<'_> {
+    /// All of them, to be looked at.
+    pub const ANY: Rules<'static> = Rules { folders: None, changed: true };
+
+    /// Whether a parent may be in its folder, of an image whose leaf is in the folder `leaf`.
+    fn allow(&self, leaf: &Path, parent: &Path) -> bool {
+        let (Some(folders), Some(folder)) = (self.folders, parent.parent()) else { return self.folders.is_none() };
+        let allowed = |allowed: &Path| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed));
+        let here = if leaf == Path::new("") { Path::new(".") } else { leaf };
+        allowed(here) || folders.iter().any(|each| allowed(each))
+    }
+}
+
 /// Where the parent of a differencing image is, as an absolute path. None: it has none.
 pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
     let Some(header) = image.header.as_ref().filter(|_| image.kind == Kind::Differencing) else { return Ok(None) };
@@ -126,17 +176,19 @@ pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
     let beside = header.parent_name().into_iter().map(|name| folder.join(name));
     let mut tried = Vec::new();
     for candidate in named(&[Platform::W2ru, Platform::MacX]).chain(named(&[Platform::W2ku])).chain(beside) {
-        match candidate.canonicalize() {
-            Ok(found) => return Ok(Some(found)),
-            Err(_) if tried.contains(&candidate) => {}
-            Err(_) => tried.push(candidate),
+        // What the parent names is relative to its folder, also where its name there is a link to a device.
+        let folder = candidate.parent().map(Path::canonicalize);
+        match (candidate.metadata(), folder) {
+            (Ok(_), Some(Ok(folder))) => return Ok(Some(folder.join(candidate.file_name().unwrap_or_default()))),
+            _ if tried.contains(&candidate) => {}
+            _ => tried.push(candidate),
         }
     }
     Err(Error::NoParent { path: path.to_owned(), tried })
 }
 
 /// An image and all that it is made of, the leaf first.
-pub fn chain(leaf: &Path) -> Result<Vec<Layer>, Error> {
+pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
     let mut layers = vec![layer(leaf)?];
     let mut seen = vec![identity(leaf)?];
     loop {
@@ -150,6 +202,9 @@ pub fn chain(leaf: &Path) -> Result<Vec<Layer>, Error> {
         if layers.len() == DEPTH_MAX {
             return Err(endless(format!("it has more than {DEPTH_MAX} parents")));
         }
+        if !rules.allow(leaf.parent().unwrap_or(Path::new("")), &next) {
+            return Err(Error::Folder { path: path.clone(), parent: next });
+        }
         let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
         let below = if expected == Uuid::NIL {
             let file_size = open(&next)?.size;
@@ -160,9 +215,29 @@ pub fn chain(leaf: &Path) -> Result<Vec<Layer>, Error> {
         if let Some(found) = below.image.as_ref().map(|image| image.footer.uuid).filter(|found| *found != expected) {
             return Err(Error::OtherParent { path: path.clone(), parent: below.path, expected, found });
         }
+        if !rules.changed {
+            unchanged(path, image, &below)?;
+        }
         seen.push(id);
         layers.push(below);
     }
+}
+
+/// Looks whether a parent is as it was when its child was made, as far as the child says.
+fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
+    let expected = image.header.as_ref().map_or(0, |header| header.parent_timestamp.get());
+    let found = match &parent.image {
+        Some(image) => image.footer.timestamp.get(),
+        // A device's time says nothing of its content.
+        None => match parent.path.metadata() {
+            Ok(metadata) if metadata.is_file() => vhd::time(metadata.mtime().max(0) as u64),
+            _ => return Ok(()),
+        },
+    };
+    if expected == 0 || found == expected {
+        return Ok(());
+    }
+    Err(Error::ChangedParent { path: path.to_owned(), parent: parent.path.clone(), expected, found })
 }
 
 fn identity(path: &Path) -> Result<(u64, u64), Error> {

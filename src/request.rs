@@ -89,6 +89,11 @@ impl Payload {
         self.memory = Some(Arc::clone(memory));
     }
 
+    /// Where its first segment is in the memory.
+    pub fn place(&self) -> usize {
+        self.segments.first().map_or(0, |segment| segment.offset as usize)
+    }
+
     /// Adds a segment, which must be in the memory. Panics where there is no room: the limit is the frontend's own.
     pub fn push(&mut self, offset: u32, len: u32) {
         match self.segments.last_mut() {
@@ -116,6 +121,27 @@ impl Payload {
             left -= count;
             (count > 0).then_some((segment.offset as usize + from as usize, count as usize))
         })
+    }
+
+    /// Copies `bytes`, or what there is memory for, to byte `at` and on.
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        let Some(memory) = &self.memory else { return };
+        let mut from = bytes;
+        for (offset, count) in self.slice(at, bytes.len() as u64) {
+            let (now, rest) = from.split_at(count);
+            memory.write(offset, now);
+            from = rest;
+        }
+    }
+
+    /// Bytes of memory.
+    pub fn len(&self) -> u64 {
+        self.segments.iter().map(|segment| u64::from(segment.len)).sum()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
     }
 
     /// Zeroes `len` bytes from byte `at` on.
@@ -149,13 +175,20 @@ pub struct Request {
     pub planning: bool,
     /// Bytes that the stack has planned.
     pub planned: u64,
-    /// tiocbs that are not finished.
+    /// tiocbs that are not finished, and tickets that are not settled.
     pub pieces: u32,
+    /// The image's metadata was written for it.
+    pub metadata: bool,
     /// The first error of a piece.
     pub error: Option<Errno>,
 }
 
 impl Request {
+    fn reset(&mut self) {
+        self.payload.clear();
+        (self.planned, self.pieces, self.error, self.stuck, self.metadata) = (0, 0, None, false, false);
+    }
+
     /// Its end, as the frontend answers it.
     pub fn result(&self) -> Result<(), Errno> {
         self.error.map_or(Ok(()), Err)
@@ -185,17 +218,22 @@ struct Slot {
     generation: u32,
 }
 
-/// All slots.
+/// All slots: those of clients, and behind them those of the stack, for the image's metadata.
 #[derive(Debug)]
 pub struct Slots {
     slots: Vec<Slot>,
+    /// Of clients' slots.
     free: Vec<u32>,
+    /// Of the stack's.
+    own: Vec<u32>,
+    /// Clients' slots.
+    count: usize,
 }
 
 impl Slots {
-    /// `count` slots, each with room for `segments` segments.
-    pub fn new(count: usize, segments: usize) -> Slots {
-        let slot = || Slot {
+    /// `count` slots for clients, each with room for `segments` segments, and `own` for the stack.
+    pub fn new(count: usize, segments: usize, own: usize) -> Slots {
+        let slot = |segments| Slot {
             request: Request {
                 op: Op::Flush,
                 offset: 0,
@@ -208,13 +246,16 @@ impl Slots {
                 planning: false,
                 planned: 0,
                 pieces: 0,
+                metadata: false,
                 error: None,
             },
             used: false,
             #[cfg(debug_assertions)]
             generation: 0,
         };
-        Slots { slots: std::iter::repeat_with(slot).take(count).collect(), free: (0..count as u32).rev().collect() }
+        let slots = (0..count + own).map(|index| slot(if index < count { segments } else { 1 })).collect();
+        let own = (count as u32..(count + own) as u32).rev().collect();
+        Slots { slots, free: (0..count as u32).rev().collect(), own, count }
     }
 
     /// Memory of all of them, bytes.
@@ -223,14 +264,32 @@ impl Slots {
         self.slots.len() * (size_of::<Slot>() + size_of::<u32>()) + segments * size_of::<Segment>()
     }
 
-    /// Slots that are free.
+    /// Clients' slots that are free.
     pub fn room(&self) -> usize {
         self.free.len()
     }
 
-    /// Slots that are in use.
+    /// Clients' slots that are in use.
     pub fn used(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.count - self.free.len()
+    }
+
+    /// Clients' slots.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Slots of the stack that are in use.
+    pub fn own_used(&self) -> usize {
+        self.slots.len() - self.count - self.own.len()
+    }
+
+    /// Takes a slot of the stack.
+    pub fn take_own(&mut self) -> Option<RequestId> {
+        let index = self.own.pop()?;
+        self.slots[index as usize].used = true;
+        self.slots[index as usize].request.reset();
+        Some(self.id(index))
     }
 
     /// All of them.
@@ -242,8 +301,7 @@ impl Slots {
     pub fn vacant(&mut self) -> Option<&mut Request> {
         let &index = self.free.last()?;
         let request = &mut self.slots[index as usize].request;
-        request.payload.clear();
-        (request.planned, request.pieces, request.error, request.stuck) = (0, 0, None, false);
+        request.reset();
         Some(request)
     }
 
@@ -269,7 +327,8 @@ impl Slots {
         {
             slot.generation += 1;
         }
-        self.free.push(id.index);
+        let free = if (id.index as usize) < self.count { &mut self.free } else { &mut self.own };
+        free.push(id.index);
     }
 
     fn id(&self, index: u32) -> RequestId {
@@ -318,7 +377,7 @@ mod tests {
 
     #[test]
     fn a_slice_of_a_payload_is_cut_at_both_ends() {
-        let mut slots = Slots::new(1, 3);
+        let mut slots = Slots::new(1, 3, 0);
         let payload = &mut slots.vacant().unwrap().payload;
         payload.push(0, 512);
         payload.push(512, 512);
@@ -331,7 +390,7 @@ mod tests {
 
     #[test]
     fn slots_run_out_and_come_back() {
-        let mut slots = Slots::new(2, 1);
+        let mut slots = Slots::new(2, 1, 0);
         assert!(slots.vacant().is_some());
         let first = slots.take().unwrap();
         slots.take().unwrap();
@@ -341,10 +400,23 @@ mod tests {
     }
 
     #[test]
+    fn the_stack_has_slots_of_its_own() {
+        let mut slots = Slots::new(1, 1, 1);
+        assert!(slots.vacant().is_some());
+        let (client, own) = (slots.take().unwrap(), slots.take_own().unwrap());
+        assert!(slots.take_own().is_none() && slots.vacant().is_none());
+        assert_eq!((slots.used(), slots.own_used(), slots.iter().count()), (1, 1, 2));
+        slots.release(own);
+        assert!(slots.vacant().is_none() && slots.own_used() == 0);
+        slots.release(client);
+        assert!(slots.vacant().is_some());
+    }
+
+    #[test]
     #[cfg(debug_assertions)]
     #[should_panic(expected = "stale request id")]
     fn a_stale_id_is_caught() {
-        let mut slots = Slots::new(1, 1);
+        let mut slots = Slots::new(1, 1, 0);
         let old = slots.take().unwrap();
         slots.release(old);
         slots.take().unwrap();

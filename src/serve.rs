@@ -15,16 +15,20 @@ use crate::memory;
 use crate::queue::{Limits, Queue};
 use crate::request::Slots;
 use crate::retry::Retry;
-use crate::stack::Stack;
+use crate::stack::{METAS, Stack};
 use crate::sys::memory::PAGE_SIZE;
 
 /// Opens everything that the configuration names.
 pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
     let image = image::open(config, log)?;
     let requests = config.requests as usize;
-    // The image formats that there are make one transfer of each request.
+    // A raw image makes one transfer of each request; others cut it where their blocks end, and have some of their own.
+    let (own, tiocbs) = match image.layers.iter().any(|layer| layer.format.meta_len() > 0) {
+        true => (METAS, 2 * requests + METAS),
+        false => (0, requests),
+    };
     let limits = Limits {
-        tiocbs: requests,
+        tiocbs,
         iovecs: config.engine.merge_iovecs as usize,
         merge_bytes: config.engine.merge_bytes.0,
         retry: Retry { limit: u64::from(config.retry.limit_s) * 1_000_000_000, no_space: config.retry.no_space },
@@ -33,14 +37,14 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     let frontends = frontends(config, &image.info, log)?;
     // Each segment of an indirect request may be apart from the others.
     let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
-    let slots = Slots::new(requests, segments);
+    let slots = Slots::new(requests, segments, own);
     let disk = Disk::new(Parts {
         info: image.info,
         frontends,
         slots,
-        stack: Stack::new(image.layer),
+        stack: Stack::new(image.layers, requests, image.tickets)?,
         queue,
-        lock: image.lock,
+        locks: image.locks,
         opener: image.opener,
         watchdog: Watchdog::new(config.watchdog.stuck_s),
         log: log.clone(),

@@ -10,7 +10,7 @@ use drivers::vhd::{
     BLOCK_SIZE, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Uuid, encode_path,
 };
 use serde_json::Value;
-use tapdisk::chain::{self, Error};
+use tapdisk::chain::{self, Error, Rules};
 use zerocopy::IntoBytes;
 
 const SIZE: u64 = 64 << 20;
@@ -67,7 +67,7 @@ fn three(folder: &Path) -> [PathBuf; 3] {
 fn a_chain_is_followed_by_paths_that_are_relative_to_each_image() {
     let folder = folder();
     let paths = three(&folder.path().canonicalize().unwrap());
-    let layers = chain::chain(&paths[0]).unwrap();
+    let layers = chain::chain(&paths[0], &Rules::ANY).unwrap();
     assert_eq!(layers.iter().map(|layer| &layer.path).collect::<Vec<_>>(), paths.iter().collect::<Vec<_>>());
     let kinds: Vec<_> = layers.iter().map(|layer| layer.image.as_ref().unwrap().kind).collect();
     assert_eq!(kinds, [Kind::Differencing, Kind::Differencing, Kind::Dynamic]);
@@ -90,7 +90,7 @@ fn a_parent_without_a_uuid_is_raw() {
     let (leaf, raw) = (folder.path().join("leaf.vhd"), folder.path().join("disk.raw"));
     child(&leaf, 1, "./disk.raw", Uuid::NIL);
     std::fs::write(&raw, vec![0; 4096]).unwrap();
-    let layers = chain::chain(&leaf).unwrap();
+    let layers = chain::chain(&leaf, &Rules::ANY).unwrap();
     assert!(layers.len() == 2 && layers[1].image.is_none() && layers[1].file_size == 4096, "{layers:?}");
 }
 
@@ -99,12 +99,12 @@ fn a_parent_that_is_not_there_or_another_is_refused() {
     let folder = folder();
     let paths = three(folder.path());
     child(&paths[1], 9, "../a/base.vhd", uuid(&paths[2]));
-    let error = chain::chain(&paths[0]).unwrap_err();
+    let error = chain::chain(&paths[0], &Rules::ANY).unwrap_err();
     assert!(matches!(&error, Error::OtherParent { expected, .. } if *expected == Uuid([2; 16])), "{error}");
     let (shown, code) = vhd_util(&["query", "-d", "-n"], &paths[0]);
     assert_eq!((shown.as_str(), code), ("error checking chain depth: -22\n", libc::EINVAL));
     std::fs::remove_file(&paths[1]).unwrap();
-    let error = chain::chain(&paths[0]).unwrap_err().to_string();
+    let error = chain::chain(&paths[0], &Rules::ANY).unwrap_err().to_string();
     assert!(error.contains("c/../b/größe 2.vhd") && error.contains("c/größe 2.vhd"), "{error}");
     assert_eq!(vhd_util(&["query", "-p", "-n"], &paths[0]), ("query failed\n".to_owned(), libc::ENOENT));
 }
@@ -115,10 +115,10 @@ fn a_chain_without_an_end_is_refused() {
     let [one, two] = ["one.vhd", "two.vhd"].map(|name| folder.path().join(name));
     child(&one, 1, "./two.vhd", Uuid([2; 16]));
     child(&two, 2, "./one.vhd", Uuid([1; 16]));
-    let error = chain::chain(&one).unwrap_err();
+    let error = chain::chain(&one, &Rules::ANY).unwrap_err();
     assert!(matches!(error, Error::Endless { .. }), "{error}");
     child(&one, 1, "./one.vhd", Uuid([1; 16]));
-    assert!(matches!(chain::chain(&one).unwrap_err(), Error::Endless { .. }));
+    assert!(matches!(chain::chain(&one, &Rules::ANY).unwrap_err(), Error::Endless { .. }));
 }
 
 #[test]

@@ -96,7 +96,7 @@ impl Bench {
         let limits = Limits { tiocbs: SLOTS, iovecs: 256, merge_bytes: 256 << 10, retry };
         let queue = Queue::new(engine, mode, limits).unwrap();
         let memory = Arc::new(Memory::anonymous(SLOTS * BYTES as usize).unwrap());
-        Bench { queue, slots: Slots::new(SLOTS, 4), memory, opener, _folder: folder }
+        Bench { queue, slots: Slots::new(SLOTS, 4, 0), memory, opener, _folder: folder }
     }
 
     /// Queues a request whose data, if it has some, is in its slot's part of the memory. False: there is no room.
@@ -111,7 +111,7 @@ impl Bench {
             payload.set_memory(&self.memory);
             payload.push(at, len as u32);
         }
-        assert!(self.queue.push(Transfer { op, file: FileId(0), offset, len, owner: id, at: 0 }));
+        assert!(self.queue.push(Transfer { op, file: FileId(0), offset, len, owner: id, at: 0, ticket: None }));
         Some(id)
     }
 
@@ -272,6 +272,7 @@ fn more_than_fits_waits_and_is_never_an_error() {
             len: 0,
             owner: bench.slots.iter().next().unwrap().0,
             at: 0,
+            ticket: None,
         };
         assert!(!bench.queue.push(transfer), "there are {SLOTS} tiocbs");
         assert!(bench.slots.vacant().is_none());

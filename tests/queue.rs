@@ -31,7 +31,7 @@ impl Bench {
         let limits = Limits { tiocbs: 256, iovecs: 16, merge_bytes: 64 << 10, retry: Retry::default() };
         let queue = Queue::new(engine, mode, limits).unwrap();
         let memory = Arc::new(Memory::anonymous(1 << 20).unwrap());
-        Bench { slots: Slots::new(256, 16), queue, double, memory }
+        Bench { slots: Slots::new(256, 16, 0), queue, double, memory }
     }
 
     /// Queues a request of one transfer, with memory that is apart from the others'.
@@ -42,7 +42,7 @@ impl Bench {
         request.payload.set_memory(&self.memory);
         request.payload.push(used * 4096, len as u32);
         let owner = self.slots.take().unwrap();
-        assert!(self.queue.push(Transfer { op, file: FileId(file), offset, len, owner, at: 0 }));
+        assert!(self.queue.push(Transfer { op, file: FileId(file), offset, len, owner, at: 0, ticket: None }));
         owner
     }
 

@@ -59,7 +59,7 @@ impl Format for Raw {
 
     fn plan(&mut self, _op: Op, extent: Extent) -> Plan {
         debug_assert!(extent.len > 0 && extent.offset + extent.len <= self.size);
-        Plan::Data { at: extent.offset, count: extent.len }
+        Plan::Data { at: extent.offset, count: extent.len, ticket: None }
     }
 
     fn zeros_from(&self) -> u64 {
@@ -84,7 +84,7 @@ mod tests {
         let mut raw = Raw::new(8192, 512, OddSize::Refuse).unwrap();
         assert_eq!(raw.size(), 8192);
         let plan = raw.plan(Op::Write, Extent { offset: 512, len: 7680 });
-        assert_eq!(plan, Plan::Data { at: 512, count: 7680 });
+        assert_eq!(plan, Plan::Data { at: 512, count: 7680, ticket: None });
     }
 
     #[test]

@@ -66,6 +66,8 @@ pub enum ImageType {
     /// Raw, in a file or on a block device.
     #[default]
     Aio,
+    /// VHD, and all that it is based on, each in a file or on a block device.
+    Vhd,
     /// In memory; gone when the process ends.
     Ram,
     /// Nothing: writes vanish, reads give what was in the client's memory. For measuring.
@@ -98,8 +100,30 @@ pub enum OddSize {
     RoundDown,
 }
 
+/// What to do with a parent that was written after its child was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChangedParent {
+    /// Do not start.
+    #[default]
+    Refuse,
+    /// Serve what there is.
+    Serve,
+}
+
+/// What is between data and the metadata that points to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// A flush.
+    #[default]
+    Flush,
+    /// Completion.
+    Order,
+}
+
 /// `[image]`
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
     /// Its kind.
@@ -126,6 +150,41 @@ pub struct Image {
     /// What to do with a size that is no multiple of the sector.
     #[serde(default)]
     pub odd_size: OddSize,
+    /// Of type "vhd": how far a crash of the host may reach.
+    #[serde(default)]
+    pub durability: Durability,
+    /// Of type "vhd" in a file: space that is set apart ahead of what is written.
+    #[serde(default = "defaults::nothing")]
+    pub preallocate: Size,
+    /// Of type "vhd": memory for bitmaps, all images of the chain together.
+    #[serde(default = "defaults::bitmap_cache")]
+    pub bitmap_cache: Size,
+    /// Of type "vhd": the folders that parents may be in, besides the image's own.
+    #[serde(default)]
+    pub parents: Vec<PathBuf>,
+    /// Of type "vhd": what to do with a parent that was written after its child was made.
+    #[serde(default)]
+    pub changed_parent: ChangedParent,
+}
+
+impl Default for Image {
+    fn default() -> Image {
+        Image {
+            kind: ImageType::default(),
+            path: None,
+            size: None,
+            create: None,
+            read_only: false,
+            direct: Direct::default(),
+            sector_size: None,
+            odd_size: OddSize::default(),
+            durability: Durability::default(),
+            preallocate: defaults::nothing(),
+            bitmap_cache: defaults::bitmap_cache(),
+            parents: Vec::new(),
+            changed_parent: ChangedParent::default(),
+        }
+    }
 }
 
 /// `[main_loop]`
@@ -240,6 +299,12 @@ pub struct Memory {
 mod defaults {
     use super::Size;
 
+    pub(super) fn nothing() -> Size {
+        Size(0)
+    }
+    pub(super) fn bitmap_cache() -> Size {
+        Size(4 << 20)
+    }
     pub(super) fn requests() -> u32 {
         256
     }
@@ -351,11 +416,14 @@ impl Config {
         let image = &self.image;
         let wrong = |key, message: &str| Err((key, message.to_owned()));
         match (image.kind, &image.path, image.size) {
-            (ImageType::Aio, None, _) => {
-                return wrong("image.path", "missing: type \"aio\" needs a file or block device");
+            (ImageType::Aio | ImageType::Vhd, None, _) => {
+                return wrong("image.path", "missing: types \"aio\" and \"vhd\" need a file or block device");
             }
             (ImageType::Aio, _, Some(_)) => {
                 return wrong("image.size", "type \"aio\" has the size of its file; to make a new file, set create");
+            }
+            (ImageType::Vhd, _, Some(_)) => {
+                return wrong("image.size", "type \"vhd\" has its size in its file; vhd-util create makes a new one");
             }
             (ImageType::Ram | ImageType::Null, _, None) => {
                 return wrong("image.size", "missing: types \"ram\" and \"null\" need a size, such as \"64 MiB\"");
@@ -367,6 +435,9 @@ impl Config {
         }
         if image.create.is_some() && (image.read_only || image.kind != ImageType::Aio) {
             return wrong("image.create", "only a writable image of type \"aio\" can be made");
+        }
+        if image.kind == ImageType::Vhd && image.sector_size.is_some_and(|size| size != 512) {
+            return wrong("image.sector_size", "images of type \"vhd\" have sectors of 512 bytes");
         }
         let sector = u64::from(image.sector_size.unwrap_or(512));
         for (key, size) in [("image.create", image.create), ("image.size", image.size)] {

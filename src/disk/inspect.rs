@@ -6,6 +6,7 @@ use super::{Disk, EngineReport};
 use crate::engine::fault::FaultsReport;
 use crate::polling::{Polling, PollingReport};
 use crate::queue::{QueueReport, TiocbReport};
+use crate::stack::{LayerReport, OWN};
 use crate::stats::{OpReport, now};
 
 /// All that debug-queue shows.
@@ -27,6 +28,9 @@ pub struct DebugQueue {
     pub slots_used: usize,
     /// Requests that are not answered for longer than the watchdog allows.
     pub stuck: usize,
+    /// The image and those below it.
+    #[serde(default)]
+    pub layers: Vec<LayerReport>,
     /// The engine and who submits to it.
     pub engine: EngineReport,
     /// The faults that are configured.
@@ -78,7 +82,7 @@ impl Disk {
             .iter()
             .map(|(id, request)| RequestReport {
                 slot: id.index(),
-                op: request.op.name().to_owned(),
+                op: if request.frontend == OWN { "metadata" } else { request.op.name() }.to_owned(),
                 offset: request.offset,
                 len: request.len,
                 age_us: (now - request.born) / 1000,
@@ -94,9 +98,10 @@ impl Disk {
             sector_size: self.info.sector_size,
             read_only: self.info.read_only,
             state: format!("{:?}", self.state).to_lowercase(),
-            slots: self.slots.capacity(),
+            slots: self.slots.count(),
             slots_used: self.slots.used(),
             stuck: requests.iter().filter(|request| request.stuck).count(),
+            layers: self.stack.inspect(),
             engine: self.engine_report(),
             faults: self.queue.engine().faults.as_ref().map(|faults| faults.report()),
             queue: self.queue.report(),

@@ -23,7 +23,7 @@ use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
-use crate::stack::Stack;
+use crate::stack::{Stack, Started};
 use crate::stats::{Stats, now};
 use crate::sys::file::geometry;
 
@@ -81,6 +81,8 @@ pub struct Disk {
     stats: Stats,
     /// Pulled, and not wholly planned.
     started: VecDeque<RequestId>,
+    /// Started, and waiting for the image's metadata.
+    waiting: VecDeque<RequestId>,
     /// Finished, and not answered.
     done: VecDeque<RequestId>,
     barrier: Option<RequestId>,
@@ -90,8 +92,8 @@ pub struct Disk {
     state: State,
     /// An error of the last flush.
     flush_error: Option<Errno>,
-    /// Held as long as the disk can write; also the file whose size is asked for. None: there is no file.
-    lock: Option<Flock<File>>,
+    /// Held as long as the disk can write; the first is also the file whose size is asked for. None: there is no file.
+    locks: Vec<Flock<File>>,
     log: Logger,
     limiter: Limiter,
     /// Until when answers wait for more of them, ns of [`now`].
@@ -116,8 +118,8 @@ pub struct Parts {
     pub stack: Stack,
     /// What has the engine.
     pub queue: Queue,
-    /// The image's lock.
-    pub lock: Option<Flock<File>>,
+    /// The locks of the image's files, the leaf's first.
+    pub locks: Vec<Flock<File>>,
     /// What opens other engines for the image, if it can have others.
     pub opener: Option<Opener>,
     /// What looks for requests that are stuck.
@@ -154,7 +156,7 @@ impl ResizeError {
 impl Disk {
     /// A disk of these parts.
     pub fn new(parts: Parts) -> Disk {
-        let Parts { info, frontends, slots, stack, queue, lock, opener, watchdog, log } = parts;
+        let Parts { info, frontends, slots, stack, queue, locks, opener, watchdog, log } = parts;
         let capacity = slots.capacity();
         Disk {
             info,
@@ -165,13 +167,14 @@ impl Disk {
             queue,
             stats: Stats::default(),
             started: VecDeque::with_capacity(capacity),
+            waiting: VecDeque::with_capacity(capacity),
             done: VecDeque::with_capacity(capacity),
             barrier: None,
             barrier_state: Barrier::Draining,
             last_in_memory: None,
             state: State::Running,
             flush_error: None,
-            lock,
+            locks,
             log,
             limiter: Limiter::default(),
             held_until: None,
@@ -255,25 +258,36 @@ impl Disk {
     }
 
     fn start(&mut self) -> bool {
-        let mut worked = false;
+        let mut worked = self.stack.move_metadata(&mut self.slots, &mut self.queue);
+        if self.stack.progress() {
+            // They are older than those that were pulled meanwhile.
+            while let Some(id) = self.waiting.pop_back() {
+                self.started.push_front(id);
+            }
+        }
         while let Some(&id) = self.started.front() {
             if self.slots.get(id).error.is_none() {
                 if self.barrier == Some(id) && !self.barrier_may_write(id) {
                     break;
                 }
-                if !self.stack.start(id, &mut self.slots, &mut self.queue) {
-                    break;
+                match self.stack.start(id, &mut self.slots, &mut self.queue) {
+                    Started::Planned => {}
+                    Started::NoRoom => break,
+                    Started::Waits => {
+                        self.waiting.extend(self.started.pop_front());
+                        continue;
+                    }
                 }
             }
             self.started.pop_front();
             let request = self.slots.get_mut(id);
             request.planning = false;
             if request.pieces == 0 {
-                self.done.push_back(id);
+                self.stack.all_done(id, &mut self.slots);
             }
             worked = true;
         }
-        worked
+        worked | self.stack.move_metadata(&mut self.slots, &mut self.queue)
     }
 
     /// Whether all that came before the barrier is on stable storage; sees to it if not.
@@ -304,10 +318,10 @@ impl Disk {
             if let Some(errno) = self.stack.finish(&transfer, result, &mut self.slots) {
                 self.log_failure(&transfer, errno, false);
             }
-            let request = self.slots.get(transfer.owner);
-            if request.pieces == 0 && !request.planning {
-                self.done.push_back(transfer.owner);
-            }
+        }
+        while let Some(id) = self.stack.next_done() {
+            worked = true;
+            self.done.push_back(id);
         }
         if let Some((transfer, errno)) = self.queue.next_retried() {
             self.log_failure(&transfer, errno, true);
@@ -335,7 +349,7 @@ impl Disk {
     fn log_failure(&mut self, transfer: &Transfer, errno: Errno, tried_again: bool) {
         let Some(suppressed) = self.limiter.allow(now()) else { return };
         let log = self.log.new(o!("op" => format!("{:?}", transfer.op), "offset" => transfer.offset,
-            "file" => self.stack.leaf().path.display().to_string(), "len" => transfer.len, "errno" => errno.to_string(),
+            "file" => self.stack.place(transfer.file).1, "len" => transfer.len, "errno" => errno.to_string(),
             "suppressed_before" => suppressed));
         if tried_again {
             warn!(log, "I/O failed and is tried again");
@@ -363,7 +377,7 @@ impl Disk {
             self.stats.record(request.op, request.len, request.error.is_none(), now - request.born);
             if request.frontend == INTERNAL {
                 self.flush_error = request.error;
-                self.state = State::Closed;
+                self.close_image();
             } else {
                 let frontend = &mut self.frontends[usize::from(request.frontend)];
                 in_memory |= frontend.in_memory();
@@ -377,6 +391,15 @@ impl Disk {
         (true, in_memory)
     }
 
+    fn close_image(&mut self) {
+        if let Err(error) = self.stack.close() {
+            error!(self.log, "the image's last footer could not be written: vhd-util repair makes it anew";
+                "image" => &self.info.name, "error" => %error);
+            self.flush_error.get_or_insert(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
+        }
+        self.state = State::Closed;
+    }
+
     /// Goes on with a drain, or begins one.
     fn advance(&mut self) -> bool {
         match self.state {
@@ -384,7 +407,7 @@ impl Disk {
                 self.drain();
                 return true;
             }
-            State::Draining if self.slots.used() == 0 => {}
+            State::Draining if self.slots.used() + self.slots.own_used() == 0 => {}
             _ => return false,
         }
         self.state = State::Flushing;
@@ -415,7 +438,7 @@ impl Disk {
     /// Finishes what has not reached the engine with ECANCELED.
     pub fn cancel(&mut self) {
         self.queue.cancel();
-        while let Some(id) = self.started.pop_front() {
+        while let Some(id) = self.started.pop_front().or_else(|| self.waiting.pop_front()) {
             let request = self.slots.get_mut(id);
             request.error.get_or_insert(Errno::ECANCELED);
             request.planning = false;
@@ -472,7 +495,7 @@ impl Disk {
     /// Looks whether the image's file has grown, and if so, takes requests for all of it from now on, and tells the
     /// frontends. Gives the disk's size before and now, in bytes. What it asks the kernel needs no I/O on a local disk.
     pub fn resize(&mut self) -> Result<(u64, u64), ResizeError> {
-        let file_size = geometry(self.lock.as_ref().ok_or(ResizeError::NoFile)?)?.size;
+        let file_size = geometry(self.locks.first().ok_or(ResizeError::NoFile)?)?.size;
         let new = self.stack.file_grown(file_size)?;
         let old = std::mem::replace(&mut self.info.size, new);
         if new != old {
@@ -487,6 +510,7 @@ impl Disk {
         let mut parts = vec![
             Part::fixed("requests", self.slots.bytes()),
             Part::fixed("statistics", self.stats.bytes()),
+            Part::fixed("image", self.stack.bytes()),
             Part::threads("log", 1),
         ];
         parts.extend(self.queue.memory());

@@ -10,6 +10,7 @@ mod report;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use drivers::Ticket;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,8 @@ pub struct Transfer {
     pub owner: RequestId,
     /// From which byte of that request's payload.
     pub at: u64,
+    /// The format's, if its metadata follows.
+    pub ticket: Option<Ticket>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +191,11 @@ impl Queue {
     /// Who submits.
     pub fn mode(&self) -> SubmitMode {
         self.mode
+    }
+
+    /// Whether [`push`](Self::push) would take one.
+    pub fn has_room(&self) -> bool {
+        self.free != NONE
     }
 
     /// Adds a tiocb to those that wait. False: there is no free one.

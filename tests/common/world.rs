@@ -13,7 +13,6 @@ use tapdisk::queue::{Queue, SubmitMode};
 use tapdisk::request::{Request, Slots};
 use tapdisk::retry::Retry;
 use tapdisk::stack::{Layer, Stack};
-use tapdisk::sys::io::FileId;
 use tapdisk::sys::memory::{Memory, PAGE_SIZE};
 
 /// Bytes of the disk.
@@ -91,19 +90,19 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
     let queue = Arc::new(Mutex::new(RingQueue::new(BackRing::attach(shared), limits)));
     let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)) };
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
-    let layer = Layer { format: Box::new(raw), file: FileId(0), path: "image".into() };
+    let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None };
     let info = DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() };
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let queue_of_disk = Queue::new(engine, SubmitMode::Auto, limits).unwrap();
-    let slots = Slots::new(16, 32);
+    let slots = Slots::new(16, 32, 0);
     let log = Logger::root(Discard, o!());
     let disk = Disk::new(Parts {
         info,
         frontends: vec![Box::new(ring)],
         slots,
-        stack: Stack::new(layer),
+        stack: Stack::new(vec![layer], 16, 0).unwrap(),
         queue: queue_of_disk,
-        lock: None,
+        locks: Vec::new(),
         opener: None,
         watchdog: Watchdog::default(),
         log,

@@ -87,7 +87,7 @@ pub struct Footer {
     features: U32,
     version: U32,
     data_offset: U64,
-    /// When the image was made, in seconds since 2000-01-01 UTC.
+    /// When the image was made or written last, in seconds since 2000-01-01 UTC. Children know their parent's.
     pub timestamp: U32,
     /// The program that made it.
     pub creator: [u8; 4],
@@ -108,6 +108,11 @@ pub struct Footer {
 
 const _: () = assert!(size_of::<Footer>() == FOOTER_SIZE);
 
+/// A time of Unix, as images have it: seconds since 2000-01-01 UTC.
+pub fn time(unix_seconds: u64) -> u32 {
+    unix_seconds.saturating_sub(EPOCH) as u32
+}
+
 impl Footer {
     /// For a new image of `size` bytes. Of an image that is not fixed the header follows the footer's copy.
     pub fn new(kind: Kind, size: u64, uuid: Uuid, unix_seconds: u64) -> Footer {
@@ -117,7 +122,7 @@ impl Footer {
             features: FEATURES.into(),
             version: VERSION.into(),
             data_offset: if kind == Kind::Fixed { NO_HEADER } else { FOOTER_SIZE as u64 }.into(),
-            timestamp: U32::new(unix_seconds.saturating_sub(EPOCH) as u32),
+            timestamp: time(unix_seconds).into(),
             creator: CREATOR.0,
             creator_version: CREATOR.1.into(),
             creator_host: [0; 4],
@@ -133,6 +138,11 @@ impl Footer {
         };
         footer.seal();
         footer
+    }
+
+    /// Notes when the image was written last; [`seal`](Self::seal) follows.
+    pub fn set_time(&mut self, unix_seconds: u64) {
+        self.timestamp = time(unix_seconds).into();
     }
 
     /// Reads one from 512 bytes, or from 511.

@@ -133,16 +133,20 @@ impl Image {
         Ok(image)
     }
 
-    /// Bytes of the file up to the image's end, with the footer that is to be there.
-    pub fn physical_size(&self) -> u64 {
-        let end = match &self.header {
+    /// Where the image's last byte ends in the file, without the footer that is to be there.
+    pub fn end(&self) -> u64 {
+        match &self.header {
             Some(header) => {
                 let last = self.table.allocated().map(|(_, at)| at + header.block_len()).max();
-                last.unwrap_or(self.metadata_end)
+                last.unwrap_or(0).max(self.metadata_end)
             }
             None => self.footer.size(),
-        };
-        end + FOOTER_SIZE as u64
+        }
+    }
+
+    /// Bytes of the file up to the image's end, with the footer that is to be there.
+    pub fn physical_size(&self) -> u64 {
+        self.end() + FOOTER_SIZE as u64
     }
 
     /// All that is wrong with an image.

@@ -17,12 +17,16 @@
 //!
 //! A table entry is the number of the file's sector that the block's bitmap begins with.
 
+mod disk;
+mod fixed;
 mod footer;
 mod header;
 mod image;
 mod table;
 
-pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE};
+pub use disk::{Disk, Settings};
+pub use fixed::Fixed;
+pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, time};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};

@@ -51,6 +51,11 @@ impl Table {
         self.0[block as usize] = (at / SECTOR_SIZE) as u32;
     }
 
+    /// The bytes of an entry of a block whose bitmap begins at byte `at`.
+    pub fn entry(at: u64) -> [u8; 4] {
+        ((at / SECTOR_SIZE) as u32).to_be_bytes()
+    }
+
     /// Says that a block is not there.
     pub fn clear(&mut self, block: u32) {
         self.0[block as usize] = UNUSED;

@@ -59,7 +59,7 @@ impl Served {
             nbd,
             poll,
             events: Events::with_capacity(16),
-            slots: Slots::new(slots, 1),
+            slots: Slots::new(slots, 1, 0),
             started: VecDeque::new(),
             disk,
             data: (0..SIZE).map(|i| (i / 512 % 251) as u8).collect(),

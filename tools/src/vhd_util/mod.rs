@@ -119,7 +119,11 @@ fn errno(error: &Error) -> Errno {
         Error::Open { source, .. } => source.raw_os_error(),
         Error::Image { source: drivers::vhd::ReadError::Io { source, .. }, .. } => source.raw_os_error(),
         Error::NoParent { .. } => return Errno::ENOENT,
-        Error::Image { .. } | Error::OtherParent { .. } | Error::Endless { .. } => return Errno::EINVAL,
+        Error::Image { .. }
+        | Error::OtherParent { .. }
+        | Error::ChangedParent { .. }
+        | Error::Folder { .. }
+        | Error::Endless { .. } => return Errno::EINVAL,
     };
     system.map_or(Errno::EIO, Errno::from_raw)
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use drivers::vhd::{Corrupt, Header, Kind, Problem};
 use nix::errno::Errno;
 use serde_json::Value;
-use tapdisk::chain::{self, Error, Layer};
+use tapdisk::chain::{self, Error, Layer, Rules};
 
 use super::{Check, Query, errno, exit_code};
 
@@ -51,7 +51,7 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> io::Result<ExitCode> 
         writeln!(out, "hidden: {}", u8::from(image.footer.is_hidden()))?;
     }
     if query.depth {
-        match chain::chain(path) {
+        match chain::chain(path, &Rules::ANY) {
             Ok(layers) => writeln!(out, "chain depth: {}", layers.len())?,
             Err(error) => {
                 writeln!(out, "error checking chain depth: {}", -(errno(&error) as i32))?;
@@ -77,7 +77,7 @@ pub(super) fn check(check: &Check, out: &mut dyn Write) -> io::Result<ExitCode> 
     };
     let mut paths = vec![check.name.clone()];
     if check.parents {
-        match chain::chain(&check.name) {
+        match chain::chain(&check.name, &Rules::ANY) {
             Ok(layers) => {
                 paths
                     .extend(layers.into_iter().skip(1).filter(|layer| layer.image.is_some()).map(|layer| layer.path));
@@ -109,7 +109,7 @@ pub(super) fn check(check: &Check, out: &mut dyn Write) -> io::Result<ExitCode> 
 
 /// Shows an image and its parents.
 pub(super) fn info(path: &Path, json: bool, out: &mut dyn Write) -> io::Result<ExitCode> {
-    let layers = match chain::chain(path) {
+    let layers = match chain::chain(path, &Rules::ANY) {
         Ok(layers) => layers,
         Err(error) => {
             eprintln!("{error}");

@@ -1,0 +1,489 @@
+//! A dynamic or differencing image in use.
+//!
+//! What a write takes, beyond its data, depends on where it goes:
+//!
+//! - Sectors that the image has: nothing.
+//! - A block that it has, sectors that it has not: when the data is down, the [bitmap](bitmaps).
+//! - A [block](blocks) that it has not: data and bitmap go to the end of the file, where nothing points to; when both are down,
+//!   the sector of the table that has the block's entry.
+//!
+//! Whatever points to something is written when that is down, with `Durability::Flush` after a flush, so that after a crash
+//! an extent has what was there before or what was written, and never what is another's. One write takes along all that
+//! has come together for a bitmap, a sector of the table, or a flush, while the one before it was under way.
+//!
+//! Where the end of the file reads as zeros, a new block of an image without a parent has a bitmap of ones at once: what nobody
+//! has written reads as zeros from the block, too, and writing to it takes nothing more.
+
+mod bitmaps;
+mod blocks;
+mod space;
+mod tickets;
+
+use std::collections::VecDeque;
+
+use zerocopy::IntoBytes;
+
+use self::bitmaps::{Bitmaps, Found, State};
+use self::blocks::Blocks;
+use self::space::Space;
+use self::tickets::{List, Needs, Tickets};
+use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table};
+use crate::{Durability, Extent, Fail, Format, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket};
+
+/// How an image is used.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// What is between data and metadata.
+    pub durability: Durability,
+    /// What is written beyond the end of the file leaves zeros before it: it is a regular file, and nothing is behind the image.
+    pub zeros: bool,
+    /// Bytes of the file, as far as blocks can be there.
+    pub usable: u64,
+    /// Bytes that it can have.
+    pub limit: u64,
+    /// Bytes that it grows by.
+    pub step: u64,
+    /// The file system is to set those apart at once.
+    pub preallocate: bool,
+    /// Bitmaps that are held in memory.
+    pub bitmaps: usize,
+    /// Writes under way at a time that take metadata. 0: the image is only read.
+    pub tickets: usize,
+    /// Where the last footer goes on a device, bytes. On a file it follows the last block.
+    pub footer_at: Option<u64>,
+}
+
+/// Who waits for a flush.
+#[derive(Debug, Default)]
+struct Flush {
+    /// Writes whose data is to be durable before their bits are written: for the next flush.
+    next: List,
+    /// For the one that is under way.
+    now: List,
+    under_way: bool,
+}
+
+/// Counters.
+#[derive(Debug, Default)]
+struct Counters {
+    bitmap_hits: u64,
+    bitmap_reads: u64,
+    bitmap_writes: u64,
+    table_writes: u64,
+    flushes: u64,
+    blocks_added: u64,
+}
+
+/// A dynamic or differencing image in use.
+#[derive(Debug)]
+pub struct Disk {
+    size: u64,
+    block_size: u64,
+    bitmap_len: u64,
+    /// Sectors that are not here are the parent's.
+    differencing: bool,
+    table: Table,
+    table_at: u64,
+    full: Batmap,
+    bitmaps: Bitmaps,
+    tickets: Tickets,
+    blocks: Blocks,
+    space: Space,
+    flush: Flush,
+    durability: Durability,
+    footer: Footer,
+    footer_at: Option<u64>,
+    /// Something was written.
+    written: bool,
+    /// New blocks have a bitmap of ones at once.
+    ones: bool,
+    /// Slots whose bitmap is to be read.
+    loads: VecDeque<u32>,
+    /// Slots whose bitmap is to be written.
+    writes: VecDeque<u32>,
+    counters: Counters,
+}
+
+/// What an I/O of ours is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Own {
+    /// The bitmap of a slot is read.
+    Load(u32),
+    /// It is written.
+    Bits(u32),
+    /// The bitmap of a new block is written.
+    NewBits(u32),
+    /// A sector of the table is.
+    Table(u32),
+    Flush,
+    Extend,
+}
+
+impl From<Own> for MetaId {
+    fn from(own: Own) -> MetaId {
+        let (kind, index) = match own {
+            Own::Load(index) => (0, index),
+            Own::Bits(index) => (1, index),
+            Own::NewBits(index) => (2, index),
+            Own::Table(index) => (3, index),
+            Own::Flush => (4, 0),
+            Own::Extend => (5, 0),
+        };
+        MetaId(kind << 32 | u64::from(index))
+    }
+}
+
+impl From<MetaId> for Own {
+    fn from(id: MetaId) -> Own {
+        let index = id.0 as u32;
+        match id.0 >> 32 {
+            0 => Own::Load(index),
+            1 => Own::Bits(index),
+            2 => Own::NewBits(index),
+            3 => Own::Table(index),
+            4 => Own::Flush,
+            _ => Own::Extend,
+        }
+    }
+}
+
+impl Disk {
+    /// An image that is not fixed, as it was read; `image` is none of a fixed one's.
+    pub fn new(image: &Image, settings: &Settings) -> Option<Disk> {
+        let header = image.header.as_ref()?;
+        let bitmap_len = header.bitmap_size();
+        let full = image.batmap.clone().unwrap_or_else(|| Batmap::empty(0, image.table.blocks()));
+        let Settings { limit, step, preallocate, durability, .. } = *settings;
+        let differencing = image.kind == Kind::Differencing;
+        let mut disk = Disk {
+            size: image.footer.size(),
+            block_size: header.block_size().into(),
+            bitmap_len,
+            differencing,
+            table: image.table.clone(),
+            table_at: header.table_at(),
+            full,
+            bitmaps: Bitmaps::new(settings.bitmaps.min(image.table.blocks() as usize), bitmap_len as usize),
+            tickets: Tickets::new(settings.tickets),
+            blocks: Blocks::new(settings.tickets),
+            space: Space::new(image.end(), settings.usable, limit, step, preallocate, durability),
+            flush: Flush::default(),
+            durability,
+            footer: image.footer,
+            footer_at: settings.footer_at,
+            written: false,
+            ones: settings.zeros && !differencing,
+            loads: VecDeque::new(),
+            writes: VecDeque::new(),
+            counters: Counters::default(),
+        };
+        disk.loads.reserve_exact(disk.bitmaps.count());
+        disk.writes.reserve_exact(disk.bitmaps.count());
+        Some(disk)
+    }
+
+    fn read(&mut self, block: u32, first: u32, count: u32) -> Plan {
+        let Some(at) = self.table.get(block) else { return Plan::Below { count: bytes(count) } };
+        let at = at + self.bitmap_len + bytes(first);
+        if self.full.is_full(block) {
+            return Plan::Data { at, count: bytes(count), ticket: None };
+        }
+        let slot = match self.bitmap(block) {
+            Ok(slot) => slot,
+            Err(plan) => return plan,
+        };
+        match bitmaps::run(self.bitmaps.bits(slot), first, count) {
+            (true, count) => Plan::Data { at, count: bytes(count), ticket: None },
+            (false, count) => Plan::Below { count: bytes(count) },
+        }
+    }
+
+    /// The slot with a block's bitmap, or what is to be said as long as it is not there.
+    fn bitmap(&mut self, block: u32) -> Result<u32, Plan> {
+        match self.bitmaps.find(block) {
+            Found::Loaded(slot) => {
+                self.counters.bitmap_hits += 1;
+                Ok(slot)
+            }
+            Found::Load(slot) => {
+                self.loads.push_back(slot);
+                Err(Plan::Wait)
+            }
+            Found::Loading | Found::NoRoom => Err(Plan::Wait),
+            Found::Failed => Err(Plan::Fail(Fail::Io)),
+        }
+    }
+
+    fn write(&mut self, block: u32, first: u32, count: u32) -> Plan {
+        let Some(at) = self.table.get(block) else { return self.write_new(block, first, count) };
+        let data =
+            |count, ticket| Plan::Data { at: at + self.bitmap_len + bytes(first), count: bytes(count), ticket };
+        if self.full.is_full(block) {
+            return data(count, None);
+        }
+        let here = data(count, None);
+        let slot = match self.bitmap(block) {
+            Ok(slot) => slot,
+            Err(plan) => return plan,
+        };
+        if bitmaps::run(self.bitmaps.bits(slot), first, count) == (true, count) {
+            return here;
+        }
+        if !self.tickets.room() {
+            return Plan::Wait;
+        }
+        self.bitmaps.slot(slot).pins += 1;
+        let ticket = self.tickets.take(Needs::Bits { slot }, first, count);
+        Plan::Data { at: at + self.bitmap_len + bytes(first), count: bytes(count), ticket: Some(ticket) }
+    }
+
+    /// The data of a write is down; its sectors have to be marked in the bitmap of a slot.
+    fn mark(&mut self, slot: u32, ticket: Ticket) {
+        match self.durability {
+            Durability::Flush => self.tickets.push(&mut self.flush.next, ticket),
+            Durability::Order => self.mark_now(slot, ticket),
+        }
+    }
+
+    fn mark_now(&mut self, slot: u32, ticket: Ticket) {
+        let place = self.bitmaps.slot(slot);
+        self.tickets.push(&mut place.next, ticket);
+        if !std::mem::replace(&mut place.writing, true) {
+            self.writes.push_back(slot);
+        }
+    }
+
+    fn settle(&mut self, ticket: Ticket, done: bool) {
+        if let Needs::Bits { slot } = self.tickets.get(ticket).needs {
+            self.bitmaps.slot(slot).pins -= 1;
+        }
+        self.tickets.settle(ticket, done);
+    }
+
+    fn bitmap_read(&mut self, slot: u32, bytes: Option<&[u8]>) {
+        self.bitmaps.slot(slot).state = if bytes.is_some() { State::Loaded } else { State::Failed };
+        if let Some(bytes) = bytes {
+            self.bitmaps.bits_mut(slot).copy_from_slice(bytes);
+            self.note_full(slot);
+        }
+    }
+
+    fn bitmap_written(&mut self, slot: u32, done: bool) {
+        let mut now = std::mem::take(&mut self.bitmaps.slot(slot).now);
+        while let Some(ticket) = self.tickets.pop(&mut now) {
+            if done {
+                let (first, count) = (self.tickets.get(ticket).first, self.tickets.get(ticket).count);
+                bitmaps::set(self.bitmaps.bits_mut(slot), first, count);
+            }
+            self.settle(ticket, done);
+        }
+        let place = self.bitmaps.slot(slot);
+        place.writing = !place.next.is_empty();
+        if place.writing {
+            self.writes.push_back(slot);
+        }
+        self.note_full(slot);
+    }
+
+    fn note_full(&mut self, slot: u32) {
+        if bitmaps::all(self.bitmaps.bits(slot), self.block_size) {
+            let block = self.bitmaps.slot(slot).block;
+            self.full.set(block, true);
+        }
+    }
+
+    fn flushed(&mut self, done: bool) {
+        self.flush.under_way = false;
+        self.space.flushed(done);
+        let mut now = std::mem::take(&mut self.flush.now);
+        while let Some(ticket) = self.tickets.pop(&mut now) {
+            match self.tickets.get(ticket).needs {
+                Needs::Bits { slot } if done => self.mark_now(slot, ticket),
+                _ => self.settle(ticket, false),
+            }
+        }
+        self.blocks_flushed(done);
+    }
+
+    /// Begins a flush for all who wait for one.
+    fn next_flush(&mut self) -> bool {
+        if self.flush.under_way {
+            return false;
+        }
+        let blocks = self.blocks.flush();
+        let space = self.space.flush();
+        let bits = !self.flush.next.is_empty();
+        self.flush.under_way = blocks || space || bits;
+        self.flush.now = std::mem::take(&mut self.flush.next);
+        self.flush.under_way
+    }
+
+    fn meta(&mut self, own: Own) -> Meta {
+        let sector = SECTOR_SIZE;
+        let block_at = |table: &Table, block| table.get(block).expect("only blocks that are there have bitmaps");
+        let counters = &mut self.counters;
+        let (op, at, len) = match own {
+            Own::Load(slot) => {
+                counters.bitmap_reads += 1;
+                (MetaOp::Read, block_at(&self.table, self.bitmaps.slot(slot).block), self.bitmap_len)
+            }
+            Own::Bits(slot) => {
+                counters.bitmap_writes += 1;
+                (MetaOp::Write, block_at(&self.table, self.bitmaps.slot(slot).block), self.bitmap_len)
+            }
+            Own::NewBits(new) => {
+                counters.bitmap_writes += 1;
+                (MetaOp::Write, self.blocks.get(new).at, self.bitmap_len)
+            }
+            Own::Table(number) => {
+                counters.table_writes += 1;
+                (MetaOp::Write, self.table_at + u64::from(number) * sector, sector)
+            }
+            Own::Flush => {
+                counters.flushes += 1;
+                (MetaOp::Flush, 0, 0)
+            }
+            Own::Extend => unreachable!("it has its range from elsewhere"),
+        };
+        Meta { id: own.into(), op, at, len }
+    }
+}
+
+fn bytes(sectors: u32) -> u64 {
+    u64::from(sectors) * SECTOR_SIZE
+}
+
+impl Format for Disk {
+    fn name(&self) -> &'static str {
+        "vhd"
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn plan(&mut self, op: Op, extent: Extent) -> Plan {
+        let block = (extent.offset / self.block_size) as u32;
+        let within = extent.offset % self.block_size;
+        let count = extent.len.min(self.block_size - within) / SECTOR_SIZE;
+        let (first, count) = ((within / SECTOR_SIZE) as u32, count as u32);
+        match op {
+            Op::Read | Op::Discard => self.read(block, first, count),
+            Op::WriteZeroes if !self.differencing => self.read(block, first, count),
+            Op::Write | Op::WriteZeroes => {
+                self.written = true;
+                self.write(block, first, count)
+            }
+        }
+    }
+
+    fn zeros_from(&self) -> u64 {
+        u64::MAX
+    }
+
+    fn written(&mut self, ticket: Ticket, done: bool) {
+        match self.tickets.get(ticket).needs {
+            Needs::Block { new } => self.block_written(new, ticket, done),
+            Needs::Bits { slot } if done => self.mark(slot, ticket),
+            Needs::Bits { .. } => self.settle(ticket, false),
+        }
+    }
+
+    fn settled(&mut self) -> Option<Settled> {
+        self.tickets.next_settled()
+    }
+
+    fn next_meta(&mut self) -> Option<Meta> {
+        if let Some((at, len)) = self.space.extend() {
+            return Some(Meta { id: Own::Extend.into(), op: MetaOp::Extend, at, len });
+        }
+        let own = if let Some(slot) = self.loads.pop_front() {
+            Own::Load(slot)
+        } else if let Some(slot) = self.writes.pop_front() {
+            let place = self.bitmaps.slot(slot);
+            place.now = std::mem::take(&mut place.next);
+            Own::Bits(slot)
+        } else if let Some(new) = self.blocks.next_bitmap() {
+            Own::NewBits(new)
+        } else if let Some(sector) = self.blocks.next_table() {
+            Own::Table(sector)
+        } else if self.next_flush() {
+            Own::Flush
+        } else {
+            return None;
+        };
+        Some(self.meta(own))
+    }
+
+    fn fill(&mut self, id: MetaId, to: &mut [u8]) {
+        match id.into() {
+            Own::Bits(slot) => {
+                to.copy_from_slice(self.bitmaps.bits(slot));
+                let now = self.bitmaps.slot(slot).now;
+                self.tickets.iter(now).for_each(|ticket| bitmaps::set(to, ticket.first, ticket.count));
+            }
+            Own::NewBits(new) => {
+                to.fill(if self.ones { 0xff } else { 0 });
+                let ready = self.blocks.get(new).ready;
+                self.tickets.iter(ready).for_each(|ticket| bitmaps::set(to, ticket.first, ticket.count));
+            }
+            Own::Table(sector) => {
+                let from = sector * blocks::ENTRIES;
+                self.table.write(from, to);
+                self.blocks.write(sector, to);
+            }
+            Own::Load(_) | Own::Flush | Own::Extend => {}
+        }
+    }
+
+    fn meta_done(&mut self, id: MetaId, result: Option<&[u8]>) {
+        let done = result.is_some();
+        match id.into() {
+            Own::Load(slot) => self.bitmap_read(slot, result),
+            Own::Bits(slot) => self.bitmap_written(slot, done),
+            Own::NewBits(new) => self.block_bitmap_written(new, done),
+            Own::Table(sector) => self.table_written(sector, done),
+            Own::Flush => self.flushed(done),
+            Own::Extend => self.space.extended(done),
+        }
+    }
+
+    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(u64, &[u8])) -> Option<u64> {
+        if self.full.at != 0 {
+            write(self.full.at, &self.full.header());
+            write(self.full.bits_at, self.full.bits());
+        }
+        if self.written {
+            self.footer.set_time(unix_seconds);
+            self.footer.seal();
+        }
+        // The copy first: until it is there, a file without a last footer has none that says the same.
+        write(0, self.footer.as_bytes());
+        let at = self.footer_at.unwrap_or(self.space.end.next_multiple_of(SECTOR_SIZE));
+        write(at, self.footer.as_bytes());
+        self.footer_at.is_none().then_some(at + FOOTER_SIZE as u64)
+    }
+
+    fn meta_len(&self) -> usize {
+        self.bitmap_len.max(SECTOR_SIZE) as usize
+    }
+
+    fn inspect(&self, show: &mut dyn FnMut(&'static str, u64)) {
+        let Counters { bitmap_hits, bitmap_reads, bitmap_writes, table_writes, flushes, blocks_added } =
+            self.counters;
+        show("blocks", self.table.blocks().into());
+        show("blocks_added", blocks_added);
+        show("bitmap_slots", self.bitmaps.count() as u64);
+        show("bitmap_hits", bitmap_hits);
+        show("bitmap_reads", bitmap_reads);
+        show("bitmap_writes", bitmap_writes);
+        show("table_writes", table_writes);
+        show("flushes", flushes);
+        show("writes_unsettled", self.tickets.used() as u64);
+        show("blocks_unsettled", self.blocks.used() as u64);
+    }
+
+    fn bytes(&self) -> usize {
+        4 * self.table.blocks() as usize + self.full.bits().len() + self.bitmaps.bytes()
+    }
+}

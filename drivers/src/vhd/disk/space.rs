@@ -1,0 +1,169 @@
+//! Room for new blocks, at the end of the file.
+
+use crate::vhd::SECTORS_MAX;
+use crate::{Durability, SECTOR_SIZE};
+
+/// What a block's data is aligned to in the file: a page, which every device writes at once.
+const ALIGN: u64 = 4096;
+
+/// What is being done about the file's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Growing {
+    No,
+    /// It is to become as large as this, bytes.
+    Wanted(u64),
+    /// It is becoming that.
+    Extending(u64),
+    /// It is, and that is to be made durable.
+    Flush(u64),
+    /// That is being done.
+    Flushing(u64),
+    /// It does not.
+    Failed,
+}
+
+/// The end of an image.
+#[derive(Debug)]
+pub(super) struct Space {
+    /// Where the next block can begin.
+    pub(super) end: u64,
+    /// Bytes that the file has.
+    usable: u64,
+    /// Bytes that it can have.
+    limit: u64,
+    /// Bytes that it grows by.
+    step: u64,
+    /// All of those get their blocks of the file system at once, rather than when they are written.
+    preallocate: bool,
+    durability: Durability,
+    pub(super) growing: Growing,
+}
+
+/// Whether there is room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Here, in bytes.
+    At(u64),
+    /// As soon as the file has grown.
+    Soon,
+    /// No.
+    None,
+}
+
+impl Space {
+    /// Of a file of `usable` bytes, of which those from `end` on are free; it grows by `step` bytes at a time, to `limit`.
+    pub(super) fn new(
+        end: u64,
+        usable: u64,
+        limit: u64,
+        step: u64,
+        preallocate: bool,
+        durability: Durability,
+    ) -> Space {
+        Space { end, usable, limit, step, preallocate, durability, growing: Growing::No }
+    }
+
+    /// Takes room for a bitmap and its block, `len` bytes together.
+    pub(super) fn take(&mut self, bitmap_len: u64, len: u64) -> Room {
+        let at = (self.end + bitmap_len).next_multiple_of(ALIGN) - bitmap_len;
+        let end = at + len;
+        if end > self.limit || at / SECTOR_SIZE >= SECTORS_MAX {
+            return Room::None;
+        }
+        if end > self.usable {
+            if self.growing == Growing::Failed {
+                self.growing = Growing::No;
+                return Room::None;
+            }
+            self.want(end);
+            return Room::Soon;
+        }
+        self.end = end;
+        // The next ones need not wait.
+        if self.usable - end < self.step / 2 && self.usable < self.limit && self.growing == Growing::No {
+            self.want(end + len);
+        }
+        Room::At(at)
+    }
+
+    fn want(&mut self, least: u64) {
+        if self.growing == Growing::No {
+            let size = (least.max(self.usable) + self.step).next_multiple_of(ALIGN);
+            self.growing = Growing::Wanted(size.min(self.limit));
+        }
+    }
+
+    /// What is to be zeros so that the file grows: offset and length in bytes.
+    pub(super) fn extend(&mut self) -> Option<(u64, u64)> {
+        let Growing::Wanted(size) = self.growing else { return None };
+        self.growing = Growing::Extending(size);
+        // Without preallocation a hole, with something at its end that makes the file as large.
+        let from = if self.preallocate { self.usable } else { self.usable.max(size.saturating_sub(ALIGN)) };
+        Some((from, size - from))
+    }
+
+    pub(super) fn extended(&mut self, done: bool) {
+        let Growing::Extending(size) = self.growing else { return };
+        match (done, self.durability) {
+            (false, _) => self.growing = Growing::Failed,
+            (true, Durability::Order) => self.have(size),
+            // A block that the table points to is within the file also after a crash.
+            (true, Durability::Flush) => self.growing = Growing::Flush(size),
+        }
+    }
+
+    /// Whether a flush is wanted. It is the one that begins now.
+    pub(super) fn flush(&mut self) -> bool {
+        let Growing::Flush(size) = self.growing else { return false };
+        self.growing = Growing::Flushing(size);
+        true
+    }
+
+    pub(super) fn flushed(&mut self, done: bool) {
+        let Growing::Flushing(size) = self.growing else { return };
+        if done { self.have(size) } else { self.growing = Growing::Failed }
+    }
+
+    fn have(&mut self, size: u64) {
+        (self.usable, self.growing) = (size, Growing::No);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_have_their_data_at_a_page_and_the_file_grows_ahead() {
+        let mut space = Space::new(2048, 2048, 1 << 30, 8 << 20, false, Durability::Flush);
+        let take = |space: &mut Space| space.take(512, 512 + (2 << 20));
+        assert_eq!(take(&mut space), Room::Soon);
+        let (at, len) = space.extend().unwrap();
+        assert_eq!((at + len, len), ((2 << 20) + 4096 + (8 << 20), 4096));
+        space.extended(true);
+        assert_eq!(take(&mut space), Room::Soon);
+        assert!(space.flush());
+        space.flushed(true);
+        assert_eq!(take(&mut space), Room::At(3584));
+        assert_eq!(space.end, 4096 + (2 << 20));
+        assert_eq!(take(&mut space), Room::At(4096 + (2 << 20) + 4096 - 512));
+        assert_eq!(space.growing, Growing::No);
+        take(&mut space);
+        assert!(matches!(space.growing, Growing::Wanted(_)), "half of it is used");
+        space.extend();
+        space.extended(false);
+        assert!(matches!(take(&mut space), Room::At(_)), "there is room left");
+        assert_eq!((take(&mut space), take(&mut space)), (Room::None, Room::Soon), "it is tried again");
+    }
+
+    #[test]
+    fn a_device_and_a_table_have_an_end() {
+        let mut space = Space::new(512, 3 << 20, 3 << 20, 1 << 20, false, Durability::Order);
+        assert_eq!(space.take(512, 512 + (2 << 20)), Room::At(3584));
+        assert_eq!(space.take(512, 512 + (2 << 20)), Room::None);
+        let end = SECTORS_MAX * SECTOR_SIZE - 4096;
+        let mut space = Space::new(end, u64::MAX, u64::MAX, 1 << 20, false, Durability::Order);
+        assert!(matches!(space.take(512, 4096 + 512), Room::At(_)));
+        assert_eq!(space.take(512, 4096 + 512), Room::None);
+    }
+}

@@ -1,0 +1,157 @@
+//! One file or block device of an image: how it is opened, and its lock.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use slog::{Logger, warn};
+
+use super::Error;
+use crate::config::{Direct, Image, Size};
+use crate::sys::file::{Geometry, direct_alignment, geometry};
+
+/// A file that is open for an engine.
+pub(super) struct Opened {
+    pub(super) file: File,
+    /// With O_DIRECT.
+    pub(super) direct: bool,
+    pub(super) geometry: Geometry,
+    pub(super) sector_size: u32,
+}
+
+/// Opens a file as the configuration says, in sectors of `sector_size` or, if that is not given, of its own.
+pub(super) fn open(
+    image: &Image,
+    path: &Path,
+    read_only: bool,
+    sector_size: Option<u32>,
+    log: &Logger,
+) -> Result<Opened, Error> {
+    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    let unfit = |message: String| Error::Unfit { path: path.to_owned(), message };
+    let plain = options(read_only, false).open(path).map_err(io("open it"))?;
+    let geometry = geometry(&plain).map_err(io("serve it"))?;
+    let sector_size = sector_size.unwrap_or(geometry.logical);
+    let (file, direct) = if image.direct == Direct::Off {
+        (plain, false)
+    } else {
+        match open_direct(path, read_only, sector_size) {
+            Ok(file) => (file, true),
+            Err(why) if image.direct == Direct::Auto => {
+                warn!(log, "image is not opened with O_DIRECT, but through the host's page cache";
+                    "image" => %path.display(), "why" => why);
+                (plain, false)
+            }
+            Err(why) => {
+                return Err(unfit(format!(
+                    "O_DIRECT is not possible: {why}; set image.direct to \"auto\" or \"off\""
+                )));
+            }
+        }
+    };
+    if direct && sector_size < geometry.logical {
+        let logical = geometry.logical;
+        return Err(unfit(format!(
+            "sector_size {sector_size} is below the device's {logical}-byte sectors; leave it out, or set image.direct \
+             to \"off\""
+        )));
+    }
+    Ok(Opened { file, direct, geometry, sector_size })
+}
+
+pub(super) fn options(read_only: bool, direct: bool) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(!read_only).custom_flags(if direct { libc::O_DIRECT } else { 0 });
+    options
+}
+
+/// Opens with O_DIRECT, or says why that is no good.
+fn open_direct(path: &Path, read_only: bool, sector_size: u32) -> Result<File, String> {
+    let file = options(read_only, true).open(path).map_err(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => "the file system does not have it".to_owned(),
+        _ => error.to_string(),
+    })?;
+    match direct_alignment(&file) {
+        Some((memory, offset)) if memory > sector_size || offset > sector_size => Err(format!(
+            "it wants memory aligned to {memory} and offsets to {offset} bytes, and the disk's sectors have {sector_size}"
+        )),
+        _ => Ok(file),
+    }
+}
+
+/// Makes a sparse file, unless there is one.
+pub(super) fn create(path: &Path, size: Size) -> io::Result<()> {
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent)?;
+    }
+    match OpenOptions::new().write(true).create_new(true).open(path) {
+        Ok(file) => file.set_len(size.0),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// How long a lock is waited for that udev may hold, which looks at a block device for a moment.
+const UDEV: Duration = Duration::from_millis(500);
+/// How long a lock is waited for whose process has ended: the kernel takes a killed one's io_uring apart some time later,
+/// when what it had in flight is done, and keeps the file and its lock until then.
+const KILLED: Duration = Duration::from_secs(20);
+
+/// Takes the image's lock: shared for a reader, exclusive for a writer.
+pub(super) fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> {
+    let how = if read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
+    let begin = Instant::now();
+    let mut file = file;
+    loop {
+        file = match Flock::lock(file, how) {
+            Ok(lock) => return Ok(lock),
+            Err((file, Errno::EWOULDBLOCK)) => file,
+            Err((_, errno)) => {
+                return Err(Error::Io { path: path.to_owned(), action: "lock it", source: errno.into() });
+            }
+        };
+        let holder = holder(&file);
+        let patience = match &holder {
+            Some(holder) if !holder.alive => KILLED,
+            Some(_) if file.metadata().is_ok_and(|meta| meta.is_file()) => Duration::ZERO,
+            _ => UDEV,
+        };
+        if begin.elapsed() > patience {
+            let holder = holder.map_or("a process that /proc/locks does not name".into(), |holder| holder.name);
+            return Err(Error::Locked { path: path.to_owned(), holder });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+struct Holder {
+    /// For the message.
+    name: String,
+    alive: bool,
+}
+
+/// Who holds a lock on the file, from /proc/locks (proc(5)).
+fn holder(file: &File) -> Option<Holder> {
+    let meta = file.metadata().ok()?;
+    let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
+    let wanted = format!("{major:02x}:{minor:02x}:{}", meta.ino());
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let pid = locks.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().filter(|field| *field != "->").collect();
+        (fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&wanted.as_str()))
+            .then(|| fields.get(4).copied())?
+    })?;
+    // 0 and -1 are processes that this one cannot see.
+    let hidden = pid.parse().is_ok_and(|pid: i32| pid <= 0);
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => Some(Holder { name: format!("process {pid} ({})", name.trim()), alive: true }),
+        Err(_) if hidden => Some(Holder { name: "a process of another container".into(), alive: true }),
+        Err(_) => {
+            Some(Holder { name: format!("process {pid}, which has ended but left I/O in flight"), alive: false })
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Opens an image: file, lock, geometry, format, engine.
+
+mod file;
+mod vhd;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use drivers::Raw;
+use nix::fcntl::Flock;
+use slog::{Logger, info, warn};
+
+use self::file::Opened;
+use crate::chain;
+use crate::config::{Config, ImageType, OddSize, Size};
+use crate::engine::{self, Engine, Opener};
+use crate::frontend::DiskInfo;
+use crate::stack::Layer;
+use crate::sys::file::Backing;
+
+/// Why an image can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The system says no.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another process serves or uses it.
+    #[error("{}: in use by {holder}; two writers would destroy the image", path.display())]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// The process, as far as it can be known.
+        holder: String,
+    },
+    /// Its content does not fit.
+    #[error("{}: {source}", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: drivers::OpenError,
+    },
+    /// It or what it is based on is no good.
+    #[error(transparent)]
+    Chain(#[from] chain::Error),
+    /// The configuration asks for what the image can't do.
+    #[error("{}: {message}", path.display())]
+    Unfit {
+        /// The image.
+        path: PathBuf,
+        /// What, and what to do.
+        message: String,
+    },
+}
+
+/// An image that is open, and locked for as long as this lives.
+pub struct Image {
+    /// What clients are told.
+    pub info: DiskInfo,
+    /// The formats and their files, the leaf first.
+    pub layers: Vec<Layer>,
+    /// The engine.
+    pub engine: Engine,
+    /// What opens another one; none for an image in memory, which is its engine.
+    pub opener: Option<Opener>,
+    /// The locks of its files, the leaf's first; none for an image without a file.
+    pub locks: Vec<Flock<File>>,
+    /// Writes under way at a time that take metadata.
+    pub tickets: usize,
+}
+
+/// Opens what the configuration says.
+pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
+    let image = &config.image;
+    let depth = config.engine.depth as usize;
+    let path = || image.path.as_deref().unwrap_or(Path::new(""));
+    let name = match image.kind {
+        ImageType::Aio => return open_raw(config, path(), log),
+        ImageType::Vhd => return vhd::open(config, path(), log),
+        ImageType::Ram => "ram",
+        ImageType::Null => "null",
+    };
+    let size = image.size.map_or(0, |size| size.0);
+    let path = PathBuf::from(name);
+    let engine = match image.kind {
+        ImageType::Ram => engine::memory::ram(size, depth),
+        _ => engine::memory::null(depth),
+    };
+    let engine = engine.and_then(|engine| match config.faults.as_slice() {
+        [] => Ok(engine),
+        faults => engine::fault::wrap(engine, faults),
+    });
+    let engine = engine.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
+    let sector_size = image.sector_size.unwrap_or(512);
+    let info = DiskInfo {
+        size,
+        sector_size,
+        physical_sector_size: 4096,
+        read_only: image.read_only,
+        name: format!("{name}:{}", Size(size)),
+    };
+    let raw = Raw::new(size, sector_size.into(), drivers::OddSize::Refuse)
+        .map_err(|source| Error::Format { path: path.clone(), source })?;
+    Ok(Image {
+        info,
+        layers: vec![Layer { format: Box::new(raw), path, plain: None }],
+        engine,
+        opener: None,
+        locks: Vec::new(),
+        tickets: 0,
+    })
+}
+
+fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error> {
+    let image = &config.image;
+    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    if let Some(size) = image.create {
+        file::create(path, size).map_err(io("create it"))?;
+    }
+    let Opened { file, direct, geometry, sector_size } =
+        file::open(image, path, image.read_only, image.sector_size, log)?;
+    // The engine's own descriptor shares the lock.
+    let lock = file::lock(file.try_clone().map_err(io("lock it"))?, path, image.read_only)?;
+    let odd = match image.odd_size {
+        OddSize::Refuse => drivers::OddSize::Refuse,
+        OddSize::RoundUp => drivers::OddSize::RoundUp,
+        OddSize::RoundDown => drivers::OddSize::RoundDown,
+    };
+    let raw = Raw::new(geometry.size, sector_size.into(), odd)
+        .map_err(|source| Error::Format { path: path.to_owned(), source })?;
+    let size = drivers::Format::size(&raw);
+    if size != geometry.size {
+        warn!(log, "image size is no multiple of the sector and was rounded";
+            "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
+    }
+    let files = vec![Backing { file, direct, block_device: geometry.block_device }];
+    let info = DiskInfo {
+        size,
+        sector_size,
+        physical_sector_size: geometry.physical.max(sector_size),
+        read_only: image.read_only,
+        name: format!("aio:{}", path.display()),
+    };
+    let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None };
+    let chain = Chain { info, layers: vec![layer], files, locks: vec![lock], tickets: 0 };
+    with_engine(chain, config, log)
+}
+
+/// The files of a disk, the leaf first, without an engine.
+struct Chain {
+    info: DiskInfo,
+    layers: Vec<Layer>,
+    files: Vec<Backing>,
+    locks: Vec<Flock<File>>,
+    tickets: usize,
+}
+
+fn with_engine(chain: Chain, config: &Config, log: &Logger) -> Result<Image, Error> {
+    let Chain { info, layers, files, locks, tickets } = chain;
+    let path = &layers[0].path;
+    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    let (direct, block_device) = (files[0].direct, files[0].block_device);
+    let opener = Opener::new(files.into(), config, log.clone()).map_err(io("start its engine"))?;
+    let engine = opener.open(opener.name).map_err(io("start its engine"))?;
+    info!(log, "image open"; "image" => &info.name, "size" => info.size, "sector_size" => info.sector_size,
+        "direct" => direct, "block_device" => block_device, "read_only" => info.read_only,
+        "layers" => layers.len(), "engine" => engine.name, "depth" => engine.depth);
+    Ok(Image { info, layers, engine, opener: Some(opener), locks, tickets })
+}

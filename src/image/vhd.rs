@@ -1,0 +1,171 @@
+//! Opens a VHD image and all that it is based on.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, Image, Problem, Settings};
+use drivers::{Format, OddSize, Raw};
+use slog::{Logger, info};
+use zerocopy::IntoBytes;
+
+use super::file::{self, Opened};
+use super::{Chain, Error, with_engine};
+use crate::chain::{self, Rules};
+use crate::config::{ChangedParent, Config, Durability};
+use crate::frontend::DiskInfo;
+use crate::stack::Layer;
+use crate::sys::file::{Backing, geometry};
+
+/// Sectors of every VHD.
+const SECTOR: u32 = 512;
+
+/// What an image in use has instead of a footer at its end; blktap's.
+const IN_USE: u8 = 0xc7;
+
+/// Bytes that a file grows by if nothing is set apart ahead.
+const STEP: u64 = 64 << 20;
+
+/// Bitmaps of a layer that are held in memory at least.
+const BITMAPS_MIN: usize = 64;
+
+/// Opens an image whose leaf is in the file `path`.
+pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<super::Image, Error> {
+    let image = &config.image;
+    let leaf = opened(config, path, image.read_only, log)?;
+    // Nobody changes it from here on.
+    let mut locks = vec![leaf.1];
+    let rules = Rules { folders: Some(&image.parents), changed: image.changed_parent == ChangedParent::Serve };
+    let layers = chain::chain(path, &rules)?;
+    let tickets = if image.read_only { 0 } else { 2 * config.requests as usize };
+    let mut chain = Chain {
+        info: DiskInfo {
+            size: layers[0].image.as_ref().map_or(0, |image| image.footer.size()),
+            sector_size: SECTOR,
+            physical_sector_size: leaf.0.geometry.physical.max(SECTOR),
+            read_only: image.read_only,
+            name: format!("vhd:{}", path.display()),
+        },
+        layers: Vec::new(),
+        files: Vec::new(),
+        locks: Vec::new(),
+        tickets,
+    };
+    let depth = layers.len();
+    let mut next = Some(leaf.0);
+    for found in layers {
+        let opened = match next.take() {
+            Some(leaf) => leaf,
+            None => {
+                let (opened, lock) = opened(config, &found.path, true, log)?;
+                locks.push(lock);
+                opened
+            }
+        };
+        let writable = chain.layers.is_empty() && !image.read_only;
+        chain.layers.push(layer(config, found, &opened, writable, depth, log)?);
+        let Opened { file, direct, geometry, .. } = opened;
+        chain.files.push(Backing { file, direct, block_device: geometry.block_device });
+    }
+    chain.locks = locks;
+    with_engine(chain, config, log)
+}
+
+/// A file of the chain, and its lock.
+fn opened(
+    config: &Config,
+    path: &Path,
+    read_only: bool,
+    log: &Logger,
+) -> Result<(Opened, nix::fcntl::Flock<File>), Error> {
+    let opened = file::open(&config.image, path, read_only, Some(SECTOR), log)?;
+    let explain = |source| Error::Io { path: path.to_owned(), action: "lock it", source };
+    let lock = file::lock(opened.file.try_clone().map_err(explain)?, path, read_only)?;
+    Ok((opened, lock))
+}
+
+/// What an image of the chain is served by.
+fn layer(
+    config: &Config,
+    found: chain::Layer,
+    opened: &Opened,
+    writable: bool,
+    depth: usize,
+    log: &Logger,
+) -> Result<Layer, Error> {
+    let path = found.path;
+    for problem in &found.problems {
+        info!(log, "the image has a flaw, and can be used all the same"; "image" => %path.display(),
+            "flaw" => %problem.what);
+    }
+    let format: Box<dyn Format> = match &found.image {
+        None => {
+            let raw = Raw::new(found.file_size, SECTOR.into(), OddSize::RoundUp);
+            Box::new(raw.map_err(|source| Error::Format { path: path.clone(), source })?)
+        }
+        Some(image) => match Fixed::new(image) {
+            Some(fixed) => Box::new(fixed),
+            None => return blocks(config, &path, image, &found.problems, opened, writable, depth),
+        },
+    };
+    Ok(Layer { format, path, plain: None })
+}
+
+/// An image with blocks. One that is written is marked as in use.
+fn blocks(
+    config: &Config,
+    path: &Path,
+    image: &Image,
+    problems: &[Problem],
+    opened: &Opened,
+    writable: bool,
+    depth: usize,
+) -> Result<Layer, Error> {
+    let device = opened.geometry.block_device;
+    let explain = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    let bitmap = image.header.as_ref().map_or(1, |header| header.bitmap_size()) as usize;
+    let bitmaps = (config.image.bitmap_cache.0 as usize / bitmap / depth).max(BITMAPS_MIN);
+    let mut settings = Settings {
+        durability: match config.image.durability {
+            Durability::Flush => drivers::Durability::Flush,
+            Durability::Order => drivers::Durability::Order,
+        },
+        zeros: !device,
+        usable: if device { image.footer_at } else { 0 },
+        limit: if device { image.footer_at } else { i64::MAX as u64 },
+        step: if config.image.preallocate.0 > 0 { config.image.preallocate.0 } else { STEP },
+        preallocate: config.image.preallocate.0 > 0,
+        bitmaps,
+        tickets: 0,
+        footer_at: device.then_some(image.footer_at),
+    };
+    let mut plain = None;
+    if writable {
+        let file = file::options(false, false).open(path).map_err(explain("open it"))?;
+        mark_in_use(&file, image, problems, device).map_err(explain("mark it as in use"))?;
+        if !device {
+            settings.usable = geometry(&file).map_err(explain("serve it"))?.size;
+        }
+        settings.tickets = 2 * config.requests as usize;
+        plain = Some(file);
+    }
+    let disk = Disk::new(image, &settings)
+        .ok_or_else(|| Error::Unfit { path: path.to_owned(), message: "it has no header".into() })?;
+    Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain })
+}
+
+/// From here on the copy of the footer counts, as long as the image is in use and if the host stops. What is behind the image in
+/// a file is cut off: a new block begins with zeros.
+fn mark_in_use(file: &File, image: &Image, problems: &[Problem], device: bool) -> std::io::Result<()> {
+    let copy_is_bad = |problem: &Problem| matches!(problem.what, Corrupt::Copy(_) | Corrupt::CopyDiffers);
+    if problems.iter().any(copy_is_bad) {
+        file.write_all_at(image.footer.as_bytes(), 0)?;
+        file.sync_data()?;
+    }
+    if device {
+        file.write_all_at(&[IN_USE; FOOTER_SIZE], image.footer_at)?;
+    } else {
+        file.set_len(image.end().next_multiple_of(u64::from(SECTOR)))?;
+    }
+    file.sync_all()
+}
