@@ -108,8 +108,9 @@ impl Bitmaps {
                 State::Empty | State::Loading => Found::Loading,
             };
         }
-        let mut victim = None;
-        for index in set {
+        // The first that nobody has used since the last search, and all that were looked at before it get a second chance.
+        let mut victim = set.clone().find(|index| self.slots[*index].state == State::Empty);
+        for index in if victim.is_none() { set } else { 0..0 } {
             let slot = &mut self.slots[index];
             if slot.pins > 0 || slot.state == State::Loading {
                 continue;
