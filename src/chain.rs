@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use drivers::vhd::{self, Image, Kind, Platform, Problem, ReadError, Source, Uuid};
 
+use nix::errno::Errno;
+
 use crate::sys::file::geometry;
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
@@ -87,6 +89,23 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
+}
+
+impl Error {
+    /// The errno that it stands for.
+    pub fn errno(&self) -> Errno {
+        let system = match self {
+            Error::Open { source, .. } => source.raw_os_error(),
+            Error::Image { source: ReadError::Io { source, .. }, .. } => source.raw_os_error(),
+            Error::NoParent { .. } => return Errno::ENOENT,
+            Error::Image { .. }
+            | Error::OtherParent { .. }
+            | Error::ChangedParent { .. }
+            | Error::Folder { .. }
+            | Error::Endless { .. } => return Errno::EINVAL,
+        };
+        system.map_or(Errno::EIO, Errno::from_raw)
+    }
 }
 
 fn list(paths: &[PathBuf]) -> String {

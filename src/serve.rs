@@ -1,9 +1,12 @@
 //! From a configuration to a main loop that is ready to run.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use slog::{Logger, info, warn};
 
 use crate::config::{self, Config, OnClose};
-use crate::disk::{Disk, Parts, Watchdog};
+use crate::disk::{Disk, Parts, Reopen, Watchdog};
 use crate::event::MainLoop;
 use crate::frontend::local::Local;
 use crate::frontend::nbd::Nbd;
@@ -20,13 +23,11 @@ use crate::sys::memory::PAGE_SIZE;
 
 /// Opens everything that the configuration names.
 pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
-    let image = image::open(config, log)?;
+    let image = image::open(config, None, log)?;
     let requests = config.requests as usize;
-    // A raw image makes one transfer of each request; others cut it where their blocks end, and have some of their own.
-    let (own, tiocbs) = match image.layers.iter().any(|layer| layer.format.meta_len() > 0) {
-        true => (METAS, 2 * requests + METAS),
-        false => (0, requests),
-    };
+    // A raw image makes one transfer of each request; others, which may take its place, cut it where their blocks end, and
+    // have some of their own.
+    let (own, tiocbs) = if image.opener.is_some() { (METAS, 2 * requests + METAS) } else { (0, requests) };
     let limits = Limits {
         tiocbs,
         iovecs: config.engine.merge_iovecs as usize,
@@ -46,6 +47,10 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
         queue,
         locks: image.locks,
         opener: image.opener,
+        reopen: Some(Reopen {
+            config: Arc::new(config.clone()),
+            lease: Some(Duration::from_secs(config.control.pause_lease_s.into())).filter(|lease| !lease.is_zero()),
+        }),
         watchdog: Watchdog::new(config.watchdog.stuck_s),
         log: log.clone(),
     });

@@ -68,7 +68,7 @@ fn opener(config: &Config, folder: &Path, direct: bool, size: u64) -> Opener {
     let file = options.open(folder.join("image")).unwrap();
     file.set_len(size).unwrap();
     let files = Arc::new([Backing { file, direct, block_device: false }]);
-    Opener::new(files, config, Logger::root(Discard, o!())).unwrap()
+    Opener::new(files, config, None, Logger::root(Discard, o!())).unwrap()
 }
 
 impl Bench {

@@ -267,6 +267,9 @@ pub struct Control {
     /// The disk's number.
     #[serde(deserialize_with = "in_range::<0, 16383, _, _>")]
     pub minor: u32,
+    /// A pause that nobody ends is over after so many seconds. 0: never.
+    #[serde(deserialize_with = "in_range::<0, 86400, _, _>")]
+    pub pause_lease_s: u32,
 }
 
 /// `[log]`
@@ -342,7 +345,7 @@ impl Default for MainLoop {
 
 impl Default for Control {
     fn default() -> Control {
-        Control { directory: PathBuf::from("/run/blktap-control"), minor: 0 }
+        Control { directory: PathBuf::from("/run/blktap-control"), minor: 0, pause_lease_s: 0 }
     }
 }
 

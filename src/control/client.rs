@@ -9,7 +9,8 @@ use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::proto::{
-    EngineChange, FaultChange, List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Response, Stat, kind, poll, text,
+    EngineChange, FaultChange, List, MESSAGE_SIZE, Message, NO_MINOR, Params, Poll, Resized, Response, Stat, kind,
+    poll, text,
 };
 use crate::polling::Settings;
 
@@ -179,6 +180,18 @@ pub fn resize(directory: &Path, pid: i32, minor: u16) -> io::Result<(u64, u64)> 
     let answer = ask_ours(&path(directory, pid), &Message::new(kind::RESIZE, minor))?;
     let Resized { old, new } = answer.member();
     Ok((old, new))
+}
+
+/// Pauses a disk, and waits until it is: nothing is under way, and its image is closed.
+pub fn pause(directory: &Path, pid: i32, minor: u16) -> io::Result<()> {
+    ask_ours(&path(directory, pid), &Message::new(kind::PAUSE, minor)).map(drop)
+}
+
+/// Lets a paused disk go on, with another image if one is named, as `type:path`.
+pub fn resume(directory: &Path, pid: i32, minor: u16, image: Option<&str>) -> io::Result<()> {
+    let params = Params::with_path(image.unwrap_or_default());
+    let request = Message::new(kind::RESUME, minor).with(&params.ok_or(Errno::ENAMETOOLONG)?);
+    ask_ours(&path(directory, pid), &request).map(drop)
 }
 
 /// Tells a process to drain, flush and exit.

@@ -4,6 +4,7 @@
 
 pub mod client;
 mod engine;
+mod pause;
 pub mod proto;
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -34,8 +35,17 @@ struct Connection {
     response: Vec<u8>,
     sent: usize,
     until: u64,
-    /// The answer comes when the disk has changed its engine.
-    waits: bool,
+    /// The answer comes when the disk has done that.
+    waits: Option<Late>,
+}
+
+/// What a disk does not do at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Late {
+    /// It changes its engine.
+    Engine,
+    /// It is paused.
+    Pause,
 }
 
 /// What a connection is at after it did what it could.
@@ -112,7 +122,7 @@ impl Control {
             let (request, response) = ([0; MESSAGE_SIZE], Vec::new());
             let until = now() + TIMEOUT;
             self.connections[index] =
-                Some(Connection { socket, request, received: 0, response, sent: 0, until, waits: false });
+                Some(Connection { socket, request, received: 0, response, sent: 0, until, waits: None });
             self.advance(index, disk, polling);
         }
     }
@@ -127,15 +137,20 @@ impl Control {
         }
     }
 
-    /// Answers whoever waits for the disk to change its engine, if it has.
+    /// Answers whoever waits for the disk to do something, if it has.
     pub fn settle(&mut self, disk: &mut Disk) {
-        let waits = |connection: &Option<Connection>| connection.as_ref().is_some_and(|connection| connection.waits);
-        let Some(index) = self.connections.iter().position(waits) else { return };
-        let (Some(connection), Some(outcome)) = (&mut self.connections[index], disk.switched()) else { return };
-        connection.waits = false;
-        connection.response = engine::switched(self.minor, disk, &outcome);
-        if !matches!(connection.advance(|_| None), Ok(Progress::Waiting)) {
-            self.connections[index] = None;
+        for place in &mut self.connections {
+            let Some(connection) = place else { continue };
+            let response = match connection.waits {
+                None => None,
+                Some(Late::Engine) => disk.switched().map(|outcome| engine::switched(self.minor, disk, &outcome)),
+                Some(Late::Pause) => disk.pause_outcome().map(|outcome| pause::paused(self.minor, disk, &outcome)),
+            };
+            let Some(response) = response else { continue };
+            (connection.waits, connection.response) = (None, response);
+            if !matches!(connection.advance(|_| Err(Late::Engine)), Ok(Progress::Waiting)) {
+                *place = None;
+            }
         }
     }
 
@@ -164,7 +179,7 @@ impl Drop for Control {
 
 impl Connection {
     /// Receives, answers and sends as far as the socket allows.
-    fn advance(&mut self, respond: impl FnOnce(&Message) -> Option<Vec<u8>>) -> io::Result<Progress> {
+    fn advance(&mut self, respond: impl FnOnce(&Message) -> Result<Vec<u8>, Late>) -> io::Result<Progress> {
         while self.received < MESSAGE_SIZE {
             match self.socket.read(&mut self.request[self.received..]) {
                 // It says no more: half a message gets an answer too.
@@ -180,16 +195,18 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
-        if self.waits {
+        if self.waits.is_some() {
             return Ok(Progress::Waiting);
         }
         if self.response.is_empty() {
             let request = Message::read_from_bytes(&self.request).map_err(|_| ErrorKind::InvalidData)?;
-            let Some(response) = respond(&request) else {
-                self.waits = true;
-                return Ok(Progress::Waiting);
-            };
-            self.response = response;
+            match respond(&request) {
+                Ok(response) => self.response = response,
+                Err(late) => {
+                    self.waits = Some(late);
+                    return Ok(Progress::Waiting);
+                }
+            }
         }
         while self.sent < self.response.len() {
             match self.socket.write(&self.response[self.sent..]) {
@@ -203,21 +220,21 @@ impl Connection {
     }
 }
 
-/// The whole answer to a request. None: it comes later.
+/// The whole answer to a request; or what it waits for.
 pub fn respond(
     request: &Message,
     minor: u16,
     disk: &mut Disk,
     polling: &mut Polling,
     log: &Logger,
-) -> Option<Vec<u8>> {
+) -> Result<Vec<u8>, Late> {
     let cookie = request.cookie;
     let ours = cookie == minor;
-    if ours && request.kind == kind::ENGINE {
-        return engine::change(request, disk);
-    }
     let no_disk = || Message::error(cookie, Errno::ENODEV as i32, "no such disk").as_bytes().to_vec();
-    Some(match request.kind {
+    Ok(match request.kind {
+        kind::ENGINE if ours => engine::change(request, disk).ok_or(Late::Engine)?,
+        kind::PAUSE if ours => pause::pause(cookie, disk).ok_or(Late::Pause)?,
+        kind::RESUME if ours => pause::resume(request, disk),
         kind::PID => {
             let pid = std::process::id() as i32;
             Message::new(kind::PID_RSP, cookie).with(&pid).as_bytes().to_vec()
@@ -231,7 +248,14 @@ pub fn respond(
         kind::POLL if ours => set_polling(request, polling, log).as_bytes().to_vec(),
         kind::RESIZE if ours => resize(cookie, disk).as_bytes().to_vec(),
         kind::FAULT if ours => engine::faults(request, disk, log),
-        kind::STATS | kind::DEBUG_QUEUE | kind::POLL | kind::RESIZE | kind::ENGINE | kind::FAULT => no_disk(),
+        kind::STATS
+        | kind::DEBUG_QUEUE
+        | kind::POLL
+        | kind::RESIZE
+        | kind::ENGINE
+        | kind::FAULT
+        | kind::PAUSE
+        | kind::RESUME => no_disk(),
         kind::EXIT => {
             info!(log, "told to exit by a control connection");
             disk.drain();
@@ -275,7 +299,12 @@ fn resize(cookie: u16, disk: &mut Disk) -> Message {
 }
 
 fn list(cookie: u16, minor: u16, disk: &Disk) -> Vec<u8> {
-    let state = if disk.is_draining() { state::QUIESCE_REQUESTED } else { 0 };
+    let state = match () {
+        () if disk.is_paused() => state::PAUSED,
+        () if disk.is_pausing() => state::PAUSE_REQUESTED,
+        () if disk.is_draining() => state::QUIESCE_REQUESTED,
+        () => 0,
+    };
     let shown = List { count: 1, minor: minor.into(), state, path: string(&disk.info().name) };
     let end = List { count: 0, minor: -1, state: 0, path: [0; 256] };
     let wanted = cookie == NO_MINOR || cookie == minor;

@@ -16,6 +16,11 @@ pub mod kind {
     pub const ERROR: u16 = 1;
     pub const PID: u16 = 3;
     pub const PID_RSP: u16 = 4;
+    /// Answered once the disk is paused.
+    pub const PAUSE: u16 = 9;
+    pub const PAUSE_RSP: u16 = 10;
+    pub const RESUME: u16 = 11;
+    pub const RESUME_RSP: u16 = 12;
     pub const LIST: u16 = 19;
     pub const LIST_RSP: u16 = 20;
     pub const STATS: u16 = 21;
@@ -44,6 +49,10 @@ pub mod kind {
 pub mod state {
     /// It is being drained.
     pub const QUIESCE_REQUESTED: i32 = 4;
+    /// It will be paused when nothing is under way.
+    pub const PAUSE_REQUESTED: i32 = 0x10;
+    /// It is paused: closed, quiesced and paused, in blktap's words.
+    pub const PAUSED: i32 = 0x2a;
 }
 
 /// A message.
@@ -70,6 +79,35 @@ pub struct List {
     pub state: i32,
     /// `type:path`, ended by NUL.
     pub path: [u8; 256],
+}
+
+/// Union member `params`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Params {
+    /// What of the others is meant, and how.
+    pub flags: u32,
+    /// Not used.
+    pub devnum: u32,
+    /// Not used.
+    pub domid: u32,
+    /// `type:path`, ended by NUL; empty: as it was.
+    pub path: [u8; 256],
+    /// The minor whose image is used again.
+    pub prt_devnum: u32,
+    /// Seconds.
+    pub req_timeout: u16,
+    /// The path of another image.
+    pub secondary: [u8; 256],
+    padding: [u8; 2],
+}
+
+impl Params {
+    /// An image's `type:path`, and nothing else. None: it is too long.
+    pub fn with_path(name: &str) -> Option<Params> {
+        let fits = name.len() < 256 && !name.contains('\0');
+        fits.then(|| Params { path: string(name), ..Params::new_zeroed() })
+    }
 }
 
 /// Union member `stat`.
@@ -184,6 +222,8 @@ pub mod poll {
 const _: () = {
     assert!(size_of::<Message>() == MESSAGE_SIZE && std::mem::offset_of!(Message, body) == 8);
     assert!(size_of::<List>() == 268 && std::mem::offset_of!(List, path) == 12);
+    assert!(size_of::<Params>() == 532 && std::mem::offset_of!(Params, secondary) == 274);
+    assert!(std::mem::offset_of!(Params, path) == 12 && std::mem::offset_of!(Params, req_timeout) == 272);
     assert!(size_of::<Stat>() == 16 && std::mem::offset_of!(Stat, length) == 8);
     assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
     assert!(size_of::<EngineChange>() == 20 && std::mem::offset_of!(EngineChange, threads_max) == 16);

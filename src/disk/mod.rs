@@ -1,6 +1,7 @@
 //! One disk: its turn of the main loop, from the rings to the engine and back.
 
 mod inspect;
+mod pause;
 mod switch;
 mod watchdog;
 
@@ -14,6 +15,8 @@ use nix::fcntl::Flock;
 use slog::{Logger, error, info, o, warn};
 
 pub use self::inspect::{DebugQueue, RequestReport};
+use self::pause::After;
+pub use self::pause::{PauseError, Reopen, parse_name};
 use self::switch::Switching;
 pub use self::switch::{EngineReport, SwitchError, Wanted};
 pub use self::watchdog::Watchdog;
@@ -38,6 +41,8 @@ enum State {
     Draining,
     /// All is finished; what was written is being made durable.
     Flushing,
+    /// Nothing is under way, and the image is closed.
+    Paused,
     Closed,
 }
 
@@ -90,6 +95,11 @@ pub struct Disk {
     /// When a frontend whose requests memory shows last brought one or got an answer.
     last_in_memory: Option<u64>,
     state: State,
+    /// What follows the last flush.
+    after: After,
+    /// When a pause is over although nobody ends it, ns of [`now`].
+    lease_until: Option<u64>,
+    reopen: Option<Reopen>,
     /// An error of the last flush.
     flush_error: Option<Errno>,
     /// Held as long as the disk can write; the first is also the file whose size is asked for. None: there is no file.
@@ -122,6 +132,8 @@ pub struct Parts {
     pub locks: Vec<Flock<File>>,
     /// What opens other engines for the image, if it can have others.
     pub opener: Option<Opener>,
+    /// What opens the image again after a pause; none: it stays open.
+    pub reopen: Option<Reopen>,
     /// What looks for requests that are stuck.
     pub watchdog: Watchdog,
     /// The log.
@@ -156,7 +168,7 @@ impl ResizeError {
 impl Disk {
     /// A disk of these parts.
     pub fn new(parts: Parts) -> Disk {
-        let Parts { info, frontends, slots, stack, queue, locks, opener, watchdog, log } = parts;
+        let Parts { info, frontends, slots, stack, queue, locks, opener, reopen, watchdog, log } = parts;
         let capacity = slots.capacity();
         Disk {
             info,
@@ -173,6 +185,9 @@ impl Disk {
             barrier_state: Barrier::Draining,
             last_in_memory: None,
             state: State::Running,
+            after: After::Close,
+            lease_until: None,
+            reopen,
             flush_error: None,
             locks,
             log,
@@ -215,6 +230,7 @@ impl Disk {
         worked |= self.queue.reap() > 0;
         worked |= self.finish();
         worked |= self.switch_if_drained();
+        worked |= self.end_lease(now);
         self.watch(now);
         self.watch_space();
         if self.holds() {
@@ -376,8 +392,10 @@ impl Disk {
             }
             self.stats.record(request.op, request.len, request.error.is_none(), now - request.born);
             if request.frontend == INTERNAL {
-                self.flush_error = request.error;
-                self.close_image();
+                let error = request.error;
+                self.slots.release(id);
+                self.flushed(error);
+                continue;
             } else {
                 let frontend = &mut self.frontends[usize::from(request.frontend)];
                 in_memory |= frontend.in_memory();
@@ -391,19 +409,24 @@ impl Disk {
         (true, in_memory)
     }
 
-    fn close_image(&mut self) {
+    /// What was written is durable, or an error says that it may not be.
+    fn flushed(&mut self, error: Option<Errno>) {
+        self.flush_error = error;
         if let Err(error) = self.stack.close() {
             error!(self.log, "the image's last footer could not be written: vhd-util repair makes it anew";
                 "image" => &self.info.name, "error" => %error);
             self.flush_error.get_or_insert(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
         }
-        self.state = State::Closed;
+        match self.after {
+            After::Close => self.state = State::Closed,
+            After::Pause => self.paused(),
+        }
     }
 
     /// Goes on with a drain, or begins one.
     fn advance(&mut self) -> bool {
         match self.state {
-            State::Running if self.frontends.iter().any(|frontend| frontend.is_gone()) => {
+            State::Running | State::Paused if self.frontends.iter().any(|frontend| frontend.is_gone()) => {
                 self.drain();
                 return true;
             }
@@ -411,8 +434,8 @@ impl Disk {
             _ => return false,
         }
         self.state = State::Flushing;
-        for frontend in &mut self.frontends {
-            frontend.close();
+        if self.after == After::Close {
+            self.frontends.iter_mut().for_each(|frontend| frontend.close());
         }
         if let Some(request) = self.slots.vacant() {
             (request.op, request.offset, request.len) = (Op::Flush, 0, 0);
@@ -424,15 +447,25 @@ impl Disk {
 
     /// Stops pulling, finishes what was pulled, makes it durable, closes.
     pub fn drain(&mut self) {
-        if self.state == State::Running {
-            info!(self.log, "draining"; "requests" => self.slots.used());
-            self.state = State::Draining;
+        match (self.state, self.after) {
+            (State::Running, _) => {
+                info!(self.log, "draining"; "requests" => self.slots.used());
+                self.state = State::Draining;
+            }
+            (State::Draining, After::Pause) => {}
+            (State::Flushing, After::Pause) => self.frontends.iter_mut().for_each(|frontend| frontend.close()),
+            (State::Paused, _) => {
+                self.state = State::Closed;
+                self.frontends.iter_mut().for_each(|frontend| frontend.close());
+            }
+            _ => return,
         }
+        self.after = After::Close;
     }
 
-    /// Whether a drain has begun.
+    /// Whether it is being closed.
     pub fn is_draining(&self) -> bool {
-        self.state != State::Running
+        self.after == After::Close && self.state != State::Running
     }
 
     /// Finishes what has not reached the engine with ECANCELED.
@@ -482,6 +515,7 @@ impl Disk {
         frontends
             .chain(self.queue.deadline())
             .chain(self.held_until)
+            .chain(self.lease_until)
             .chain(self.switching.as_ref().and_then(Switching::deadline))
             .chain(self.watchdog.deadline(self.slots.used()))
             .min()

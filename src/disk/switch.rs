@@ -50,6 +50,9 @@ pub enum SwitchError {
     /// One at a time.
     #[error("it is changing its engine already")]
     Busy,
+    /// It has no engine now.
+    #[error("it is paused")]
+    Paused,
     /// Something in flight did not finish.
     #[error("{0} I/Os in flight did not finish in 5 s: tap-ctl debug-queue shows them")]
     Stuck(usize),
@@ -66,7 +69,7 @@ impl SwitchError {
     pub fn errno(&self) -> Errno {
         match self {
             SwitchError::OnlyOne => Errno::EOPNOTSUPP,
-            SwitchError::Closing | SwitchError::Busy => Errno::EBUSY,
+            SwitchError::Closing | SwitchError::Busy | SwitchError::Paused => Errno::EBUSY,
             SwitchError::Stuck(_) => Errno::ETIMEDOUT,
             SwitchError::Threads(_) => Errno::EINVAL,
             SwitchError::Open(errno, _) => *errno,
@@ -110,7 +113,10 @@ impl Disk {
         if self.is_draining() {
             return Err(SwitchError::Closing);
         }
-        if self.switching.as_ref().is_some_and(|switching| switching.next.is_some()) {
+        if self.is_paused() || self.is_pausing() {
+            return Err(SwitchError::Paused);
+        }
+        if self.is_switching() {
             return Err(SwitchError::Busy);
         }
         let opener = self.opener.as_mut().ok_or(SwitchError::OnlyOne)?;
@@ -123,6 +129,11 @@ impl Disk {
         let until = now() + PATIENCE.as_nanos() as u64;
         self.switching = Some(Switching { next: Some(Next { name, engine, mode }), until, outcome: Ok(()) });
         Ok(())
+    }
+
+    /// Whether a change is under way.
+    pub(super) fn is_switching(&self) -> bool {
+        self.switching.as_ref().is_some_and(|switching| switching.next.is_some())
     }
 
     /// How the last change ended. None: it is under way.

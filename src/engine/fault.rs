@@ -297,7 +297,7 @@ impl Submit for FaultSubmit {
         self.inner.pool()
     }
 
-    fn event(&self) -> &EventFd {
+    fn event(&self) -> &Arc<EventFd> {
         self.inner.event()
     }
 }

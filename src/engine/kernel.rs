@@ -87,7 +87,7 @@ impl<K: Kernel> Submit for KernelSubmit<K> {
         Some(&self.pool)
     }
 
-    fn event(&self) -> &EventFd {
+    fn event(&self) -> &Arc<EventFd> {
         &self.event
     }
 }

@@ -16,19 +16,24 @@ pub fn ram(size: u64, depth: usize) -> std::io::Result<Engine> {
     let mut image = Vec::new();
     image.try_reserve_exact(size).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
     image.resize(size, 0);
-    open("ram", Some(image), depth)
+    open("ram", Some(image), depth, super::event()?)
 }
 
 /// An image that completes everything and moves nothing: a read leaves the memory as it was.
 pub fn null(depth: usize) -> std::io::Result<Engine> {
-    open("null", None, depth)
+    open("null", None, depth, super::event()?)
 }
 
-fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize) -> std::io::Result<Engine> {
+/// One that stands in for `engine` while there is nothing to do, and has its depth and event.
+pub fn idle(engine: &Engine) -> std::io::Result<Engine> {
+    open("idle", None, engine.depth, Arc::clone(engine.submit.event()))
+}
+
+fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize, event: Arc<EventFd>) -> std::io::Result<Engine> {
     let shared = Arc::new(Shared {
         state: Mutex::new(State { image, done: VecDeque::with_capacity(depth) }),
         ready: AtomicBool::new(false),
-        event: super::event()?,
+        event,
         looper: std::thread::current().id(),
     });
     let reap = Box::new(MemoryReap { shared: Arc::clone(&shared), taken: VecDeque::with_capacity(depth) });
@@ -91,7 +96,7 @@ impl Submit for Shared {
         Ok(count)
     }
 
-    fn event(&self) -> &EventFd {
+    fn event(&self) -> &Arc<EventFd> {
         &self.event
     }
 }

@@ -46,7 +46,7 @@ pub trait Submit: Send + Sync {
     }
 
     /// Becomes readable with each completion; every engine of a disk has the same one.
-    fn event(&self) -> &EventFd;
+    fn event(&self) -> &Arc<EventFd>;
 
     /// Makes [`event`](Self::event) readable.
     fn wake(&self) {
@@ -137,7 +137,12 @@ pub struct Setup {
 impl Setup {
     /// For `depth` I/Os in flight on `files`; all else as if nothing were configured.
     pub fn new(files: Arc<[Backing]>, depth: usize) -> std::io::Result<Setup> {
-        Ok(Setup { files, depth, batch: 64, threads: Threads::default(), event: event()? })
+        Ok(Setup::with_event(files, depth, event()?))
+    }
+
+    /// The same, with the event of the engine that it follows.
+    pub fn with_event(files: Arc<[Backing]>, depth: usize, event: Arc<EventFd>) -> Setup {
+        Setup { files, depth, batch: 64, threads: Threads::default(), event }
     }
 }
 

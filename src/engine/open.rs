@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::eventfd::EventFd;
 use slog::{Logger, warn};
 
 use super::pool::{self, Threads};
@@ -25,15 +26,23 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// For `files`, the first of which a [`FileId`](crate::sys::io::FileId) of 0 names.
-    pub fn new(files: Arc<[Backing]>, config: &Config, log: Logger) -> io::Result<Opener> {
+    /// For `files`, the first of which a [`FileId`](crate::sys::io::FileId) of 0 names. `event` is that of the engine that they
+    /// follow, if they do.
+    pub fn new(
+        files: Arc<[Backing]>,
+        config: &Config,
+        event: Option<Arc<EventFd>>,
+        log: Logger,
+    ) -> io::Result<Opener> {
         let engine = &config.engine;
         let threads = Threads {
             min: engine.threads_min as usize,
             max: engine.threads_max as usize,
             idle: Duration::from_secs(engine.threads_idle_s.into()),
         };
-        let setup = Setup { batch: engine.batch as usize, threads, ..Setup::new(files, engine.depth as usize)? };
+        let event = event.map_or_else(super::event, Ok)?;
+        let setup = Setup::with_event(files, engine.depth as usize, event);
+        let setup = Setup { batch: engine.batch as usize, threads, ..setup };
         let sqpoll_idle_ms = engine.sqpoll.then_some(engine.sqpoll_idle_ms);
         let (name, faults, lock_memory) = (engine.name, config.faults.clone(), config.memory.lock);
         Ok(Opener { name, setup, sqpoll_idle_ms, faults, lock_memory, log })

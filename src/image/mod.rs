@@ -6,9 +6,12 @@ mod vhd;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use drivers::Raw;
+use nix::errno::Errno;
 use nix::fcntl::Flock;
+use nix::sys::eventfd::EventFd;
 use slog::{Logger, info, warn};
 
 use self::file::Opened;
@@ -61,6 +64,19 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// As a client is told.
+    pub fn errno(&self) -> Errno {
+        let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        match self {
+            Error::Io { source, .. } => of(source),
+            Error::Locked { .. } => Errno::EBUSY,
+            Error::Chain(error) => error.errno(),
+            Error::Format { .. } | Error::Unfit { .. } => Errno::EINVAL,
+        }
+    }
+}
+
 /// An image that is open, and locked for as long as this lives.
 pub struct Image {
     /// What clients are told.
@@ -77,14 +93,14 @@ pub struct Image {
     pub tickets: usize,
 }
 
-/// Opens what the configuration says.
-pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
+/// Opens what the configuration says. `event` is that of the engine that it follows, if it does.
+pub fn open(config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Result<Image, Error> {
     let image = &config.image;
     let depth = config.engine.depth as usize;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
     let name = match image.kind {
-        ImageType::Aio => return open_raw(config, path(), log),
-        ImageType::Vhd => return vhd::open(config, path(), log),
+        ImageType::Aio => return with_engine(open_raw(config, path(), log)?, config, event, log),
+        ImageType::Vhd => return with_engine(vhd::open(config, path(), log)?, config, event, log),
         ImageType::Ram => "ram",
         ImageType::Null => "null",
     };
@@ -119,7 +135,7 @@ pub fn open(config: &Config, log: &Logger) -> Result<Image, Error> {
     })
 }
 
-fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error> {
+fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
     let image = &config.image;
     let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     if let Some(size) = image.create {
@@ -150,8 +166,7 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Image, Error> 
         name: format!("aio:{}", path.display()),
     };
     let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None };
-    let chain = Chain { info, layers: vec![layer], files, locks: vec![lock], tickets: 0 };
-    with_engine(chain, config, log)
+    Ok(Chain { info, layers: vec![layer], files, locks: vec![lock], tickets: 0 })
 }
 
 /// The files of a disk, the leaf first, without an engine.
@@ -163,12 +178,12 @@ struct Chain {
     tickets: usize,
 }
 
-fn with_engine(chain: Chain, config: &Config, log: &Logger) -> Result<Image, Error> {
+fn with_engine(chain: Chain, config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Result<Image, Error> {
     let Chain { info, layers, files, locks, tickets } = chain;
     let path = &layers[0].path;
     let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let (direct, block_device) = (files[0].direct, files[0].block_device);
-    let opener = Opener::new(files.into(), config, log.clone()).map_err(io("start its engine"))?;
+    let opener = Opener::new(files.into(), config, event, log.clone()).map_err(io("start its engine"))?;
     let engine = opener.open(opener.name).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => &info.name, "size" => info.size, "sector_size" => info.sector_size,
         "direct" => direct, "block_device" => block_device, "read_only" => info.read_only,

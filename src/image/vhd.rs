@@ -10,7 +10,7 @@ use slog::{Logger, info};
 use zerocopy::IntoBytes;
 
 use super::file::{self, Opened};
-use super::{Chain, Error, with_engine};
+use super::{Chain, Error};
 use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
@@ -30,7 +30,7 @@ const STEP: u64 = 64 << 20;
 const BITMAPS_MIN: usize = 64;
 
 /// Opens an image whose leaf is in the file `path`.
-pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<super::Image, Error> {
+pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
     let image = &config.image;
     let leaf = opened(config, path, image.read_only, log)?;
     // Nobody changes it from here on.
@@ -68,7 +68,7 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<super::
         chain.files.push(Backing { file, direct, block_device: geometry.block_device });
     }
     chain.locks = locks;
-    with_engine(chain, config, log)
+    Ok(chain)
 }
 
 /// A file of the chain, and its lock.

@@ -43,13 +43,13 @@ pub struct Double {
 struct Shared {
     state: Mutex<State>,
     reaped: Condvar,
-    event: EventFd,
+    event: Arc<EventFd>,
 }
 
 impl Double {
     pub fn engine(depth: usize, inline: Inline) -> (Double, Engine) {
         let state = State { accept: usize::MAX, ..State::default() };
-        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let event = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
         let shared = Arc::new(Shared { state: Mutex::new(state), reaped: Condvar::new(), event });
         let reap = Box::new(Reaper(Arc::clone(&shared)));
         let engine = Engine {
@@ -148,7 +148,7 @@ impl Submit for Shared {
         Ok(count)
     }
 
-    fn event(&self) -> &EventFd {
+    fn event(&self) -> &Arc<EventFd> {
         &self.event
     }
 }

@@ -104,6 +104,7 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
         queue: queue_of_disk,
         locks: Vec::new(),
         opener: None,
+        reopen: None,
         watchdog: Watchdog::default(),
         log,
     });

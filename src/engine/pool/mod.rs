@@ -227,7 +227,7 @@ impl Submit for Pool {
         Some(self)
     }
 
-    fn event(&self) -> &EventFd {
+    fn event(&self) -> &Arc<EventFd> {
         &self.shared.event
     }
 }

@@ -27,6 +27,8 @@ use tapdisk::disk::DebugQueue;
   tap-ctl debug-queue                      the only tapdisk there is
   tap-ctl debug-queue -p 4711 --json
   tap-ctl resize -p 4711 --size 20G
+  tap-ctl pause -p 4711
+  tap-ctl unpause -p 4711 -a vhd:/srv/vm/snapshot.vhd
   tap-ctl poll --us 1000 --idle-percent 30
   tap-ctl engine --name threads --submit auto
   tap-ctl --directory target/quick-start stats"
@@ -110,6 +112,23 @@ pub enum Command {
         /// or block device has grown already
         #[arg(long)]
         size: Option<Size>,
+    },
+    /// Pauses a disk: what is under way is finished and made durable, its image is closed, and clients wait
+    ///
+    /// It returns when that is done, and fails after 10 seconds; the disk then pauses as soon as it can.
+    Pause {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+    },
+    /// Lets a paused disk go on
+    Unpause {
+        /// Which disk
+        #[command(flatten)]
+        disk: Which,
+        /// With this image from now on, which has what the disk had: a snapshot's
+        #[arg(short = 'a', value_name = "TYPE:PATH")]
+        image: Option<String>,
     },
     /// Shows a disk's engine; with options, changes it while the disk is in use, once what is in flight has finished
     ///
@@ -232,6 +251,14 @@ fn command(args: &Args) -> io::Result<()> {
             let flags = flag(*release, fault::RELEASE) | flag(*on, fault::ENABLE) | flag(*off, fault::DISABLE);
             let (pid, minor) = find(args, disk)?;
             engine::show_faults(&mut out, &client::faults(&args.directory, pid, minor, flags)?, *json)
+        }
+        Command::Pause { disk } => {
+            let (pid, minor) = find(args, disk)?;
+            client::pause(&args.directory, pid, minor)
+        }
+        Command::Unpause { disk, image } => {
+            let (pid, minor) = find(args, disk)?;
+            client::resume(&args.directory, pid, minor, image.as_deref())
         }
         Command::Exit { disk } => client::exit(&args.directory, find(args, disk)?.0),
     }

@@ -1,0 +1,229 @@
+//! Pause and resume: clients stay connected and wait, while their image may become another one. That is how a snapshot is taken
+//! of a disk in use: the new image that goes on top has the old one as its parent.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use slog::{error, info, warn};
+
+use super::{Disk, State};
+use crate::config::{Config, ImageType};
+use crate::engine;
+use crate::image;
+use crate::stack::Stack;
+use crate::stats::now;
+
+/// How long a lease that did not help waits for its next try.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What follows when nothing is under way any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    Close,
+    Pause,
+}
+
+/// What is needed to open the image again, or another one.
+pub struct Reopen {
+    /// The configuration, whose image is the one that is served.
+    pub config: Arc<Config>,
+    /// How long a pause lasts at most; none: until somebody ends it.
+    pub lease: Option<Duration>,
+}
+
+/// Why a disk is not paused, or not resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// There is no time for it.
+    #[error("it is being closed")]
+    Closing,
+    /// It changes its engine.
+    #[error("it is changing its engine")]
+    Busy,
+    /// What was written could not be made durable, or the image not be left whole.
+    #[error("it is paused, but what was written last may not be on the disk: {0}")]
+    Flush(Errno),
+    /// Nobody has paused it.
+    #[error("it is not paused")]
+    NotPaused,
+    /// The image is its engine.
+    #[error("its image is in memory, and there can be no other")]
+    OnlyOne,
+    /// A type of image that is not known here.
+    #[error("\"{0}\" is no type:path of an image; types are aio and vhd")]
+    Name(String),
+    /// The image can't be opened.
+    #[error("{0}")]
+    Open(String, Errno),
+    /// The image is not what the guest has.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl PauseError {
+    /// As a client is told.
+    pub fn errno(&self) -> Errno {
+        match self {
+            PauseError::Closing | PauseError::Busy => Errno::EBUSY,
+            PauseError::Flush(errno) | PauseError::Open(_, errno) => *errno,
+            PauseError::OnlyOne => Errno::EOPNOTSUPP,
+            PauseError::NotPaused | PauseError::Name(_) | PauseError::Other(_) => Errno::EINVAL,
+        }
+    }
+}
+
+impl From<image::Error> for PauseError {
+    fn from(error: image::Error) -> PauseError {
+        PauseError::Open(error.to_string(), error.errno())
+    }
+}
+
+/// An image's type and path, of `type:path`.
+pub fn parse_name(name: &str) -> Result<(ImageType, PathBuf), PauseError> {
+    match name.split_once(':') {
+        Some(("aio", path)) if !path.is_empty() => Ok((ImageType::Aio, path.into())),
+        Some(("vhd", path)) if !path.is_empty() => Ok((ImageType::Vhd, path.into())),
+        _ => Err(PauseError::Name(name.to_owned())),
+    }
+}
+
+impl Disk {
+    /// Begins to pause: pulls nothing more, finishes what was pulled, makes it durable, and lets go of the image. Whether that is
+    /// over, [`pause_outcome`](Self::pause_outcome) says.
+    pub fn pause(&mut self) -> Result<(), PauseError> {
+        match self.state {
+            State::Paused => Ok(()),
+            _ if self.is_switching() => Err(PauseError::Busy),
+            State::Running => {
+                info!(self.log, "pausing"; "requests" => self.slots.used());
+                (self.state, self.after) = (State::Draining, After::Pause);
+                Ok(())
+            }
+            State::Draining | State::Flushing if self.after == After::Pause => Ok(()),
+            _ => Err(PauseError::Closing),
+        }
+    }
+
+    /// How the pause began, if it has.
+    pub fn pause_outcome(&self) -> Option<Result<(), PauseError>> {
+        match (self.state, self.after) {
+            (State::Paused, _) => Some(self.flush_error.map_or(Ok(()), |errno| Err(PauseError::Flush(errno)))),
+            (State::Draining | State::Flushing, After::Pause) => None,
+            (State::Running, _) => Some(Err(PauseError::NotPaused)),
+            _ => Some(Err(PauseError::Closing)),
+        }
+    }
+
+    /// Whether it is paused.
+    pub fn is_paused(&self) -> bool {
+        self.state == State::Paused
+    }
+
+    /// Whether it will be.
+    pub fn is_pausing(&self) -> bool {
+        self.after == After::Pause && matches!(self.state, State::Draining | State::Flushing)
+    }
+
+    /// Nothing is under way any more, and the image is closed.
+    pub(super) fn paused(&mut self) {
+        self.state = State::Paused;
+        let lease = self.reopen.as_ref().and_then(|reopen| reopen.lease);
+        self.lease_until = lease.map(|lease| now() + lease.as_nanos() as u64);
+        if self.opener.is_some() {
+            // Files that nobody has open can be taken apart by whoever paused the disk.
+            match engine::memory::idle(self.queue.engine()) {
+                Ok(idle) => {
+                    if let Err(error) = self.exchange(idle) {
+                        error!(self.log, "the engine of a paused disk stays open"; "error" => %error);
+                    }
+                    self.opener = None;
+                }
+                Err(error) => warn!(self.log, "the image of a paused disk stays open"; "error" => %error),
+            }
+            self.locks.clear();
+        }
+        info!(self.log, "paused"; "image" => &self.info.name, "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
+    }
+
+    fn exchange(&mut self, engine: engine::Engine) -> std::io::Result<()> {
+        self.queue.plug();
+        let done = self.queue.switch(engine, self.queue.mode());
+        self.queue.unplug(&self.slots);
+        done
+    }
+
+    /// Goes on, with another image if one is named. On an error the disk stays paused.
+    pub fn resume(&mut self, image: Option<(ImageType, PathBuf)>) -> Result<(), PauseError> {
+        match self.state {
+            State::Paused => {}
+            // The pause has not begun, and does not.
+            State::Draining if self.after == After::Pause && image.is_none() => {
+                (self.state, self.after) = (State::Running, After::Close);
+                return Ok(());
+            }
+            _ => return Err(PauseError::NotPaused),
+        }
+        let reopen = self.reopen.as_ref().filter(|reopen| reopen.config.image.path.is_some());
+        match reopen {
+            Some(reopen) => {
+                let mut config = (*reopen.config).clone();
+                if let Some((kind, path)) = image {
+                    (config.image.kind, config.image.path, config.image.create) = (kind, Some(path), None);
+                }
+                self.open_again(config)?;
+            }
+            None if image.is_some() => return Err(PauseError::OnlyOne),
+            None => {}
+        }
+        (self.state, self.after, self.lease_until, self.flush_error) = (State::Running, After::Close, None, None);
+        info!(self.log, "resumed"; "image" => &self.info.name);
+        Ok(())
+    }
+
+    fn open_again(&mut self, config: Config) -> Result<(), PauseError> {
+        let event = Arc::clone(self.queue.engine().submit.event());
+        let image = image::open(&config, Some(event), &self.log)?;
+        let (old, new) = (&self.info, &image.info);
+        if new.size < old.size {
+            let text =
+                format!("{} has {} bytes, and a disk in use cannot shrink from {}", new.name, new.size, old.size);
+            return Err(PauseError::Other(text));
+        }
+        if new.sector_size != old.sector_size {
+            let (new, old) = (new.sector_size, old.sector_size);
+            return Err(PauseError::Other(format!("its sectors have {new} bytes, and the guest's {old}")));
+        }
+        let io = |error: std::io::Error| {
+            PauseError::Open(error.to_string(), error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+        };
+        let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io)?;
+        self.exchange(image.engine).map_err(io)?;
+        let grown = image.info.size != self.info.size;
+        (self.stack, self.opener, self.locks, self.info) = (stack, image.opener, image.locks, image.info);
+        if let Some(opener) = &self.opener {
+            opener.lock_memory();
+        }
+        if let Some(reopen) = &mut self.reopen {
+            reopen.config = Arc::new(config);
+        }
+        if grown {
+            self.frontends.iter_mut().for_each(|frontend| frontend.resized(&self.info));
+        }
+        Ok(())
+    }
+
+    /// Whoever paused the disk has not come back in time: it goes on with the image that it had.
+    pub(super) fn end_lease(&mut self, now: u64) -> bool {
+        if self.state != State::Paused || self.lease_until.is_none_or(|until| now < until) {
+            return false;
+        }
+        warn!(self.log, "nobody has resumed the disk in time: it goes on with its old image");
+        if let Err(error) = self.resume(None) {
+            error!(self.log, "the disk cannot be resumed, and stays paused"; "error" => %error);
+            self.lease_until = Some(now + AGAIN.as_nanos() as u64);
+        }
+        true
+    }
+}
