@@ -25,6 +25,16 @@ const EPOCH: u64 = 946_684_800;
 /// blktap's name in images, and the version of its that they are made by.
 const CREATOR: ([u8; 4], u32) = (*b"tap\0", 0x0001_0003);
 
+/// A time as images have it, in seconds since 2000-01-01 UTC.
+pub fn timestamp(unix_seconds: u64) -> u32 {
+    unix_seconds.saturating_sub(EPOCH) as u32
+}
+
+/// Such a time in seconds of Unix.
+pub fn unix_seconds(timestamp: u32) -> u64 {
+    EPOCH + u64::from(timestamp)
+}
+
 /// How the disk's bytes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -117,7 +127,7 @@ impl Footer {
             features: FEATURES.into(),
             version: VERSION.into(),
             data_offset: if kind == Kind::Fixed { NO_HEADER } else { FOOTER_SIZE as u64 }.into(),
-            timestamp: U32::new(unix_seconds.saturating_sub(EPOCH) as u32),
+            timestamp: timestamp(unix_seconds).into(),
             creator: CREATOR.0,
             creator_version: CREATOR.1.into(),
             creator_host: [0; 4],

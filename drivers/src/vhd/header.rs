@@ -46,7 +46,7 @@ pub struct Locator {
 
 impl Locator {
     /// One that names nothing.
-    const NONE: Locator = Locator {
+    pub const NONE: Locator = Locator {
         platform: [0; 4],
         data_space: U32::ZERO,
         data_length: U32::ZERO,
@@ -56,8 +56,13 @@ impl Locator {
 
     /// For a name of `len` bytes at byte `at`, in room of whole sectors.
     pub fn new(platform: Platform, at: u64, len: u32) -> Locator {
+        Locator::with_space(platform, at, len, u64::from(len).next_multiple_of(SECTOR_SIZE))
+    }
+
+    /// For a name of `len` bytes at byte `at`, in room of `space` bytes.
+    pub fn with_space(platform: Platform, at: u64, len: u32, space: u64) -> Locator {
         let code = Platform::ALL.iter().find(|(_, each)| *each == platform).map_or([0; 4], |(code, _)| *code);
-        let data_space = len.next_multiple_of(SECTOR_SIZE as u32).into();
+        let data_space = (space as u32).into();
         Locator { platform: code, data_space, data_length: len.into(), data_offset: at.into(), ..Locator::NONE }
     }
 
@@ -195,6 +200,11 @@ impl Header {
     /// Where the block allocation table is in the file.
     pub fn table_at(&self) -> u64 {
         self.table_offset.get()
+    }
+
+    /// Sets how many blocks the table has room for; [`seal`](Self::seal) follows.
+    pub fn set_entries(&mut self, entries: u32) {
+        self.max_table_entries = entries.into();
     }
 
     /// Blocks that the table has room for.

@@ -17,12 +17,14 @@
 //!
 //! A table entry is the number of the file's sector that the block's bitmap begins with.
 
+pub mod bitmap;
 mod footer;
 mod header;
 mod image;
+pub mod layout;
 mod table;
 
-pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE};
+pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};
