@@ -16,6 +16,8 @@ const COOKIE: [u8; 8] = *b"conectix";
 const POISON: [u8; 8] = *b"v_poison";
 /// Reserved, and always set.
 const FEATURES: u32 = 2;
+/// The image is to be deleted soon.
+const TEMPORARY: u32 = 1;
 const VERSION: u32 = 0x0001_0000;
 /// Where a header would be, in an image that has none.
 const NO_HEADER: u64 = u64::MAX;
@@ -193,6 +195,30 @@ impl Footer {
         let number = self.kind.get();
         let kind = Kind::ALL.iter().find(|(each, _)| *each == number);
         kind.map(|(_, kind)| *kind).ok_or(Corrupt::Kind { number })
+    }
+
+    /// What is wrong with it that the checksum does not tell, as far as it does no harm (specification; blktap's check).
+    pub(super) fn oddities(&self) -> impl Iterator<Item = &'static str> {
+        let tap = self.creator == CREATOR.0;
+        let fixed = self.kind() == Ok(Kind::Fixed);
+        let (own, largest) = (self.geometry, Geometry::of(self.current_size.get()));
+        let larger = (own.cylinders.get(), own.heads, own.sectors);
+        let odd = [
+            (self.features.get() & FEATURES == 0, "lacks the feature bit that is always set"),
+            (self.features.get() & !(FEATURES | TEMPORARY) != 0, "has features that are not known"),
+            (self.version.get() != VERSION, "has a version other than 1.0"),
+            (fixed && self.data_offset.get() != NO_HEADER, "says where a header is, which a fixed image does not have"),
+            (tap && self.creator_version.get() > CREATOR.1, "was made by a later blktap"),
+            (
+                tap && larger > (largest.cylinders.get(), largest.heads, largest.sectors),
+                "has a geometry that is larger than the disk",
+            ),
+            (self.saved_state > 1, "has a saved state other than 0 and 1"),
+            (self.hidden > 1, "has a hidden mark other than 0 and 1"),
+            (self.reserved != [0; 426], "has reserved bytes that are not zero"),
+            (self.uuid == Uuid::NIL, "has no UUID"),
+        ];
+        odd.into_iter().filter(|(is, _)| *is).map(|(_, what)| what)
     }
 
     /// Where the header is in the file. None: there is none.

@@ -71,6 +71,21 @@ impl Locator {
         Platform::ALL.iter().find(|(code, _)| *code == self.platform).map(|(_, platform)| *platform)
     }
 
+    /// What is wrong with it (specification; blktap's check).
+    pub(super) fn oddities(&self) -> impl Iterator<Item = &'static str> {
+        // The three above, and those of systems that are gone.
+        const KNOWN: [&[u8; 4]; 6] = [b"MacX", b"W2ku", b"W2ru", b"Mac ", b"Wi2r", b"Wi2k"];
+        let used = self.platform != [0; 4];
+        let odd = [
+            (used && !KNOWN.contains(&&self.platform), "is for a platform that is not known"),
+            (!used && *self != Locator::NONE, "is not used and not zero"),
+            (used && self.data_length.get() == 0, "has no bytes"),
+            (used && self.data_space.get() == 0, "has no room"),
+            (used && self.reserved.get() != 0, "has reserved bytes that are not zero"),
+        ];
+        odd.into_iter().filter(|(is, _)| *is).map(|(_, what)| what)
+    }
+
     /// Where the name is in the file, and its bytes.
     pub fn place(&self) -> (u64, u64) {
         (self.data_offset.get(), self.data_length.get().into())
@@ -195,6 +210,22 @@ impl Header {
     /// Makes the checksum right, after a change.
     pub fn seal(&mut self) {
         self.checksum = self.sum().into();
+    }
+
+    /// What is wrong with it that the checksum does not tell, as far as it does no harm (specification; blktap's check).
+    pub(super) fn oddities(&self, parent: bool) -> impl Iterator<Item = &'static str> {
+        let none = !parent;
+        let odd = [
+            (self.data_offset.get() != u64::MAX, "says where another header is, which there is none"),
+            (!self.table_offset.get().is_multiple_of(SECTOR_SIZE), "puts the table at a byte that begins no sector"),
+            (self.reserved.get() != 0 || self.reserved_too != [0; 256], "has reserved bytes that are not zero"),
+            (none && self.parent_name != [U16::ZERO; 256], "names a parent, which the image does not have"),
+            (none && self.locators != [Locator::NONE; 8], "has locators of a parent, which the image does not have"),
+            (none && self.parent_uuid != Uuid::NIL, "has the UUID of a parent, which the image does not have"),
+            (none && self.parent_timestamp.get() != 0, "has the time of a parent, which the image does not have"),
+            (parent && self.parent_name().is_none(), "has no parent's name that is text"),
+        ];
+        odd.into_iter().filter(|(is, _)| *is).map(|(_, what)| what)
     }
 
     /// Where the block allocation table is in the file.

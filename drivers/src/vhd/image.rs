@@ -92,6 +92,37 @@ impl Image {
     pub fn read(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
         let mut reader = Reader { source, problems };
         let (footer, footer_at) = reader.footer()?;
+        reader.image(footer, footer_at)
+    }
+
+    /// The same by the footer's copy at the beginning, whatever is at the end.
+    pub fn read_by_copy(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
+        let mut reader = Reader { source, problems };
+        let copy = reader.bytes("footer's copy", 0, FOOTER_SIZE as u64)?;
+        reader.image(Footer::parse(&copy)?, source.size())
+    }
+
+    /// Bytes of the file up to the image's end, with the footer that is to be there.
+    pub fn physical_size(&self) -> u64 {
+        let end = match &self.header {
+            Some(header) => {
+                let last = self.table.allocated().map(|(_, at)| at + header.block_len()).max();
+                last.unwrap_or(self.metadata_end)
+            }
+            None => self.footer.size(),
+        };
+        end + FOOTER_SIZE as u64
+    }
+}
+
+struct Reader<'a> {
+    source: &'a dyn Source,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl Reader<'_> {
+    /// What follows from the footer.
+    fn image(&mut self, footer: Footer, footer_at: u64) -> Result<Image, ReadError> {
         let kind = footer.kind()?;
         let size = footer.size();
         let wrong = |why| Err(Corrupt::Size { size, why }.into());
@@ -112,57 +143,27 @@ impl Image {
             return if size > footer_at { wrong("is more than the file has") } else { Ok(image) };
         }
         let at = footer.header_at().ok_or(Corrupt::NoHeader)?;
-        let header = Header::parse(&reader.bytes("header", at, HEADER_SIZE as u64)?)?;
+        let header = Header::parse(&self.bytes("header", at, HEADER_SIZE as u64)?)?;
         let blocks = size.div_ceil(header.block_size().into());
         if blocks > header.entries().into() {
             return wrong("is more than its table has blocks for");
         }
         // A table may have more entries than the disk has blocks, and the file need not have those.
-        let table = Table::parse(&reader.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
+        let table = Table::parse(&self.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
         let mut taken = vec![
             Region { at: 0, len: FOOTER_SIZE as u64 },
             Region { at, len: HEADER_SIZE as u64 },
             Region { at: header.table_at(), len: 4 * blocks },
         ];
-        image.parents = reader.locators(&header, &mut taken)?;
+        image.parents = self.locators(&header, &mut taken)?;
         let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
-        image.batmap = reader.batmap(table_end, &table, block_len, &mut taken)?;
+        image.batmap = self.batmap(table_end, &table, block_len, &mut taken)?;
         table.check(block_len, &taken, footer_at)?;
         image.metadata_end = taken.iter().map(|region| region.end()).fold(table_end, u64::max);
         (image.header, image.table) = (Some(header), table);
         Ok(image)
     }
 
-    /// Bytes of the file up to the image's end, with the footer that is to be there.
-    pub fn physical_size(&self) -> u64 {
-        let end = match &self.header {
-            Some(header) => {
-                let last = self.table.allocated().map(|(_, at)| at + header.block_len()).max();
-                last.unwrap_or(self.metadata_end)
-            }
-            None => self.footer.size(),
-        };
-        end + FOOTER_SIZE as u64
-    }
-
-    /// All that is wrong with an image.
-    pub fn check(source: &dyn Source) -> Result<Vec<Problem>, ReadError> {
-        let mut problems = Vec::new();
-        match Image::read(source, &mut problems) {
-            Ok(_) => {}
-            Err(ReadError::Corrupt(what)) => problems.push(Problem { what, fatal: true }),
-            Err(error) => return Err(error),
-        }
-        Ok(problems)
-    }
-}
-
-struct Reader<'a> {
-    source: &'a dyn Source,
-    problems: &'a mut Vec<Problem>,
-}
-
-impl Reader<'_> {
     /// `len` bytes at byte `at`, which `what` is to be in.
     fn bytes(&self, what: &'static str, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {
         let file = self.source.size();
