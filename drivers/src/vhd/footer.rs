@@ -249,7 +249,12 @@ impl Footer {
 
     /// Sets that mark; [`seal`](Self::seal) follows.
     pub fn set_hidden(&mut self, hidden: bool) {
-        self.hidden = hidden.into();
+        self.set_hidden_value(hidden.into());
+    }
+
+    /// Sets that mark to a number, as blktap lets storage managers do; [`seal`](Self::seal) follows.
+    pub fn set_hidden_value(&mut self, hidden: u8) {
+        self.hidden = hidden;
     }
 }
 

@@ -6,6 +6,10 @@ mod check;
 mod create;
 mod failure;
 mod file;
+mod key;
+mod read;
+mod scan;
+mod set;
 mod show;
 
 use std::io::{self, Write};
@@ -36,6 +40,11 @@ fn command(command: &Command, out: &mut dyn Write) -> Result<()> {
         Command::Query(args) => show::query(args, out),
         Command::Check(args) => check::check(args, out),
         Command::Info { image, json } => show::info(image, *json, out),
+        Command::Read(args) => read::read(args, out),
+        Command::Set(args) => set::set(args),
+        Command::Modify(args) => set::modify(args),
+        Command::Key(args) => key::key(args, out),
+        Command::Scan(args) => scan::scan(args, out),
         _ => Ok(()),
     }
 }
