@@ -101,6 +101,31 @@ impl Medium for ImageFile {
     }
 }
 
+/// An image's file that nobody writes.
+pub(super) struct ReadFile {
+    pub(super) file: Flock<File>,
+    size: u64,
+}
+
+impl ReadFile {
+    /// Opens one for reading and takes its lock, as tapdisk does for what it only reads.
+    pub(super) fn open(path: &Path) -> Result<ReadFile> {
+        let file = File::open(path).map_err(Failure::io(path, "open it"))?;
+        let size = geometry(&file).map_err(Failure::io(path, "use it"))?.size;
+        Ok(ReadFile { file: tapdisk::image::lock(file, path, true)?, size })
+    }
+}
+
+impl Source for ReadFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(to, at)
+    }
+}
+
 /// A new image's file, which goes away again if it is not kept.
 pub(super) struct NewFile {
     file: Option<ImageFile>,
@@ -179,6 +204,16 @@ pub(super) fn write_footers(to: &dyn Medium, footer: &Footer, end: u64) -> io::R
     to.write_at(at, footer.as_bytes())?;
     to.set_len(at + FOOTER_SIZE as u64)?;
     to.sync()
+}
+
+/// Cuts off a file's footer, and what is beyond it, so that something else can go there. The copy is used until the footer is
+/// written again, and so it must be good.
+pub(super) fn cut_footer(of: &dyn Medium, footer: &Footer, end: u64) -> io::Result<()> {
+    let mut footer = *footer;
+    footer.seal();
+    of.write_at(0, footer.as_bytes())?;
+    of.sync()?;
+    of.set_len(end)
 }
 
 /// Where the footer at the end goes.

@@ -3,6 +3,7 @@
 
 mod args;
 mod check;
+mod coalesce;
 mod create;
 mod failure;
 mod file;
@@ -11,6 +12,8 @@ mod read;
 mod scan;
 mod set;
 mod show;
+#[cfg(test)]
+mod testing;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -43,6 +46,7 @@ fn command(command: &Command, out: &mut dyn Write) -> Result<()> {
         Command::Read(args) => read::read(args, out),
         Command::Set(args) => set::set(args),
         Command::Modify(args) => set::modify(args),
+        Command::Coalesce(args) => coalesce::coalesce(args, out),
         Command::Key(args) => key::key(args, out),
         Command::Scan(args) => scan::scan(args, out),
         _ => Ok(()),

@@ -302,9 +302,9 @@ mod tests {
     #[test]
     fn times_are_those_of_ctime() {
         assert_eq!(time(0), "Sat Jan  1 00:00:00 2000");
-        assert_eq!(time(5_097_599), "Tue Feb 29 23:59:59 2000");
-        assert_eq!(time(5_097_600), "Wed Mar  1 00:00:00 2000");
-        assert_eq!(time(835_574_400), "Tue Jun 23 00:00:00 2026");
-        assert_eq!(time(u32::MAX), "Thu Feb  7 06:28:15 2136");
+        assert_eq!(time(5_183_999), "Tue Feb 29 23:59:59 2000");
+        assert_eq!(time(5_184_000), "Wed Mar  1 00:00:00 2000");
+        assert_eq!(time(835_488_000), "Tue Jun 23 00:00:00 2026");
+        assert_eq!(time(u32::MAX), "Tue Feb  7 06:28:15 2136");
     }
 }

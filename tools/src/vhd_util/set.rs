@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use super::create::{new_parent, raw};
 use super::failure::{self, Failure, Result, errno_of};
-use super::file::{ImageFile, Medium, end_of_data, footer_place, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, cut_footer, end_of_data, footer_place, write_footers, write_pieces};
 use super::{Field, Modify, Set};
 
 /// Opens an image for writing, and says so as storage managers know it if that can't be.
@@ -125,6 +125,9 @@ fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool
     let room = end.saturating_sub(image.metadata_end);
     let names = layout::name_parent(header, &named, image.metadata_end, room).map_err(failure::layout(&file.path))?;
     let last = names.last().map_or(0, |name| name.at + name.bytes.len() as u64);
+    if last > image.metadata_end && first.is_none() {
+        cut_footer(file, &image.footer, image.metadata_end).map_err(file.failed())?;
+    }
     write_pieces(file, &names).and_then(|()| file.sync()).map_err(file.failed())?;
     let header = Piece { at: header_at, bytes: header.as_bytes().to_vec() };
     write_pieces(file, &[header]).and_then(|()| file.sync()).map_err(file.failed())?;
