@@ -11,6 +11,8 @@ const CLOCK_SLACK: u64 = 1800;
 
 /// How the creator tap names itself.
 const TAP: [u8; 4] = *b"tap\0";
+/// Its version from which on all images have a batmap.
+const BATMAP_SINCE: u32 = 0x0001_0002;
 
 impl Image {
     /// All that is wrong with an image, at a time in seconds of Unix. Of its blocks only the places are looked at.
@@ -109,7 +111,11 @@ fn check_header(image: &Image, header: &Header, now: u64) -> Vec<Corrupt> {
 
 /// The batmap against the table. None is an oddity only where blktap would have made one.
 fn check_batmap(image: &Image, header: &Header) -> Vec<Corrupt> {
-    let Some(batmap) = &image.batmap else { return Vec::new() };
+    let Some(batmap) = &image.batmap else {
+        let expected = image.footer.creator == TAP && image.footer.creator_version.get() >= BATMAP_SINCE;
+        let why = "is not there, and blktap does not use its images without it";
+        return if expected { vec![Corrupt::Odd { what: "batmap", why }] } else { Vec::new() };
+    };
     let mut found = Vec::new();
     if (8 * batmap.bits().len() as u64) < u64::from(header.entries()) {
         found.push(Corrupt::Odd { what: "batmap", why: "has fewer bits than the table has entries" });

@@ -23,11 +23,13 @@ mod footer;
 mod header;
 mod image;
 pub mod layout;
+mod repair;
 mod table;
 
 pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
+pub use repair::Repair;
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

@@ -29,6 +29,11 @@ impl Table {
         Table(vec![UNUSED; blocks as usize])
     }
 
+    /// Lets it have so many blocks; those that are new are not there.
+    pub fn grow(&mut self, blocks: u32) {
+        self.0.resize(self.0.len().max(blocks as usize), UNUSED);
+    }
+
     /// Bytes of a table of so many entries, in whole sectors.
     pub fn bytes(entries: u32) -> u64 {
         (4 * u64::from(entries)).next_multiple_of(SECTOR_SIZE)
@@ -199,6 +204,14 @@ impl Batmap {
         Batmap { at, bits_at, bits, marker: 0, key_hash: None }
     }
 
+    /// The same for so many blocks, with its header at byte `at`; those that are new are not full.
+    pub fn moved(&self, at: u64, blocks: u32) -> Batmap {
+        let empty = Batmap::empty(at, blocks);
+        let mut bits = self.bits.clone();
+        bits.resize(empty.bits.len().max(bits.len()), 0);
+        Batmap { bits, marker: self.marker, key_hash: self.key_hash, ..empty }
+    }
+
     /// Bytes of the bits of so many blocks, in whole sectors.
     pub fn bytes(blocks: u32) -> u64 {
         u64::from(blocks).div_ceil(8).next_multiple_of(SECTOR_SIZE).max(SECTOR_SIZE)
@@ -274,6 +287,9 @@ mod tests {
         table.set(8, 1024);
         table.clear(8);
         assert_eq!(table.allocated().collect::<Vec<_>>(), [(7, 1024), (130, 3 << 39)]);
+        let mut grown = table.clone();
+        grown.grow(1000);
+        assert!(grown.blocks() == 1000 && grown.allocated().eq(table.allocated()));
         let mut bytes = vec![0; Table::bytes(200) as usize];
         table.write(0, &mut bytes);
         assert_eq!(Table::parse(&bytes, 200), table);

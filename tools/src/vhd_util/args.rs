@@ -304,6 +304,9 @@ pub struct Repair {
     /// The image
     #[arg(short, value_name = "FILE")]
     pub name: PathBuf,
+    /// Looks at all blocks' bitmaps, too
+    #[arg(long)]
+    pub bitmaps: bool,
 }
 
 /// What `scan` lists.

@@ -162,7 +162,12 @@ impl NewFile {
     }
 
     /// Keeps it, when all is safe: its content, and its name in the folder.
-    pub(super) fn keep(mut self) -> Result<()> {
+    pub(super) fn keep(self) -> Result<()> {
+        self.leave().map(drop)
+    }
+
+    /// The same, and it is still open.
+    pub(super) fn leave(mut self) -> Result<ImageFile> {
         let file = self.get();
         file.sync().map_err(file.failed())?;
         if self.made {
@@ -170,8 +175,7 @@ impl NewFile {
             let folder = folder.unwrap_or(Path::new("."));
             File::open(folder).and_then(|folder| folder.sync_all()).map_err(Failure::io(folder, "sync it"))?;
         }
-        self.file = None;
-        Ok(())
+        Ok(self.file.take().expect("it is there until it is kept or dropped"))
     }
 }
 

@@ -4,11 +4,16 @@
 mod args;
 mod check;
 mod coalesce;
+mod convert;
 mod create;
+mod disk;
 mod failure;
 mod file;
+mod journal;
 mod key;
 mod read;
+mod repair;
+mod resize;
 mod scan;
 mod set;
 mod show;
@@ -47,8 +52,11 @@ fn command(command: &Command, out: &mut dyn Write) -> Result<()> {
         Command::Set(args) => set::set(args),
         Command::Modify(args) => set::modify(args),
         Command::Coalesce(args) => coalesce::coalesce(args, out),
+        Command::Repair(args) => repair::repair(args, out),
+        Command::Convert(args) => convert::convert(args),
+        Command::Resize(args) => resize::resize(args),
+        Command::Revert(args) => resize::revert(args),
         Command::Key(args) => key::key(args, out),
         Command::Scan(args) => scan::scan(args, out),
-        _ => Ok(()),
     }
 }
