@@ -207,7 +207,10 @@ impl Footer {
             (self.features.get() & FEATURES == 0, "lacks the feature bit that is always set"),
             (self.features.get() & !(FEATURES | TEMPORARY) != 0, "has features that are not known"),
             (self.version.get() != VERSION, "has a version other than 1.0"),
-            (fixed && self.data_offset.get() != NO_HEADER, "says where a header is, which a fixed image does not have"),
+            (
+                fixed && self.data_offset.get() != NO_HEADER,
+                "says where a header is, which a fixed image does not have",
+            ),
             (tap && self.creator_version.get() > CREATOR.1, "was made by a later blktap"),
             (
                 tap && larger > (largest.cylinders.get(), largest.heads, largest.sectors),

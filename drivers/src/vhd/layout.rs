@@ -174,12 +174,7 @@ pub fn size_max(end: u64, header: &Header) -> u64 {
 /// # Errors
 ///
 /// There is not enough room; the header is as it was.
-pub fn name_parent(
-    header: &mut Header,
-    parent: &NewParent,
-    at: u64,
-    room: u64,
-) -> Result<Vec<Piece>, LayoutError> {
+pub fn name_parent(header: &mut Header, parent: &NewParent, at: u64, room: u64) -> Result<Vec<Piece>, LayoutError> {
     let path = relative(&parent.path);
     let mut changed = *header;
     changed.parent_uuid = parent.uuid;
@@ -187,9 +182,9 @@ pub fn name_parent(
     changed.set_parent_name(path.rsplit('/').next().unwrap_or(&path));
     let names = PLATFORMS.map(|platform| (platform, encode_path(platform, &path)));
     let place = |platform| header.locators.iter().position(|locator| locator.platform() == Some(platform));
-    let in_place = names.iter().all(|(platform, name)| {
-        place(*platform).is_some_and(|i| header.locators[i].space() >= name.len() as u64)
-    });
+    let in_place = names
+        .iter()
+        .all(|(platform, name)| place(*platform).is_some_and(|i| header.locators[i].space() >= name.len() as u64));
     let mut pieces = Vec::new();
     if in_place {
         for (platform, name) in &names {

@@ -29,8 +29,7 @@ impl Repair {
     /// The image can't be used, and not be mended.
     pub fn plan(source: &dyn Source, now: u64, bitmaps: bool) -> Result<Repair, ReadError> {
         let image = Image::read(source, &mut Vec::new())?;
-        let mut repair =
-            Repair { image, pieces: Vec::new(), footers: false, mended: Vec::new(), left: Vec::new() };
+        let mut repair = Repair { image, pieces: Vec::new(), footers: false, mended: Vec::new(), left: Vec::new() };
         let mut problems = Image::check(source, now)?;
         if bitmaps {
             problems.extend(Image::check_bitmaps(source)?);

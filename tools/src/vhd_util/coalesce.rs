@@ -15,9 +15,7 @@ use tapdisk::chain::{self, Layer};
 
 use super::Coalesce;
 use super::failure::{Failure, Result};
-use super::file::{
-    ImageFile, Medium, ReadFile, cut_footer, end_of_data, footer_place, write_footers, write_pieces,
-};
+use super::file::{ImageFile, Medium, ReadFile, cut_footer, end_of_data, footer_place, write_footers, write_pieces};
 use super::set::table_piece;
 
 const SECTOR: u64 = 512;
@@ -52,10 +50,7 @@ fn merge(args: &Coalesce, out: &mut dyn Write) -> Result<u64> {
     let from = Child { source: &child_file, image: &child };
     let beyond = from.end_of_data().map_err(Failure::io(path, "read it"))?;
     if beyond > into.size {
-        let text = format!(
-            "it has {} bytes, and its child has data up to byte {beyond}: resize it first",
-            into.size
-        );
+        let text = format!("it has {} bytes, and its child has data up to byte {beyond}: resize it first", into.size);
         return Err(Failure::new(Errno::ERANGE, parent_path, text));
     }
     into.merge(&from, &mut shown).map_err(Failure::io(parent_path, "merge into it"))
@@ -128,11 +123,7 @@ impl<'a> Into<'a> {
     }
 
     /// Merges all that the child holds, and says how many sectors that are.
-    pub(super) fn merge(
-        &mut self,
-        from: &Child,
-        progress: &mut dyn FnMut(f64) -> io::Result<()>,
-    ) -> io::Result<u64> {
+    pub(super) fn merge(&mut self, from: &Child, progress: &mut dyn FnMut(f64) -> io::Result<()>) -> io::Result<u64> {
         let done = self.steps(from, progress);
         if done.is_err() && self.added {
             // Blocks that the table does not have are lost, and there is room again for the footer. If it can't be written,
@@ -285,13 +276,17 @@ mod tests {
                 assert_eq!(testing::problems(parent), []);
                 assert_eq!(testing::content(&[parent]), before);
             };
-            crashes(&parent, |parent| merge(&child, parent).map(drop), |after| {
-                let fatal = testing::fatal(after);
-                assert_eq!(fatal, None);
-                assert_eq!(testing::content(&[&child, after]), before);
-                assert_eq!(merge(&child, after).unwrap(), 12);
-                merged(after);
-            });
+            crashes(
+                &parent,
+                |parent| merge(&child, parent).map(drop),
+                |after| {
+                    let fatal = testing::fatal(after);
+                    assert_eq!(fatal, None);
+                    assert_eq!(testing::content(&[&child, after]), before);
+                    assert_eq!(merge(&child, after).unwrap(), 12);
+                    merged(after);
+                },
+            );
             assert_eq!(merge(&child, &parent).unwrap(), 12);
             merged(&parent);
         }

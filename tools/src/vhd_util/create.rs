@@ -166,7 +166,8 @@ fn not_empty(layer: Layer) -> Result<Layer> {
 /// Images of a chain, as `query -d` counts them.
 fn depth(path: &Path) -> Result<u32> {
     let layers = chain::chain(path).map_err(Failure::from);
-    let layers = layers.map_err(|failure| failure.saying(|errno| format!("error checking snapshot depth: {errno}")))?;
+    let layers =
+        layers.map_err(|failure| failure.saying(|errno| format!("error checking snapshot depth: {errno}")))?;
     Ok(layers.len() as u32)
 }
 

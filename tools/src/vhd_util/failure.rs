@@ -55,8 +55,9 @@ pub(super) fn errno_of(error: &io::Error) -> Errno {
 impl From<chain::Error> for Failure {
     fn from(error: chain::Error) -> Failure {
         let errno = match &error {
-            chain::Error::Open { source, .. }
-            | chain::Error::Image { source: ReadError::Io { source, .. }, .. } => errno_of(source),
+            chain::Error::Open { source, .. } | chain::Error::Image { source: ReadError::Io { source, .. }, .. } => {
+                errno_of(source)
+            }
             chain::Error::NoParent { .. } => Errno::ENOENT,
             chain::Error::Image { .. } | chain::Error::OtherParent { .. } | chain::Error::Endless { .. } => {
                 Errno::EINVAL

@@ -20,11 +20,10 @@ pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
         let failure = failure::read(path)(error);
         opening(Failure { text: format!("{}: {remedy}", failure.text), ..failure })
     })?;
-    let say = |out: &mut dyn Write, text: &str| {
-        writeln!(out, "{}: {text}", path.display()).map_err(Failure::output)
-    };
+    let say = |out: &mut dyn Write, text: &str| writeln!(out, "{}: {text}", path.display()).map_err(Failure::output);
     let end = end_of_data(&plan.image);
-    if !file.is_device() && plan.pieces.iter().any(|piece| piece.at + piece.bytes.len() as u64 > plan.image.footer_at) {
+    if !file.is_device() && plan.pieces.iter().any(|piece| piece.at + piece.bytes.len() as u64 > plan.image.footer_at)
+    {
         cut_footer(&file, &plan.image.footer, plan.image.footer_at).map_err(file.failed())?;
     }
     write_pieces(&file, &plan.pieces).map_err(file.failed())?;

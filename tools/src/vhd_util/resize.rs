@@ -184,12 +184,7 @@ impl Plan {
     }
 
     /// Says where everything goes if the table has to grow.
-    fn blocks(
-        &mut self,
-        file: &dyn Medium,
-        old: &Header,
-        size: u64,
-    ) -> std::result::Result<(), (Errno, String)> {
+    fn blocks(&mut self, file: &dyn Medium, old: &Header, size: u64) -> std::result::Result<(), (Errno, String)> {
         let entries = size.div_ceil(old.block_size().into());
         if entries <= old.entries().into() {
             return Ok(());
@@ -217,7 +212,10 @@ impl Plan {
         header.seal();
         let header_at = self.image.footer.header_at().unwrap_or(FOOTER_SIZE as u64);
         if header_at > header.table_at() {
-            return Err((Errno::EINVAL, "its header is behind its table, which blktap's never is: convert it".into()));
+            return Err((
+                Errno::EINVAL,
+                "its header is behind its table, which blktap's never is: convert it".into(),
+            ));
         }
         self.image.metadata_end = at;
         self.image.table.grow(entries);
@@ -292,17 +290,21 @@ mod tests {
                 let plan = Plan::make(&image, &read, size).unwrap();
                 assert!(plan.moves() && !plan.moved.is_empty());
                 let journal = Journal::take(&image, read.footer.uuid, &plan.overwritten).unwrap();
-                crashes(&image, |image| plan.carry_out(image), |after| {
-                    journal.restore(after).unwrap();
-                    assert_eq!(testing::problems(after), []);
-                    assert_eq!(testing::content(&[after]), before);
-                    assert_eq!(after.size(), image.size());
-                    grow(after, size).unwrap();
-                    assert_eq!(testing::problems(after), []);
-                    let content = testing::content(&[after]);
-                    assert_eq!((content.len() as u64, &content[..before.len()]), (size, &before[..]));
-                    assert!(content[before.len()..].iter().all(|byte| *byte == 0));
-                });
+                crashes(
+                    &image,
+                    |image| plan.carry_out(image),
+                    |after| {
+                        journal.restore(after).unwrap();
+                        assert_eq!(testing::problems(after), []);
+                        assert_eq!(testing::content(&[after]), before);
+                        assert_eq!(after.size(), image.size());
+                        grow(after, size).unwrap();
+                        assert_eq!(testing::problems(after), []);
+                        let content = testing::content(&[after]);
+                        assert_eq!((content.len() as u64, &content[..before.len()]), (size, &before[..]));
+                        assert!(content[before.len()..].iter().all(|byte| *byte == 0));
+                    },
+                );
             }
         }
     }

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, KeyHash, Uuid};
+use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Uuid};
 use nix::errno::Errno;
 use tapdisk::chain::{self, Error};
 use tapdisk::sys::file::geometry;
@@ -42,6 +42,14 @@ pub(super) fn scan(args: &Scan, out: &mut dyn Write) -> Result<()> {
     let mut images = Vec::new();
     let mut failed = None;
     let mut targets = targets(args);
+    if targets.is_empty()
+        && let Some(error) = args.pattern.as_deref().and_then(unreadable)
+    {
+        let pattern = args.pattern.as_deref().unwrap_or_default();
+        let failure = Failure::new(errno_of(&error), Path::new(pattern), format!("cannot look there: {error}"));
+        let line = |errno| format!("vhd={pattern} scan-error={errno} error-message='failure scanning target'");
+        return Err(failure.saying(line));
+    }
     let mut next = 0;
     while next < targets.len() {
         let (path, raw) = targets[next].clone();
@@ -91,6 +99,13 @@ fn targets(args: &Scan) -> Vec<(PathBuf, bool)> {
     matching.chain(args.images.iter().cloned()).map(|path| (path, false)).collect()
 }
 
+/// Why the folder can't be read whose files a pattern is about.
+fn unreadable(pattern: &str) -> Option<std::io::Error> {
+    let plain = pattern.split(['*', '?', '[', '{']).next().unwrap_or_default();
+    let folder = plain.rsplit_once('/').map(|(folder, _)| format!("{folder}/"))?;
+    std::fs::read_dir(folder).err()
+}
+
 /// The patterns that one with {alternatives,of,parts} stands for, as a shell has it.
 fn braces(pattern: &str) -> Vec<String> {
     let Some(begin) = pattern.find('{') else { return vec![pattern.to_owned()] };
@@ -126,7 +141,9 @@ fn look(args: &Scan, path: &Path, raw: bool) -> std::result::Result<(Found, bool
         move |failure| Bad { path, message, failure }
     };
     let io = |error: std::io::Error| Failure::new(errno_of(&error), path, format!("cannot open it: {error}"));
-    let path_shown = if args.pretty { path.canonicalize().map_err(|error| bad("resolving name")(io(error)))? } else {
+    let path_shown = if args.pretty {
+        path.canonicalize().map_err(|error| bad("resolving name")(io(error)))?
+    } else {
         path.to_owned()
     };
     let file = File::open(path).map_err(|error| bad("opening file")(io(error)))?;

@@ -16,8 +16,8 @@ use super::{Field, Modify, Set};
 /// Opens an image for writing, and says so as storage managers know it if that can't be.
 pub(super) fn open(path: &Path) -> Result<(ImageFile, Image)> {
     let opened = ImageFile::open(path).and_then(|file| Ok((file.image()?, file)));
-    let (image, file) = opened
-        .map_err(|failure| failure.saying(|errno| format!("error opening {}: {errno}", path.display())))?;
+    let (image, file) =
+        opened.map_err(|failure| failure.saying(|errno| format!("error opening {}: {errno}", path.display())))?;
     Ok((file, image))
 }
 
@@ -52,13 +52,11 @@ pub(super) fn no_batmap(path: &Path) -> Failure {
 pub(super) fn modify(args: &Modify) -> Result<()> {
     let (file, mut image) = open(&args.name)?;
     if args.zero {
-        zero(&file, &mut image)
-            .map_err(|failure| failure.saying(|errno| format!("failed to zero VHD: {errno}")))?;
+        zero(&file, &mut image).map_err(|failure| failure.saying(|errno| format!("failed to zero VHD: {errno}")))?;
     }
     if let Some(size) = args.size {
-        move_footer(&file, &image, size).map_err(|failure| {
-            failure.saying(|errno| format!("failed to set physical size to {size}: {errno}"))
-        })?;
+        move_footer(&file, &image, size)
+            .map_err(|failure| failure.saying(|errno| format!("failed to set physical size to {size}: {errno}")))?;
     }
     if let Some(parent) = &args.parent {
         set_parent(&file, &mut image, parent, args.raw).map_err(|failure| {
@@ -119,9 +117,8 @@ fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool
     let (Some(header_at), Some(header)) = (image.footer.header_at(), &mut image.header) else { return Ok(()) };
     // New names can go where the file has nothing, but not beyond a footer that is where it is to be.
     let first = image.table.allocated().map(|(_, at)| at).min();
-    let end = first.unwrap_or_else(|| {
-        if file.is_device() { footer_place(file, image.metadata_end) } else { u64::MAX }
-    });
+    let end =
+        first.unwrap_or_else(|| if file.is_device() { footer_place(file, image.metadata_end) } else { u64::MAX });
     let room = end.saturating_sub(image.metadata_end);
     let names = layout::name_parent(header, &named, image.metadata_end, room).map_err(failure::layout(&file.path))?;
     let last = names.last().map_or(0, |name| name.at + name.bytes.len() as u64);
