@@ -92,14 +92,14 @@ impl Image {
     pub fn read(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
         let mut reader = Reader { source, problems };
         let (footer, footer_at) = reader.footer()?;
-        reader.image(footer, footer_at)
+        reader.image(&footer, footer_at)
     }
 
     /// The same by the footer's copy at the beginning, whatever is at the end.
     pub fn read_by_copy(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
         let mut reader = Reader { source, problems };
         let copy = reader.bytes("footer's copy", 0, FOOTER_SIZE as u64)?;
-        reader.image(Footer::parse(&copy)?, source.size())
+        reader.image(&Footer::parse(&copy)?, source.size())
     }
 
     /// Bytes of the file up to the image's end, with the footer that is to be there.
@@ -122,7 +122,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     /// What follows from the footer.
-    fn image(&mut self, footer: Footer, footer_at: u64) -> Result<Image, ReadError> {
+    fn image(&mut self, footer: &Footer, footer_at: u64) -> Result<Image, ReadError> {
         let kind = footer.kind()?;
         let size = footer.size();
         let wrong = |why| Err(Corrupt::Size { size, why }.into());
@@ -130,7 +130,7 @@ impl Reader<'_> {
             return wrong("is not one or more sectors of 512 bytes");
         }
         let mut image = Image {
-            footer,
+            footer: *footer,
             kind,
             footer_at,
             metadata_end: 0,

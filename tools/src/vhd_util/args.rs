@@ -34,7 +34,6 @@ pub struct Args {
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-#[command(disable_help_subcommand = true)]
 pub enum Command {
     /// Makes an image; an existing file is never overwritten
     Create(Create),

@@ -79,7 +79,7 @@ impl Child<'_> {
     /// The sectors of a block that it holds.
     fn held(&self, block: u32, at: u64, header: &Header, sectors: u32) -> io::Result<Vec<Range<u32>>> {
         if self.image.batmap.as_ref().is_some_and(|batmap| batmap.is_full(block)) {
-            return Ok(vec![0..sectors]);
+            return Ok(std::iter::once(0..sectors).collect());
         }
         let mut bits = vec![0; header.bitmap_size() as usize];
         self.source.read_at(at, &mut bits)?;

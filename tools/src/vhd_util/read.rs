@@ -277,7 +277,7 @@ fn time(timestamp: u32) -> String {
     let (mut day, of_day) = (seconds / 86400, seconds % 86400);
     let weekday = DAYS[(day % 7) as usize];
     let mut year = 1970;
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
         year += 1;

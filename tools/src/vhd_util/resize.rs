@@ -269,6 +269,8 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    use drivers::vhd::Kind;
+
     use super::super::testing::{self, Memory, crashes};
     use super::*;
 
