@@ -150,16 +150,35 @@ fn open(path: &Path) -> Result<Opened, Error> {
 
 /// The VHD image in a file, without its parents.
 pub fn layer(path: &Path) -> Result<Layer, Error> {
+    layer_with(path, Image::read)
+}
+
+/// The same by the footer's copy at the beginning, whatever is at the end: an image that is in use has none there.
+pub fn layer_by_copy(path: &Path) -> Result<Layer, Error> {
+    layer_with(path, Image::read_by_copy)
+}
+
+fn layer_with(
+    path: &Path,
+    read: fn(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
+) -> Result<Layer, Error> {
     let opened = open(path)?;
     let mut problems = Vec::new();
-    let image =
-        Image::read(&opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
+    let image = read(&opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
     Ok(Layer { path: path.to_owned(), file_size: opened.size, image: Some(image), problems })
 }
 
-/// All that is wrong with the image in a file, without its parents.
-pub fn check(path: &Path) -> Result<Vec<Problem>, Error> {
-    Image::check(&open(path)?).map_err(|source| Error::Image { path: path.to_owned(), source })
+/// All that is wrong with the image in a file, without its parents. `bitmaps`: those of its blocks are looked at, too.
+pub fn check(path: &Path, unix_seconds: u64, bitmaps: bool) -> Result<Vec<Problem>, Error> {
+    let opened = open(path)?;
+    let check = || {
+        let mut problems = Image::check(&opened, unix_seconds)?;
+        if bitmaps && !problems.iter().any(|problem| problem.fatal) {
+            problems.extend(Image::check_bitmaps(&opened)?);
+        }
+        Ok(problems)
+    };
+    check().map_err(|source| Error::Image { path: path.to_owned(), source })
 }
 
 /// Which parents are taken.
@@ -249,7 +268,7 @@ fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
         Some(image) => image.footer.timestamp.get(),
         // A device's time says nothing of its content.
         None => match parent.path.metadata() {
-            Ok(metadata) if metadata.is_file() => vhd::time(metadata.mtime().max(0) as u64),
+            Ok(metadata) if metadata.is_file() => vhd::timestamp(metadata.mtime().max(0) as u64),
             _ => return Ok(()),
         },
     };

@@ -20,7 +20,10 @@ const NAME: u64 = TABLE + 512;
 /// A differencing image without data, whose parent has that UUID and, as a locator, that path.
 fn child(path: &Path, uuid: u8, parent: &str, parent_uuid: Uuid) -> Uuid {
     let uuid = Uuid([uuid; 16]);
-    let footer = Footer::new(Kind::Differencing, SIZE, uuid, 1_000_000_000);
+    let mut footer = Footer::new(Kind::Differencing, SIZE, uuid, 1_000_000_000);
+    // Such as Windows makes: without a batmap.
+    footer.creator = *b"win ";
+    footer.seal();
     let name = encode_path(Platform::W2ru, parent);
     let mut header = Header::new(TABLE, (SIZE / u64::from(BLOCK_SIZE)) as u32, BLOCK_SIZE);
     header.parent_uuid = parent_uuid;
@@ -72,7 +75,7 @@ fn a_chain_is_followed_by_paths_that_are_relative_to_each_image() {
     let kinds: Vec<_> = layers.iter().map(|layer| layer.image.as_ref().unwrap().kind).collect();
     assert_eq!(kinds, [Kind::Differencing, Kind::Differencing, Kind::Dynamic]);
     let (shown, code) = vhd_util(&["query", "-vspfdSa", "-n"], &paths[0]);
-    let expected = format!("64\n{}\n{}\nhidden: 0\nchain depth: 3\n64\n0\n", NAME + 512 + 512, paths[1].display());
+    let expected = format!("64\n{}\n{}\nhidden: 0\nchain depth: 3\n0\n64\n", NAME + 512 + 512, paths[1].display());
     assert_eq!((shown, code), (expected, 0));
     let (shown, code) = vhd_util(&["query", "-pda", "-n"], &paths[2]);
     assert_eq!((shown, code), (format!("{} has no parent\nchain depth: 1\n1\n", paths[2].display()), 0));

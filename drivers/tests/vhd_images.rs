@@ -33,7 +33,7 @@ fn image(subformat: &str) -> Bytes {
 
 /// What is wrong with an image: that it can't be used with, and what else.
 fn check(image: &Bytes) -> (Option<Corrupt>, Vec<Corrupt>) {
-    let problems = Image::check(image).unwrap();
+    let problems = Image::check(image, u64::MAX).unwrap();
     let fatal = problems.iter().find(|problem| problem.fatal).map(|problem| problem.what.clone());
     (fatal, problems.into_iter().filter(|problem| !problem.fatal).map(|problem| problem.what).collect())
 }
@@ -161,7 +161,10 @@ fn a_name_of_the_parent_that_is_nowhere_is_told_of() {
     header.seal();
     bytes.0[HEADER].copy_from_slice(header.as_bytes());
     let what = "parent locator";
-    let expected =
-        [Corrupt::Place { what, at: file - 3, len: 20, file }, Corrupt::Place { what, at: 0, len: 1 << 20, file }];
+    let expected = [
+        Corrupt::Place { what, at: file - 3, len: 20, file },
+        Corrupt::Place { what, at: 0, len: 1 << 20, file },
+        Corrupt::Odd { what: "header", why: "has locators of a parent, which the image does not have" },
+    ];
     assert_eq!(check(&bytes), (None, expected.to_vec()));
 }

@@ -101,8 +101,8 @@ const UDEV: Duration = Duration::from_millis(500);
 /// when what it had in flight is done, and keeps the file and its lock until then.
 const KILLED: Duration = Duration::from_secs(20);
 
-/// Takes the image's lock: shared for a reader, exclusive for a writer.
-pub(super) fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> {
+/// Takes the lock of an image's file: shared for a reader, exclusive for a writer. Waits a moment for one that is about to go.
+pub fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Error> {
     let how = if read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
     let begin = Instant::now();
     let mut file = file;

@@ -15,6 +15,7 @@ use nix::sys::eventfd::EventFd;
 use slog::{Logger, info, warn};
 
 use self::file::Opened;
+pub use self::file::lock;
 use crate::chain;
 use crate::config::{Config, ImageType, OddSize, Size};
 use crate::engine::{self, Engine, Opener};
@@ -144,7 +145,7 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
     let Opened { file, direct, geometry, sector_size } =
         file::open(image, path, image.read_only, image.sector_size, log)?;
     // The engine's own descriptor shares the lock.
-    let lock = file::lock(file.try_clone().map_err(io("lock it"))?, path, image.read_only)?;
+    let lock = lock(file.try_clone().map_err(io("lock it"))?, path, image.read_only)?;
     let odd = match image.odd_size {
         OddSize::Refuse => drivers::OddSize::Refuse,
         OddSize::RoundUp => drivers::OddSize::RoundUp,

@@ -16,6 +16,8 @@ const COOKIE: [u8; 8] = *b"conectix";
 const POISON: [u8; 8] = *b"v_poison";
 /// Reserved, and always set.
 const FEATURES: u32 = 2;
+/// The image is to be deleted soon.
+const TEMPORARY: u32 = 1;
 const VERSION: u32 = 0x0001_0000;
 /// Where a header would be, in an image that has none.
 const NO_HEADER: u64 = u64::MAX;
@@ -24,6 +26,16 @@ const EPOCH: u64 = 946_684_800;
 
 /// blktap's name in images, and the version of its that they are made by.
 const CREATOR: ([u8; 4], u32) = (*b"tap\0", 0x0001_0003);
+
+/// A time as images have it, in seconds since 2000-01-01 UTC.
+pub fn timestamp(unix_seconds: u64) -> u32 {
+    unix_seconds.saturating_sub(EPOCH) as u32
+}
+
+/// Such a time in seconds of Unix.
+pub fn unix_seconds(timestamp: u32) -> u64 {
+    EPOCH + u64::from(timestamp)
+}
 
 /// How the disk's bytes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,11 +120,6 @@ pub struct Footer {
 
 const _: () = assert!(size_of::<Footer>() == FOOTER_SIZE);
 
-/// A time of Unix, as images have it: seconds since 2000-01-01 UTC.
-pub fn time(unix_seconds: u64) -> u32 {
-    unix_seconds.saturating_sub(EPOCH) as u32
-}
-
 impl Footer {
     /// For a new image of `size` bytes. Of an image that is not fixed the header follows the footer's copy.
     pub fn new(kind: Kind, size: u64, uuid: Uuid, unix_seconds: u64) -> Footer {
@@ -122,7 +129,7 @@ impl Footer {
             features: FEATURES.into(),
             version: VERSION.into(),
             data_offset: if kind == Kind::Fixed { NO_HEADER } else { FOOTER_SIZE as u64 }.into(),
-            timestamp: time(unix_seconds).into(),
+            timestamp: timestamp(unix_seconds).into(),
             creator: CREATOR.0,
             creator_version: CREATOR.1.into(),
             creator_host: [0; 4],
@@ -142,7 +149,7 @@ impl Footer {
 
     /// Notes when the image was written last; [`seal`](Self::seal) follows.
     pub fn set_time(&mut self, unix_seconds: u64) {
-        self.timestamp = time(unix_seconds).into();
+        self.timestamp = timestamp(unix_seconds).into();
     }
 
     /// Reads one from 512 bytes, or from 511.
@@ -195,6 +202,33 @@ impl Footer {
         kind.map(|(_, kind)| *kind).ok_or(Corrupt::Kind { number })
     }
 
+    /// What is wrong with it that the checksum does not tell, as far as it does no harm (specification; blktap's check).
+    pub(super) fn oddities(&self) -> impl Iterator<Item = &'static str> {
+        let tap = self.creator == CREATOR.0;
+        let fixed = self.kind() == Ok(Kind::Fixed);
+        let (own, largest) = (self.geometry, Geometry::of(self.current_size.get()));
+        let larger = (own.cylinders.get(), own.heads, own.sectors);
+        let odd = [
+            (self.features.get() & FEATURES == 0, "lacks the feature bit that is always set"),
+            (self.features.get() & !(FEATURES | TEMPORARY) != 0, "has features that are not known"),
+            (self.version.get() != VERSION, "has a version other than 1.0"),
+            (
+                fixed && self.data_offset.get() != NO_HEADER,
+                "says where a header is, which a fixed image does not have",
+            ),
+            (tap && self.creator_version.get() > CREATOR.1, "was made by a later blktap"),
+            (
+                tap && larger > (largest.cylinders.get(), largest.heads, largest.sectors),
+                "has a geometry that is larger than the disk",
+            ),
+            (self.saved_state > 1, "has a saved state other than 0 and 1"),
+            (self.hidden > 1, "has a hidden mark other than 0 and 1"),
+            (self.reserved != [0; 426], "has reserved bytes that are not zero"),
+            (self.uuid == Uuid::NIL, "has no UUID"),
+        ];
+        odd.into_iter().filter(|(is, _)| *is).map(|(_, what)| what)
+    }
+
     /// Where the header is in the file. None: there is none.
     pub fn header_at(&self) -> Option<u64> {
         Some(self.data_offset.get()).filter(|at| *at != NO_HEADER)
@@ -223,7 +257,12 @@ impl Footer {
 
     /// Sets that mark; [`seal`](Self::seal) follows.
     pub fn set_hidden(&mut self, hidden: bool) {
-        self.hidden = hidden.into();
+        self.set_hidden_value(hidden.into());
+    }
+
+    /// Sets that mark to a number, as blktap lets storage managers do; [`seal`](Self::seal) follows.
+    pub fn set_hidden_value(&mut self, hidden: u8) {
+        self.hidden = hidden;
     }
 }
 

@@ -46,7 +46,7 @@ pub struct Locator {
 
 impl Locator {
     /// One that names nothing.
-    const NONE: Locator = Locator {
+    pub const NONE: Locator = Locator {
         platform: [0; 4],
         data_space: U32::ZERO,
         data_length: U32::ZERO,
@@ -56,14 +56,34 @@ impl Locator {
 
     /// For a name of `len` bytes at byte `at`, in room of whole sectors.
     pub fn new(platform: Platform, at: u64, len: u32) -> Locator {
+        Locator::with_space(platform, at, len, u64::from(len).next_multiple_of(SECTOR_SIZE))
+    }
+
+    /// For a name of `len` bytes at byte `at`, in room of `space` bytes.
+    pub fn with_space(platform: Platform, at: u64, len: u32, space: u64) -> Locator {
         let code = Platform::ALL.iter().find(|(_, each)| *each == platform).map_or([0; 4], |(code, _)| *code);
-        let data_space = len.next_multiple_of(SECTOR_SIZE as u32).into();
+        let data_space = (space as u32).into();
         Locator { platform: code, data_space, data_length: len.into(), data_offset: at.into(), ..Locator::NONE }
     }
 
     /// In which way it names the parent. None: it is not used, or in a way that is not known here.
     pub fn platform(&self) -> Option<Platform> {
         Platform::ALL.iter().find(|(code, _)| *code == self.platform).map(|(_, platform)| *platform)
+    }
+
+    /// What is wrong with it (specification; blktap's check).
+    pub(super) fn oddities(&self) -> impl Iterator<Item = &'static str> {
+        // The three above, and those of systems that are gone.
+        const KNOWN: [&[u8; 4]; 6] = [b"MacX", b"W2ku", b"W2ru", b"Mac ", b"Wi2r", b"Wi2k"];
+        let used = self.platform != [0; 4];
+        let odd = [
+            (used && !KNOWN.contains(&&self.platform), "is for a platform that is not known"),
+            (!used && *self != Locator::NONE, "is not used and not zero"),
+            (used && self.data_length.get() == 0, "has no bytes"),
+            (used && self.data_space.get() == 0, "has no room"),
+            (used && self.reserved.get() != 0, "has reserved bytes that are not zero"),
+        ];
+        odd.into_iter().filter(|(is, _)| *is).map(|(_, what)| what)
     }
 
     /// Where the name is in the file, and its bytes.
@@ -192,9 +212,30 @@ impl Header {
         self.checksum = self.sum().into();
     }
 
+    /// What is wrong with it that the checksum does not tell, as far as it does no harm (specification; blktap's check).
+    pub(super) fn oddities(&self, parent: bool) -> impl Iterator<Item = &'static str> {
+        let none = !parent;
+        let odd = [
+            (self.data_offset.get() != u64::MAX, "says where another header is, which there is none"),
+            (!self.table_offset.get().is_multiple_of(SECTOR_SIZE), "puts the table at a byte that begins no sector"),
+            (self.reserved.get() != 0 || self.reserved_too != [0; 256], "has reserved bytes that are not zero"),
+            (none && self.parent_name != [U16::ZERO; 256], "names a parent, which the image does not have"),
+            (none && self.locators != [Locator::NONE; 8], "has locators of a parent, which the image does not have"),
+            (none && self.parent_uuid != Uuid::NIL, "has the UUID of a parent, which the image does not have"),
+            (none && self.parent_timestamp.get() != 0, "has the time of a parent, which the image does not have"),
+            (parent && self.parent_name().is_none(), "has no parent's name that is text"),
+        ];
+        odd.into_iter().filter(|(is, _)| *is).map(|(_, what)| what)
+    }
+
     /// Where the block allocation table is in the file.
     pub fn table_at(&self) -> u64 {
         self.table_offset.get()
+    }
+
+    /// Sets how many blocks the table has room for; [`seal`](Self::seal) follows.
+    pub fn set_entries(&mut self, entries: u32) {
+        self.max_table_entries = entries.into();
     }
 
     /// Blocks that the table has room for.

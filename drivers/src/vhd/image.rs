@@ -92,45 +92,14 @@ impl Image {
     pub fn read(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
         let mut reader = Reader { source, problems };
         let (footer, footer_at) = reader.footer()?;
-        let kind = footer.kind()?;
-        let size = footer.size();
-        let wrong = |why| Err(Corrupt::Size { size, why }.into());
-        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
-            return wrong("is not one or more sectors of 512 bytes");
-        }
-        let mut image = Image {
-            footer,
-            kind,
-            footer_at,
-            metadata_end: 0,
-            header: None,
-            table: Table::default(),
-            batmap: None,
-            parents: Vec::new(),
-        };
-        if kind == Kind::Fixed {
-            return if size > footer_at { wrong("is more than the file has") } else { Ok(image) };
-        }
-        let at = footer.header_at().ok_or(Corrupt::NoHeader)?;
-        let header = Header::parse(&reader.bytes("header", at, HEADER_SIZE as u64)?)?;
-        let blocks = size.div_ceil(header.block_size().into());
-        if blocks > header.entries().into() {
-            return wrong("is more than its table has blocks for");
-        }
-        // A table may have more entries than the disk has blocks, and the file need not have those.
-        let table = Table::parse(&reader.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
-        let mut taken = vec![
-            Region { at: 0, len: FOOTER_SIZE as u64 },
-            Region { at, len: HEADER_SIZE as u64 },
-            Region { at: header.table_at(), len: 4 * blocks },
-        ];
-        image.parents = reader.locators(&header, &mut taken)?;
-        let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
-        image.batmap = reader.batmap(table_end, &table, block_len, &mut taken)?;
-        table.check(block_len, &taken, footer_at)?;
-        image.metadata_end = taken.iter().map(|region| region.end()).fold(table_end, u64::max);
-        (image.header, image.table) = (Some(header), table);
-        Ok(image)
+        reader.image(&footer, footer_at)
+    }
+
+    /// The same by the footer's copy at the beginning, whatever is at the end.
+    pub fn read_by_copy(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
+        let mut reader = Reader { source, problems };
+        let copy = reader.bytes("footer's copy", 0, FOOTER_SIZE as u64)?;
+        reader.image(&Footer::parse(&copy)?, source.size())
     }
 
     /// Where the image's last byte ends in the file, without the footer that is to be there.
@@ -148,17 +117,6 @@ impl Image {
     pub fn physical_size(&self) -> u64 {
         self.end() + FOOTER_SIZE as u64
     }
-
-    /// All that is wrong with an image.
-    pub fn check(source: &dyn Source) -> Result<Vec<Problem>, ReadError> {
-        let mut problems = Vec::new();
-        match Image::read(source, &mut problems) {
-            Ok(_) => {}
-            Err(ReadError::Corrupt(what)) => problems.push(Problem { what, fatal: true }),
-            Err(error) => return Err(error),
-        }
-        Ok(problems)
-    }
 }
 
 struct Reader<'a> {
@@ -167,6 +125,49 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// What follows from the footer.
+    fn image(&mut self, footer: &Footer, footer_at: u64) -> Result<Image, ReadError> {
+        let kind = footer.kind()?;
+        let size = footer.size();
+        let wrong = |why| Err(Corrupt::Size { size, why }.into());
+        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
+            return wrong("is not one or more sectors of 512 bytes");
+        }
+        let mut image = Image {
+            footer: *footer,
+            kind,
+            footer_at,
+            metadata_end: 0,
+            header: None,
+            table: Table::default(),
+            batmap: None,
+            parents: Vec::new(),
+        };
+        if kind == Kind::Fixed {
+            return if size > footer_at { wrong("is more than the file has") } else { Ok(image) };
+        }
+        let at = footer.header_at().ok_or(Corrupt::NoHeader)?;
+        let header = Header::parse(&self.bytes("header", at, HEADER_SIZE as u64)?)?;
+        let blocks = size.div_ceil(header.block_size().into());
+        if blocks > header.entries().into() {
+            return wrong("is more than its table has blocks for");
+        }
+        // A table may have more entries than the disk has blocks, and the file need not have those.
+        let table = Table::parse(&self.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
+        let mut taken = vec![
+            Region { at: 0, len: FOOTER_SIZE as u64 },
+            Region { at, len: HEADER_SIZE as u64 },
+            Region { at: header.table_at(), len: 4 * blocks },
+        ];
+        image.parents = self.locators(&header, &mut taken)?;
+        let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
+        image.batmap = self.batmap(table_end, &table, block_len, &mut taken)?;
+        table.check(block_len, &taken, footer_at)?;
+        image.metadata_end = taken.iter().map(|region| region.end()).fold(table_end, u64::max);
+        (image.header, image.table) = (Some(header), table);
+        Ok(image)
+    }
+
     /// `len` bytes at byte `at`, which `what` is to be in.
     fn bytes(&self, what: &'static str, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {
         let file = self.source.size();

@@ -17,18 +17,23 @@
 //!
 //! A table entry is the number of the file's sector that the block's bitmap begins with.
 
+pub mod bitmap;
+mod check;
 mod disk;
 mod fixed;
 mod footer;
 mod header;
 mod image;
+pub mod layout;
+mod repair;
 mod table;
 
 pub use disk::{Disk, Settings};
 pub use fixed::Fixed;
-pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, time};
+pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
+pub use repair::Repair;
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -175,5 +180,59 @@ pub enum Corrupt {
         other: u32,
         /// Where that begins.
         at: u64,
+    },
+    /// A rule of the format, or of blktap, that it does not keep to.
+    #[error("its {what} {why}")]
+    Odd {
+        /// Which part.
+        what: &'static str,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// A time that is yet to come.
+    #[error("its {what} says that it was made in the future, {seconds} seconds from now")]
+    Future {
+        /// Which part.
+        what: &'static str,
+        /// How far.
+        seconds: u64,
+    },
+    /// The locators and the header do not agree.
+    #[error("one of its locators names the parent {found:?}, and its header names it {expected:?}")]
+    LocatorName {
+        /// The file's name that the locator has.
+        found: String,
+        /// As the header says.
+        expected: String,
+    },
+    /// The disk has no such block.
+    #[error("its table has a place, byte {at}, for block {block}, which is beyond the disk's end")]
+    BlockBeyond {
+        /// Which.
+        block: u32,
+        /// Where it is said to be.
+        at: u64,
+    },
+    /// What the batmap says of a block is wrong.
+    #[error("its batmap says that block {block} is full, which {why}")]
+    NotFull {
+        /// Which.
+        block: u32,
+        /// Why it can't be.
+        why: &'static str,
+    },
+    /// A bitmap has more bits than its block has sectors.
+    #[error("the bitmap of block {block} has bits for sectors that are not there")]
+    BitmapBeyond {
+        /// Which.
+        block: u32,
+    },
+    /// Data where there should be none.
+    #[error("sector {sector} of block {block} has data, and the block's bitmap says that it has none")]
+    HiddenData {
+        /// Which.
+        block: u32,
+        /// The first that is so, counted from the block's first.
+        sector: u32,
     },
 }

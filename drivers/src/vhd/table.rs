@@ -29,6 +29,11 @@ impl Table {
         Table(vec![UNUSED; blocks as usize])
     }
 
+    /// Lets it have so many blocks; those that are new are not there.
+    pub fn grow(&mut self, blocks: u32) {
+        self.0.resize(self.0.len().max(blocks as usize), UNUSED);
+    }
+
     /// Bytes of a table of so many entries, in whole sectors.
     pub fn bytes(entries: u32) -> u64 {
         (4 * u64::from(entries)).next_multiple_of(SECTOR_SIZE)
@@ -120,6 +125,8 @@ pub struct Batmap {
     /// Where its bits are.
     pub bits_at: u64,
     bits: Vec<u8>,
+    /// A number for storage managers.
+    pub marker: u8,
     /// The hash of the key that an image is encrypted with. None: it is not.
     pub key_hash: Option<KeyHash>,
 }
@@ -142,6 +149,7 @@ pub struct BatmapPlace {
     pub len: u64,
     version: u32,
     checksum: u32,
+    marker: u8,
     key_hash: Option<KeyHash>,
 }
 
@@ -171,13 +179,15 @@ impl Batmap {
             len: u64::from(header.size.get()) * SECTOR_SIZE,
             version,
             checksum: header.checksum.get(),
+            marker: header.marker,
             key_hash: (header.key_hash[0] == 1).then_some(KeyHash { nonce, hash }),
         }))
     }
 
     /// Of one whose header is at byte `at`, whatever its bits are: no block is known to be full.
     pub fn unknown(place: &BatmapPlace, at: u64) -> Batmap {
-        Batmap { at, bits_at: place.bits_at, bits: vec![0; place.len as usize], key_hash: place.key_hash }
+        let (bits_at, bits) = (place.bits_at, vec![0; place.len as usize]);
+        Batmap { at, bits_at, bits, marker: place.marker, key_hash: place.key_hash }
     }
 
     /// Reads the bits of one whose header is at byte `at`.
@@ -195,7 +205,16 @@ impl Batmap {
 
     /// One for so many blocks, none of which is full, with its header at byte `at` and its bits after that.
     pub fn empty(at: u64, blocks: u32) -> Batmap {
-        Batmap { at, bits_at: at + SECTOR_SIZE, bits: vec![0; Batmap::bytes(blocks) as usize], key_hash: None }
+        let (bits_at, bits) = (at + SECTOR_SIZE, vec![0; Batmap::bytes(blocks) as usize]);
+        Batmap { at, bits_at, bits, marker: 0, key_hash: None }
+    }
+
+    /// The same for so many blocks, with its header at byte `at`; those that are new are not full.
+    pub fn moved(&self, at: u64, blocks: u32) -> Batmap {
+        let empty = Batmap::empty(at, blocks);
+        let mut bits = self.bits.clone();
+        bits.resize(empty.bits.len().max(bits.len()), 0);
+        Batmap { bits, marker: self.marker, key_hash: self.key_hash, ..empty }
     }
 
     /// Bytes of the bits of so many blocks, in whole sectors.
@@ -222,7 +241,7 @@ impl Batmap {
             size: ((self.bits.len() as u64 / SECTOR_SIZE) as u32).into(),
             version: Self::VERSION.into(),
             checksum: super::checksum(&self.bits).into(),
-            marker: 0,
+            marker: self.marker,
             key_hash,
             reserved: [0; 418],
         })
@@ -251,6 +270,7 @@ mod tests {
         let mut batmap = Batmap::empty(4096, 5000);
         assert_eq!(batmap.bits().len(), 1024);
         batmap.key_hash = Some(KeyHash { nonce: [7; 32], hash: [9; 32] });
+        batmap.marker = 5;
         batmap.set(4999, true);
         batmap.set(3, true);
         batmap.set(4, true);
@@ -272,6 +292,9 @@ mod tests {
         table.set(8, 1024);
         table.clear(8);
         assert_eq!(table.allocated().collect::<Vec<_>>(), [(7, 1024), (130, 3 << 39)]);
+        let mut grown = table.clone();
+        grown.grow(1000);
+        assert!(grown.blocks() == 1000 && grown.allocated().eq(table.allocated()));
         let mut bytes = vec![0; Table::bytes(200) as usize];
         table.write(0, &mut bytes);
         assert_eq!(Table::parse(&bytes, 200), table);

@@ -1,8 +1,10 @@
-//! A VHD image with some bytes changed and its checksums made right again: it is refused or read, and what is read is within
-//! the file.
+//! A VHD image with some bytes changed and its checksums made right again: it is refused or read, what is read is within the
+//! file, and what check and repair say is within it, too.
 #![no_main]
 
-use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Source, Uuid, encode_path};
+use drivers::vhd::{
+    FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Repair, Source, Uuid, encode_path,
+};
 use libfuzzer_sys::fuzz_target;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -58,6 +60,15 @@ fuzz_target!(|data: &[u8]| {
         file.truncate(file.len() - 16 * usize::from(data[0]));
     }
     let file = Bytes(file);
+    let fatal = Image::check(&file, 0).unwrap().iter().any(|problem| problem.fatal);
+    if let Ok(repair) = Repair::plan(&file, 0, true) {
+        assert!(!fatal);
+        for piece in repair.pieces {
+            let end = piece.at + piece.bytes.len() as u64;
+            let first = repair.image.table.allocated().map(|(_, at)| at).min();
+            assert!(piece.at >= FOOTER_SIZE as u64 && first.is_none_or(|first| end <= first));
+        }
+    }
     let mut problems = Vec::new();
     let Ok(image) = Image::read(&file, &mut problems) else { return };
     let size = image.footer.size();

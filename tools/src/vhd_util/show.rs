@@ -1,127 +1,89 @@
-//! `query`, `check` and `info`.
+//! `query` and `info`.
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::process::ExitCode;
 
-use drivers::vhd::{Corrupt, Header, Kind, Problem};
-use nix::errno::Errno;
+use drivers::vhd::{Header, Image, Kind};
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Layer, Rules};
 
-use super::{Check, Query, errno, exit_code};
+use super::Query;
+use super::failure::{Failure, Result};
 
-/// `error opening %s: %d` and the exit code, as storage managers know them; the reason for people on standard error.
-fn refused(path: &Path, error: &Error, out: &mut dyn Write) -> io::Result<ExitCode> {
-    writeln!(out, "error opening {}: {}", path.display(), -(errno(error) as i32))?;
-    eprintln!("{error}");
-    Ok(exit_code(error))
+/// `error opening %s: %d` on standard output, as storage managers know it.
+pub(super) fn opened<T>(path: &Path, layer: std::result::Result<T, Error>) -> Result<T> {
+    layer.map_err(|error| Failure::from(error).saying(|errno| format!("error opening {}: {errno}", path.display())))
 }
 
 /// Prints what is asked for.
-pub(super) fn query(query: &Query, out: &mut dyn Write) -> io::Result<ExitCode> {
+pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
     let path = &query.name;
-    let layer = match chain::layer(path) {
-        Ok(layer) => layer,
-        Err(error) => return refused(path, &error, out),
-    };
-    let Some(image) = &layer.image else { return Ok(ExitCode::FAILURE) };
-    let mut code = ExitCode::SUCCESS;
-    let mut failed = |error: &Error| {
-        eprintln!("{error}");
-        code = exit_code(error);
+    let layer = opened(path, if query.backup { chain::layer_by_copy(path) } else { chain::layer(path) })?;
+    let Some(image) = &layer.image else { return Ok(()) };
+    let mut done = Ok(());
+    let mut say = |line: Result<String>| {
+        let line = line.unwrap_or_else(|failure| {
+            let line = failure.line.clone().unwrap_or_default();
+            done = Err(Failure { line: None, ..failure });
+            line
+        });
+        writeln!(out, "{line}").map_err(Failure::output)
     };
     if query.size {
-        writeln!(out, "{}", image.footer.size() >> 20)?;
+        say(Ok((image.footer.size() >> 20).to_string()))?;
     }
     if query.physical {
-        writeln!(out, "{}", image.physical_size())?;
+        say(Ok(image.physical_size().to_string()))?;
     }
     if query.parent {
-        match chain::parent(path, image) {
-            Ok(Some(parent)) => writeln!(out, "{}", parent.display())?,
-            Ok(None) => writeln!(out, "{} has no parent", path.display())?,
-            Err(error) => {
-                writeln!(out, "query failed")?;
-                failed(&error);
-            }
-        }
+        say(parent(query, image))?;
     }
     if query.fields {
-        writeln!(out, "hidden: {}", u8::from(image.footer.is_hidden()))?;
+        say(Ok(format!("hidden: {}", u8::from(image.footer.is_hidden()))))?;
+    }
+    if query.marker {
+        say(Ok(format!("marker: {}", image.batmap.as_ref().map_or(0, |batmap| batmap.marker))))?;
     }
     if query.depth {
-        match chain::chain(path, &Rules::ANY) {
-            Ok(layers) => writeln!(out, "chain depth: {}", layers.len())?,
-            Err(error) => {
-                writeln!(out, "error checking chain depth: {}", -(errno(&error) as i32))?;
-                failed(&error);
-            }
-        }
-    }
-    if query.largest {
-        writeln!(out, "{}", image.header.as_ref().map_or(image.footer.size(), Header::size_max) >> 20)?;
+        let layers = chain::chain(path, &Rules::ANY).map_err(Failure::from);
+        let layers = layers.map_err(|failure| failure.saying(|errno| format!("error checking chain depth: {errno}")));
+        say(layers.map(|layers| format!("chain depth: {}", layers.len())))?;
     }
     if query.allocated {
-        writeln!(out, "{}", image.table.allocated().count())?;
+        say(Ok(image.table.allocated().count().to_string()))?;
     }
-    Ok(code)
+    if query.largest {
+        say(Ok((image.header.as_ref().map_or(image.footer.size(), Header::size_max) >> 20).to_string()))?;
+    }
+    done
 }
 
-/// Says whether an image is good, and all that is not.
-pub(super) fn check(check: &Check, out: &mut dyn Write) -> io::Result<ExitCode> {
-    let minded = |problem: &Problem| match problem.what {
-        Corrupt::BlocksOverlap { .. } => !check.ignore_overlaps,
-        Corrupt::Cookie { what: "footer" } => problem.fatal || !check.ignore_footer,
-        _ => true,
-    };
-    let mut paths = vec![check.name.clone()];
-    if check.parents {
-        match chain::chain(&check.name, &Rules::ANY) {
-            Ok(layers) => {
-                paths
-                    .extend(layers.into_iter().skip(1).filter(|layer| layer.image.is_some()).map(|layer| layer.path));
-            }
-            // What is wrong with the image itself is told below.
-            Err(Error::Image { path, .. }) if path == check.name => {}
-            Err(error) => return refused(&check.name, &error, out),
-        }
+/// The line about the parent.
+fn parent(query: &Query, image: &Image) -> Result<String> {
+    let failed = |error: Error| Failure::from(error).saying(|_| "query failed".to_owned());
+    if image.kind != Kind::Differencing {
+        return Ok(format!("{} has no parent", query.name.display()));
     }
-    let mut code = ExitCode::SUCCESS;
-    for path in paths {
-        let problems = match chain::check(&path) {
-            Ok(problems) => problems,
-            Err(error) => return refused(&path, &error, out),
-        };
-        let shown: Vec<_> = problems.iter().filter(|problem| minded(problem)).collect();
-        for problem in &shown {
-            let may = if problem.fatal { "" } else { " (it can be used all the same)" };
-            writeln!(out, "{}: {}{may}", path.display(), problem.what)?;
-        }
-        if shown.is_empty() {
-            writeln!(out, "{} is valid", path.display())?;
-        } else {
-            code = ExitCode::from(Errno::EINVAL as u8);
-        }
+    if query.unresolved {
+        let named = image.parents.first().map(|(_, path)| path.clone());
+        return named.ok_or_else(|| failed(Error::NoParent { path: query.name.clone(), tried: Vec::new() }));
     }
-    Ok(code)
+    let parent = chain::parent(&query.name, image).map_err(failed)?;
+    Ok(parent.map_or_else(String::new, |parent| parent.display().to_string()))
 }
 
 /// Shows an image and its parents.
-pub(super) fn info(path: &Path, json: bool, out: &mut dyn Write) -> io::Result<ExitCode> {
-    let layers = match chain::chain(path, &Rules::ANY) {
-        Ok(layers) => layers,
-        Err(error) => {
-            eprintln!("{error}");
-            return Ok(exit_code(&error));
-        }
-    };
+pub(super) fn info(path: &Path, json: bool, out: &mut dyn Write) -> Result<()> {
+    let layers = chain::chain(path, &Rules::ANY)?;
+    print(&layers, json, out).map_err(Failure::output)
+}
+
+fn print(layers: &[Layer], json: bool, out: &mut dyn Write) -> io::Result<()> {
     let layers = layers.iter().map(describe);
     if json {
         let layers: Vec<serde_json::Map<_, _>> =
             layers.map(|fields| fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()).collect();
-        writeln!(out, "{}", serde_json::to_string_pretty(&layers)?)?;
-        return Ok(ExitCode::SUCCESS);
+        return writeln!(out, "{}", serde_json::to_string_pretty(&layers)?);
     }
     for (depth, fields) in layers.enumerate() {
         if depth > 0 {
@@ -132,7 +94,7 @@ pub(super) fn info(path: &Path, json: bool, out: &mut dyn Write) -> io::Result<E
             writeln!(out, "{:<16} {value}", name.replace('_', " "))?;
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Names and values, in the order in which they are printed.

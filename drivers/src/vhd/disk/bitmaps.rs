@@ -1,7 +1,6 @@
 //! The bitmaps of blocks that are not full, as many of them as there is room for.
 
 use super::tickets::List;
-use crate::SECTOR_SIZE;
 
 /// Bitmaps that a block's number can be among.
 const WAYS: usize = 8;
@@ -149,63 +148,9 @@ impl Bitmaps {
     }
 }
 
-/// Sectors from `from` on, at most `most`, that have the same bit; and that bit.
-pub(super) fn run(bits: &[u8], from: u32, most: u32) -> (bool, u32) {
-    let bit = |at: u32| bits[at as usize / 8] & (0x80 >> (at % 8)) != 0;
-    let first = bit(from);
-    let whole = if first { 0xff } else { 0 };
-    let mut at = from + 1;
-    let end = from + most;
-    while at < end {
-        if at.is_multiple_of(8) && bits[at as usize / 8] == whole {
-            at += 8;
-        } else if bit(at) == first {
-            at += 1;
-        } else {
-            break;
-        }
-    }
-    (first, at.min(end) - from)
-}
-
-/// Sets `count` bits from `from` on.
-pub(super) fn set(bits: &mut [u8], from: u32, count: u32) {
-    let end = from + count;
-    let mut at = from;
-    while at < end {
-        if at.is_multiple_of(8) && end - at >= 8 {
-            bits[at as usize / 8] = 0xff;
-            at += 8;
-        } else {
-            bits[at as usize / 8] |= 0x80 >> (at % 8);
-            at += 1;
-        }
-    }
-}
-
-/// Whether the bits of all of a block's sectors are set.
-pub(super) fn all(bits: &[u8], block_size: u64) -> bool {
-    let sectors = (block_size / SECTOR_SIZE) as u32;
-    run(bits, 0, sectors) == (true, sectors)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn runs_are_found_across_bytes() {
-        let mut bits = [0; 64];
-        set(&mut bits, 3, 40);
-        set(&mut bits, 60, 1);
-        assert_eq!(run(&bits, 0, 512), (false, 3));
-        assert_eq!(run(&bits, 3, 512 - 3), (true, 40));
-        assert_eq!(run(&bits, 10, 5), (true, 5));
-        assert_eq!(run(&bits, 43, 400), (false, 17));
-        assert_eq!(run(&bits, 60, 1), (true, 1));
-        assert_eq!(run(&bits, 61, 451), (false, 451));
-        assert!(!all(&bits, 4096) && all(&[0xff; 64], 4096 * 64));
-    }
 
     #[test]
     fn room_is_made_where_nobody_writes() {

@@ -1,7 +1,7 @@
 //! Blocks that the table does not point to yet.
 
 use super::tickets::{List, Needs};
-use super::{Disk, Found, State, bitmaps, bytes};
+use super::{Disk, Found, State, bytes, mark};
 use crate::vhd::Table;
 use crate::{Durability, Fail, Plan, SECTOR_SIZE, Ticket};
 
@@ -343,8 +343,7 @@ impl Disk {
         }
         while let Some(ticket) = self.tickets.pop(&mut ready) {
             if let Some(slot) = slot {
-                let (first, count) = (self.tickets.get(ticket).first, self.tickets.get(ticket).count);
-                bitmaps::set(self.bitmaps.bits_mut(slot), first, count);
+                mark(self.bitmaps.bits_mut(slot), self.tickets.get(ticket));
             }
             self.settle_new(new, ticket, true);
         }

@@ -27,7 +27,7 @@ use self::bitmaps::{Bitmaps, Found, State};
 use self::blocks::Blocks;
 use self::space::Space;
 use self::tickets::{List, Needs, Tickets};
-use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table};
+use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table, bitmap};
 use crate::{Durability, Extent, Fail, Format, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket};
 
 /// How an image is used.
@@ -192,10 +192,17 @@ impl Disk {
             Ok(slot) => slot,
             Err(plan) => return plan,
         };
-        match bitmaps::run(self.bitmaps.bits(slot), first, count) {
-            (true, count) => Plan::Data { at, count: bytes(count), ticket: None },
-            (false, count) => Plan::Below { count: bytes(count) },
+        let (there, run) = self.run(slot, first, count);
+        match there {
+            true => Plan::Data { at, count: bytes(run), ticket: None },
+            false => Plan::Below { count: bytes(run) },
         }
+    }
+
+    /// Sectors from `first` on, at most `count`, that are all here, or all not; and which.
+    fn run(&self, slot: u32, first: u32, count: u32) -> (bool, u32) {
+        let run = bitmap::runs(self.bitmaps.bits(slot), first..first + count).next();
+        run.map_or((false, count), |(there, run)| (there, run.end - run.start))
     }
 
     /// The slot with a block's bitmap, or what is to be said as long as it is not there.
@@ -226,7 +233,7 @@ impl Disk {
             Ok(slot) => slot,
             Err(plan) => return plan,
         };
-        if bitmaps::run(self.bitmaps.bits(slot), first, count) == (true, count) {
+        if self.run(slot, first, count) == (true, count) {
             return here;
         }
         if !self.tickets.room() {
@@ -272,8 +279,7 @@ impl Disk {
         let mut now = std::mem::take(&mut self.bitmaps.slot(slot).now);
         while let Some(ticket) = self.tickets.pop(&mut now) {
             if done {
-                let (first, count) = (self.tickets.get(ticket).first, self.tickets.get(ticket).count);
-                bitmaps::set(self.bitmaps.bits_mut(slot), first, count);
+                mark(self.bitmaps.bits_mut(slot), self.tickets.get(ticket));
             }
             self.settle(ticket, done);
         }
@@ -286,7 +292,7 @@ impl Disk {
     }
 
     fn note_full(&mut self, slot: u32) {
-        if bitmaps::all(self.bitmaps.bits(slot), self.block_size) {
+        if bitmap::is_full(self.bitmaps.bits(slot), (self.block_size / SECTOR_SIZE) as u32) {
             let block = self.bitmaps.slot(slot).block;
             self.full.set(block, true);
         }
@@ -347,6 +353,11 @@ impl Disk {
         };
         Meta { id: own.into(), op, at, len }
     }
+}
+
+/// Marks the sectors of a write in a bitmap.
+fn mark(bits: &mut [u8], write: &tickets::State) {
+    bitmap::set(bits, write.first..write.first + write.count);
 }
 
 fn bytes(sectors: u32) -> u64 {
@@ -420,12 +431,12 @@ impl Format for Disk {
             Own::Bits(slot) => {
                 to.copy_from_slice(self.bitmaps.bits(slot));
                 let now = self.bitmaps.slot(slot).now;
-                self.tickets.iter(now).for_each(|ticket| bitmaps::set(to, ticket.first, ticket.count));
+                self.tickets.iter(now).for_each(|ticket| mark(to, ticket));
             }
             Own::NewBits(new) => {
                 to.fill(if self.ones { 0xff } else { 0 });
                 let ready = self.blocks.get(new).ready;
-                self.tickets.iter(ready).for_each(|ticket| bitmaps::set(to, ticket.first, ticket.count));
+                self.tickets.iter(ready).for_each(|ticket| mark(to, ticket));
             }
             Own::Table(sector) => {
                 let from = sector * blocks::ENTRIES;

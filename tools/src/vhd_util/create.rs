@@ -1,0 +1,227 @@
+//! `create` and `snapshot`: new images.
+
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use drivers::vhd::layout::{self, Layout, NewImage, NewParent};
+use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, KeyHash, Kind, Source, Uuid, unix_seconds};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use tapdisk::chain::{self, Layer, Rules};
+
+use super::failure::{self, Failure, Result};
+use super::file::{Medium, NewFile, write_footers, write_pieces};
+use super::{Create, Snapshot};
+
+/// Bytes of so many MiB.
+pub(super) fn mebibytes(count: u64) -> u64 {
+    count.saturating_mul(1 << 20)
+}
+
+/// Sizes are rounded up to whole blocks, as blktap's are.
+pub(super) fn whole_blocks(size: u64) -> u64 {
+    size.checked_next_multiple_of(BLOCK_SIZE.into()).unwrap_or(u64::MAX)
+}
+
+/// Now, in seconds of Unix.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A new UUID, a random one (RFC 9562, version 4).
+pub(super) fn new_uuid() -> Result<Uuid> {
+    let path = Path::new("/dev/urandom");
+    let mut bytes = [0; 16];
+    let mut file = std::fs::File::open(path).map_err(Failure::io(path, "open it"))?;
+    file.read_exact(&mut bytes).map_err(Failure::io(path, "read it"))?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Ok(Uuid(bytes))
+}
+
+/// Makes an image without a parent.
+pub(super) fn create(args: &Create) -> Result<()> {
+    let (size, room) = (whole_blocks(mebibytes(args.size)), whole_blocks(mebibytes(args.room.unwrap_or(0))));
+    if args.room.is_some() && room < size {
+        let text = "the room for growing (-S) must not be less than the size (-s)";
+        let line = "Error: <-S size> must be greater than <-s size>".to_owned();
+        return Err(Failure::new(Errno::EINVAL, &args.name, text).saying(|_| line));
+    }
+    if args.reserve {
+        return fixed(&args.name, size);
+    }
+    let new = NewImage { size, room, uuid: new_uuid()?, unix_seconds: now(), parent: None };
+    write(&args.name, &Layout::new(&new).map_err(failure::layout(&args.name))?)
+}
+
+/// Writes a new image. Until the footers are there, it is none, and they come when all the rest is safe.
+pub(super) fn write(path: &Path, layout: &Layout) -> Result<()> {
+    let new = NewFile::create(path)?;
+    let file = new.get();
+    let failed = file.failed();
+    if file.is_device() {
+        if file.size() < layout.end + FOOTER_SIZE as u64 {
+            let text = format!("the device has {} bytes, and metadata alone needs {}", file.size(), layout.end + 512);
+            return Err(Failure::new(Errno::ENOSPC, path, text));
+        }
+        // What was an image before is none any more.
+        file.zero(0, FOOTER_SIZE as u64).map_err(&failed)?;
+        file.zero(file.size() - FOOTER_SIZE as u64, FOOTER_SIZE as u64).map_err(&failed)?;
+        file.sync().map_err(&failed)?;
+    }
+    write_pieces(file, &layout.pieces()).map_err(&failed)?;
+    file.sync().map_err(&failed)?;
+    write_footers(file, &layout.footer, layout.end).map_err(&failed)?;
+    drop(failed);
+    new.keep()
+}
+
+/// Makes an image all of whose bytes are reserved.
+fn fixed(path: &Path, size: u64) -> Result<()> {
+    if size == 0 {
+        return Err(failure::layout(path)(layout::LayoutError::Empty));
+    }
+    let footer = Footer::new(Kind::Fixed, size, new_uuid()?, now());
+    let new = NewFile::create(path)?;
+    let file = new.get();
+    reserve(file, size).map_err(file.failed())?;
+    write_footers(file, &footer, size).map_err(file.failed())?;
+    new.keep()
+}
+
+/// Reserves a fixed image's bytes, which read as zeros.
+fn reserve(file: &super::file::ImageFile, size: u64) -> std::io::Result<()> {
+    if file.is_device() {
+        if file.size() < size.saturating_add(FOOTER_SIZE as u64) {
+            return Err(Errno::ENOSPC.into());
+        }
+        return file.zero(0, size);
+    }
+    let len = i64::try_from(size.saturating_add(FOOTER_SIZE as u64)).map_err(|_| Errno::EFBIG)?;
+    match fallocate(&*file.file, FallocateFlags::empty(), 0, len) {
+        Err(Errno::EOPNOTSUPP) => file.zero(0, size),
+        done => Ok(done?),
+    }
+}
+
+/// Makes a differencing image.
+pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
+    let given = args.parent.canonicalize().map_err(Failure::io(&args.parent, "find it"))?;
+    let given = if args.raw { raw(&given)? } else { chain::layer(&given)? };
+    let size = disk_size(&given);
+    let parent = if args.raw || args.even_empty { given } else { not_empty(given)? };
+    if let (Some(limit), Some(_)) = (args.limit, &parent.image) {
+        let depth = depth(&parent.path)?;
+        if depth + 1 > limit {
+            let text = format!("its chain would have {} images, more than the limit of {limit}", depth + 1);
+            let line = format!("snapshot depth exceeded: current depth: {depth}, limit: {limit}");
+            return Err(Failure::new(Errno::ENOSPC, &args.name, text).saying(|_| line));
+        }
+    }
+    let room = whole_blocks(mebibytes(args.room.unwrap_or(0)));
+    if args.room.is_some() && room < size {
+        let text = format!("the room for growing (-S) is less than the size, which is {size} bytes");
+        return Err(Failure::new(Errno::EINVAL, &args.name, text));
+    }
+    let new_parent = new_parent(&args.name, &parent)?;
+    let new = NewImage { size, room, uuid: new_uuid()?, unix_seconds: now(), parent: Some(new_parent) };
+    let mut layout = Layout::new(&new).map_err(failure::layout(&args.name))?;
+    layout.batmap.key_hash = key_hash(&parent);
+    write(&args.name, &layout)
+}
+
+/// A raw image.
+pub(super) fn raw(path: &Path) -> Result<Layer> {
+    let file = std::fs::File::open(path).map_err(Failure::io(path, "open it"))?;
+    let file_size = tapdisk::sys::file::geometry(&file).map_err(Failure::io(path, "use it"))?.size;
+    Ok(Layer { path: path.to_owned(), file_size, image: None, problems: Vec::new() })
+}
+
+/// The size of an image's disk; of a raw one whole sectors.
+fn disk_size(layer: &Layer) -> u64 {
+    layer.image.as_ref().map_or(layer.file_size.next_multiple_of(512), |image| image.footer.size())
+}
+
+/// The encryption goes on in the child.
+fn key_hash(layer: &Layer) -> Option<KeyHash> {
+    layer.image.as_ref()?.batmap.as_ref()?.key_hash
+}
+
+/// The first of a chain that has a block: an image without one is no use as a parent.
+fn not_empty(layer: Layer) -> Result<Layer> {
+    let mut layer = layer;
+    for _ in 0..chain::DEPTH_MAX {
+        let Some(image) = layer.image.as_ref().filter(|image| image.kind == Kind::Differencing) else { break };
+        if image.table.allocated().next().is_some() {
+            break;
+        }
+        let Some(parent) = chain::parent(&layer.path, image)? else { break };
+        let nil = image.header.as_ref().is_none_or(|header| header.parent_uuid == Uuid::NIL);
+        layer = if nil { raw(&parent)? } else { chain::layer(&parent)? };
+    }
+    Ok(layer)
+}
+
+/// Images of a chain, as `query -d` counts them.
+fn depth(path: &Path) -> Result<u32> {
+    let layers = chain::chain(path, &Rules::ANY).map_err(Failure::from);
+    let layers =
+        layers.map_err(|failure| failure.saying(|errno| format!("error checking snapshot depth: {errno}")))?;
+    Ok(layers.len() as u32)
+}
+
+/// What a child at `child` says of its parent.
+pub(super) fn new_parent(child: &Path, parent: &Layer) -> Result<NewParent> {
+    let uuid = match &parent.image {
+        None => Uuid::NIL,
+        Some(image) if image.footer.uuid == Uuid::NIL => {
+            let text = "its UUID is all zeros, which would say that it is a raw image: it cannot be a parent";
+            return Err(Failure::new(Errno::EINVAL, &parent.path, text));
+        }
+        Some(image) => image.footer.uuid,
+    };
+    // What tells that a parent has changed: its footer's time or, of a raw one, its file's.
+    let unix_seconds = match &parent.image {
+        Some(image) => unix_seconds(image.footer.timestamp.get()),
+        None => {
+            let meta = parent.path.metadata().map_err(Failure::io(&parent.path, "find it"))?;
+            let changed = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            changed.map_or(0, |since| since.as_secs())
+        }
+    };
+    let folder = child.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder.canonicalize().map_err(Failure::io(folder, "find it"))?;
+    let path = relative(&folder, &parent.path);
+    let path = path.to_str().ok_or_else(|| {
+        Failure::new(Errno::EILSEQ, &parent.path, "its path is not UTF-8, which the format wants: rename it")
+    })?;
+    Ok(NewParent { path: path.to_owned(), uuid, unix_seconds })
+}
+
+/// A path from a folder to a file, both absolute and without links.
+fn relative(folder: &Path, file: &Path) -> PathBuf {
+    let (from, to): (Vec<_>, Vec<_>) = (folder.components().collect(), file.components().collect());
+    let common = from.iter().zip(&to).take_while(|(one, other)| one == other).count();
+    let up = from[common..].iter().map(|_| Component::ParentDir);
+    let start = if common == from.len() { Some(Component::CurDir) } else { None };
+    start.into_iter().chain(up).chain(to[common..].iter().copied()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_relative_to_the_childs_folder() {
+        for (folder, file, path) in [
+            ("/a/b", "/a/b/c.vhd", "./c.vhd"),
+            ("/a/b", "/a/b/c/d.vhd", "./c/d.vhd"),
+            ("/a/b", "/a/c/d.vhd", "../c/d.vhd"),
+            ("/a/b", "/dev/disk", "../../dev/disk"),
+            ("/", "/c.vhd", "./c.vhd"),
+        ] {
+            assert_eq!(relative(Path::new(folder), Path::new(file)), Path::new(path), "{folder} {file}");
+        }
+    }
+}

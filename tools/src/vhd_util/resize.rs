@@ -1,0 +1,321 @@
+//! `resize` and `revert`: a larger disk. Where the table has no room for its blocks, it grows, and what is behind it moves:
+//! the batmap, the parent's names, and the blocks that are in the way. A journal has all that is overwritten.
+
+use std::io;
+use std::path::Path;
+
+use drivers::vhd::layout::{self, Piece, batmap_pieces};
+use drivers::vhd::{FOOTER_SIZE, Footer, Header, Image, Locator, SECTORS_MAX, Source, Table};
+use nix::errno::Errno;
+use zerocopy::IntoBytes;
+
+use super::create::{mebibytes, whole_blocks};
+use super::failure::{Failure, Result};
+use super::file::{ImageFile, Medium, NewFile, end_of_data, footer_place, write_footers, write_pieces};
+use super::journal::{Journal, State};
+use super::set::{open, table_piece};
+use super::{Resize, Revert};
+
+/// Makes the disk larger.
+pub(super) fn resize(args: &Resize) -> Result<()> {
+    let path = &args.name;
+    let (file, image) = open(path)?;
+    let (old, size) = (image.footer.size(), whole_blocks(mebibytes(args.size)));
+    let fail = |errno, text: String| Err(Failure::new(errno, path, text));
+    if image.footer.creator != *b"tap\0" {
+        let line = format!("{} not created by xen; resize not supported", path.display());
+        let text = "it was made by another program, which may go by the geometry rather than by the size: convert it";
+        return Err(Failure::new(Errno::EINVAL, path, text).saying(|_| line));
+    }
+    if size == old {
+        return Ok(());
+    }
+    if size < old {
+        let (errno, line) = match args.fast {
+            true => (Errno::EINVAL, format!("{}: size ({size}) < curr size ({old})", path.display())),
+            false => (Errno::ENOSYS, "resize failed: -38".to_owned()),
+        };
+        let text = format!("it has {old} bytes, and cannot be made smaller: data would be lost");
+        return Err(Failure::new(errno, path, text).saying(|_| line));
+    }
+    let plan = Plan::new(&file, path, &image, size)?;
+    if !plan.moves() {
+        return grow_in_place(&file, &image, size).map_err(file.failed());
+    }
+    let Some(journal_path) = &args.journal else {
+        let room = image.header.as_ref().map_or(old, Header::size_max);
+        return fail(Errno::EINVAL, format!("there is room for {room} bytes only: resize it with a journal (-j)"));
+    };
+    let journal_file = NewFile::create(journal_path).map_err(|failure| {
+        let text = match failure.errno {
+            Errno::EEXIST => format!(
+                "{}: there is a journal already: if it is of a resize of this image that was interrupted, run vhd-util \
+                 revert first",
+                journal_path.display()
+            ),
+            _ => failure.text,
+        };
+        let failure = Failure { errno: failure.errno, line: None, text };
+        failure.saying(|errno| format!("creating journal failed: {errno}"))
+    })?;
+    let journal = journal_file.get();
+    let taken = Journal::take(&file, image.footer.uuid, &plan.overwritten).map_err(Failure::io(path, "read it"))?;
+    taken.write(journal).map_err(journal.failed())?;
+    // From here on it stays, unless the image is as it was or as it is to be.
+    let journal = journal_file.leave()?;
+    let grown = plan.carry_out(&file);
+    if let Err(error) = grown {
+        let undone = taken.restore(&file).and_then(|()| taken.done(&journal));
+        let state = match undone {
+            Ok(()) => {
+                remove(&journal)?;
+                "it is as it was"
+            }
+            Err(_) => "vhd-util revert makes it what it was",
+        };
+        let failure = file.failed()(error);
+        let text = format!("{}; {state}", failure.text);
+        return Err(Failure { text, ..failure }.saying(|errno| format!("resize failed: {errno}")));
+    }
+    taken.done(&journal).map_err(journal.failed())?;
+    remove(&journal)
+}
+
+/// Removes a journal; a device stays, and says that there is nothing to undo.
+fn remove(journal: &ImageFile) -> Result<()> {
+    if journal.is_device() {
+        return Ok(());
+    }
+    std::fs::remove_file(&journal.path).map_err(Failure::io(&journal.path, "remove it"))
+}
+
+/// Only the footers say how large a disk is that there is room for.
+fn grow_in_place(file: &dyn Medium, image: &Image, size: u64) -> io::Result<()> {
+    let mut footer = image.footer;
+    footer.set_size(size);
+    write_footers(file, &footer, end_of_data(image))
+}
+
+/// Undoes a resize that was interrupted.
+pub(super) fn revert(args: &Revert) -> Result<()> {
+    let opening = |failure: Failure| failure.saying(|errno| format!("opening journal failed: {errno}"));
+    let file = ImageFile::open(&args.name).map_err(opening)?;
+    let journal = ImageFile::open(&args.journal).map_err(opening)?;
+    let found = Journal::read(&journal).map_err(Failure::io(&args.journal, "read it"))?;
+    match found {
+        State::Foreign => {
+            let text = "it is no journal of a resize, or it was damaged: nothing was changed";
+            return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
+        }
+        State::Idle => {}
+        State::Complete(saved) => {
+            let uuids = uuids(&file);
+            if !uuids.is_empty() && !uuids.contains(&saved.uuid) {
+                let text = format!("it is the journal of another image, {}: nothing was changed", saved.uuid);
+                return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
+            }
+            let restored = saved.restore(&file).map_err(file.failed());
+            restored.map_err(|failure| failure.saying(|errno| format!("reverting journal failed: {errno}")))?;
+            saved.done(&journal).map_err(journal.failed())?;
+        }
+    }
+    remove(&journal)
+}
+
+/// The UUIDs of the image's footers, as far as these are good.
+fn uuids(file: &dyn Source) -> Vec<drivers::vhd::Uuid> {
+    let last = file.size().saturating_sub(FOOTER_SIZE as u64);
+    let footers = [0, last].into_iter().filter_map(|at| {
+        let mut bytes = [0; FOOTER_SIZE];
+        file.read_at(at, &mut bytes).ok()?;
+        Footer::parse(&bytes).ok()
+    });
+    footers.map(|footer| footer.uuid).collect()
+}
+
+/// What a resize does.
+struct Plan {
+    /// As the image is to be.
+    image: Image,
+    /// Where a block is, and where it goes.
+    moved: Vec<(u32, u64, u64)>,
+    /// What is written that is neither block nor footer.
+    pieces: Vec<Piece>,
+    /// A fixed image's new bytes: from where on, and how many.
+    zeros: Option<(u64, u64)>,
+    /// What is overwritten: where, and how many bytes.
+    overwritten: Vec<(u64, u64)>,
+    /// Where the data ends.
+    end: u64,
+}
+
+impl Plan {
+    fn new(file: &dyn Medium, path: &Path, image: &Image, size: u64) -> Result<Plan> {
+        Plan::make(file, image, size).map_err(|(errno, text)| Failure::new(errno, path, text))
+    }
+
+    fn make(file: &dyn Medium, image: &Image, size: u64) -> std::result::Result<Plan, (Errno, String)> {
+        let mut image = image.clone();
+        let old_end = end_of_data(&image);
+        let old_size = image.footer.size();
+        image.footer.set_size(size);
+        let mut plan =
+            Plan { image, moved: Vec::new(), pieces: Vec::new(), zeros: None, overwritten: Vec::new(), end: old_end };
+        if let Some(header) = plan.image.header {
+            plan.blocks(file, &header, size)?;
+        } else {
+            plan.zeros = Some((old_size, size - old_size));
+            plan.end = size;
+        }
+        if file.is_device() && plan.end > footer_place(file, 0) {
+            let needed = plan.end + FOOTER_SIZE as u64;
+            return Err((Errno::ENOSPC, format!("the device has {} bytes, and {needed} are needed", file.size())));
+        }
+        // The footer, which a file's data may grow over.
+        let footer = file.size() - FOOTER_SIZE as u64;
+        let metadata = plan.overwritten.last().map_or(0, |(at, len)| at + len);
+        plan.overwritten.push((footer.max(metadata), file.size() - footer.max(metadata)));
+        Ok(plan)
+    }
+
+    /// Whether more than footers is written.
+    fn moves(&self) -> bool {
+        !self.pieces.is_empty() || self.zeros.is_some()
+    }
+
+    /// Says where everything goes if the table has to grow.
+    fn blocks(&mut self, file: &dyn Medium, old: &Header, size: u64) -> std::result::Result<(), (Errno, String)> {
+        let entries = size.div_ceil(old.block_size().into());
+        if entries <= old.entries().into() {
+            return Ok(());
+        }
+        let mut header = *old;
+        let most = layout::size_max(self.image.metadata_end, &header).min(layout::ROOM_MAX);
+        if size > most {
+            return Err((Errno::EFBIG, layout::LayoutError::Size { size, most }.to_string()));
+        }
+        let entries = entries as u32;
+        header.set_entries(entries);
+        let mut at = header.table_at() + Table::bytes(entries);
+        let batmap = self.image.batmap.as_ref().map(|batmap| batmap.moved(at, entries));
+        at = batmap.as_ref().map_or(at, |batmap| batmap.bits_at + batmap.bits().len() as u64);
+        for locator in header.locators.iter_mut().filter(|locator| locator.platform().is_some()) {
+            let (from, len) = locator.place();
+            let mut name = vec![0; locator.space() as usize];
+            file.read_at(from, &mut name).map_err(|error| (Errno::EIO, format!("cannot read it: {error}")))?;
+            if let Some(platform) = locator.platform() {
+                *locator = Locator::with_space(platform, at, len as u32, locator.space());
+            }
+            self.pieces.push(Piece { at, bytes: name });
+            at += locator.space();
+        }
+        header.seal();
+        let header_at = self.image.footer.header_at().unwrap_or(FOOTER_SIZE as u64);
+        if header_at > header.table_at() {
+            return Err((
+                Errno::EINVAL,
+                "its header is behind its table, which blktap's never is: convert it".into(),
+            ));
+        }
+        self.image.metadata_end = at;
+        self.image.table.grow(entries);
+        self.make_room(&header)?;
+        self.pieces.push(table_piece(header.table_at(), &self.image.table));
+        self.pieces.extend(batmap.iter().flat_map(batmap_pieces));
+        self.pieces.push(Piece { at: header_at, bytes: header.as_bytes().to_vec() });
+        self.image.header = Some(header);
+        self.image.batmap = batmap;
+        self.overwritten.push((0, at.min(file.size())));
+        Ok(())
+    }
+
+    /// Says where the blocks go that are where the metadata is to be.
+    fn make_room(&mut self, header: &Header) -> std::result::Result<(), (Errno, String)> {
+        let metadata_end = self.image.metadata_end;
+        let in_the_way: Vec<_> = self.image.table.allocated().filter(|(_, at)| *at < metadata_end).collect();
+        self.end = self.end.max(metadata_end);
+        for (block, from) in in_the_way {
+            let to = layout::block_place(self.end, header);
+            if to / 512 >= SECTORS_MAX {
+                return Err((Errno::EFBIG, "its table cannot address where a block would have to go".into()));
+            }
+            self.image.table.set(block, to);
+            self.moved.push((block, from, to));
+            self.end = to + header.block_len();
+        }
+        if self.image.table.allocated().next().is_none() {
+            self.end = metadata_end;
+        }
+        Ok(())
+    }
+
+    /// Does it, in an order that does not matter as long as the journal is there; the footers come last.
+    fn carry_out(&self, file: &dyn Medium) -> io::Result<()> {
+        if let Some((at, len)) = self.zeros {
+            file.zero(at, len)?;
+        }
+        if let Some(header) = &self.image.header {
+            let mut block = vec![0; header.block_len() as usize];
+            for (_, from, to) in &self.moved {
+                file.read_at(*from, &mut block)?;
+                file.write_at(*to, &block)?;
+            }
+        }
+        write_pieces(file, &self.pieces)?;
+        file.sync()?;
+        write_footers(file, &self.image.footer, self.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use drivers::vhd::Kind;
+
+    use super::super::testing::{self, Memory, crashes};
+    use super::*;
+
+    /// What a resize does to the image, with a journal that is safe.
+    fn grow(memory: &Memory, size: u64) -> io::Result<()> {
+        let image = Image::read(memory, &mut Vec::new()).unwrap();
+        Plan::make(memory, &image, size).map_err(|(errno, _)| io::Error::from(errno))?.carry_out(memory)
+    }
+
+    #[test]
+    fn a_resize_that_is_interrupted_is_undone() {
+        for (device, kind) in [(false, Kind::Dynamic), (true, Kind::Differencing)] {
+            let held = [(3, 0..3), (1, 0..8), (9, 1..2)];
+            let image = testing::image(kind, device, &held, 3);
+            let before = testing::content(&[&image]);
+            // A table of more than a sector, and of so many that all blocks have to go.
+            for size in [4096 * 300, 4096 * 5000] {
+                let read = Image::read(&image, &mut Vec::new()).unwrap();
+                let plan = Plan::make(&image, &read, size).unwrap();
+                assert!(plan.moves() && !plan.moved.is_empty());
+                let journal = Journal::take(&image, read.footer.uuid, &plan.overwritten).unwrap();
+                crashes(
+                    &image,
+                    |image| plan.carry_out(image),
+                    |after| {
+                        journal.restore(after).unwrap();
+                        assert_eq!(testing::problems(after), []);
+                        assert_eq!(testing::content(&[after]), before);
+                        assert_eq!(after.size(), image.size());
+                        grow(after, size).unwrap();
+                        assert_eq!(testing::problems(after), []);
+                        let content = testing::content(&[after]);
+                        assert_eq!((content.len() as u64, &content[..before.len()]), (size, &before[..]));
+                        assert!(content[before.len()..].iter().all(|byte| *byte == 0));
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_too_small_is_refused() {
+        let image = testing::image(Kind::Dynamic, false, &[(3, 0..3)], 3);
+        let full = image.device_of(image.size() + 100);
+        assert_eq!(grow(&full, 4096 * 5000).unwrap_err().raw_os_error(), Some(Errno::ENOSPC as i32));
+        assert_eq!(testing::problems(&full), []);
+    }
+}

@@ -1,0 +1,254 @@
+//! `scan`: a line for each of many images.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Uuid};
+use nix::errno::Errno;
+use tapdisk::chain::{self, Error};
+use tapdisk::sys::file::geometry;
+
+use super::Scan;
+use super::failure::{Failure, Result, errno_of};
+
+/// What a line says of an image.
+struct Found {
+    path: PathBuf,
+    capacity: u64,
+    size: u64,
+    hidden: bool,
+    marker: u8,
+    key_hash: Option<KeyHash>,
+    parent: Option<PathBuf>,
+}
+
+/// Why there is none, in blktap's words.
+struct Bad {
+    path: PathBuf,
+    message: &'static str,
+    failure: Failure,
+}
+
+/// Lists images.
+pub(super) fn scan(args: &Scan, out: &mut dyn Write) -> Result<()> {
+    if let Some(group) = &args.group {
+        let text = "volumes are not looked for here, because that needs LVM's own metadata: activate them, and name their \
+                    devices";
+        return Err(Failure::new(Errno::ENOSYS, Path::new(group), text));
+    }
+    let mut images = Vec::new();
+    let mut failed = None;
+    let mut targets = targets(args);
+    if targets.is_empty()
+        && let Some(error) = args.pattern.as_deref().and_then(unreadable)
+    {
+        let pattern = args.pattern.as_deref().unwrap_or_default();
+        let failure = Failure::new(errno_of(&error), Path::new(pattern), format!("cannot look there: {error}"));
+        let line = |errno| format!("vhd={pattern} scan-error={errno} error-message='failure scanning target'");
+        return Err(failure.saying(line));
+    }
+    let mut next = 0;
+    while next < targets.len() {
+        let (path, raw) = targets[next].clone();
+        next += 1;
+        match look(args, &path, raw) {
+            Ok((found, parent_raw)) => {
+                if let Some(parent) = found.parent.as_ref().filter(|_| args.parents) {
+                    let parent = beside(&found.path, parent);
+                    // By names, as blktap does: a parent can be named in more than one way.
+                    if !targets.iter().any(|(path, _)| path.file_name() == parent.file_name()) {
+                        targets.push((parent, parent_raw));
+                    }
+                }
+                if args.pretty {
+                    images.push(found);
+                } else {
+                    print(args, &found, 0, "", out)?;
+                }
+            }
+            Err(bad) => {
+                let (path, errno) = (bad.path.display(), -(bad.failure.errno as i32));
+                writeln!(out, "vhd={path} scan-error={errno} error-message='{}'", bad.message)
+                    .map_err(Failure::output)?;
+                failed = Some(bad.failure);
+                if !args.go_on {
+                    break;
+                }
+                eprintln!("{}", failed.take().map_or_else(String::new, |failure| failure.text));
+            }
+        }
+    }
+    if args.pretty {
+        tree(args, images, out)?;
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+/// The images to list, and whether they are raw. A pattern that matches nothing is no error.
+fn targets(args: &Scan) -> Vec<(PathBuf, bool)> {
+    let matching = args.pattern.iter().flat_map(|pattern| braces(pattern)).flat_map(|pattern| {
+        let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+        glob::glob_with(&pattern, options).into_iter().flatten().map(|path| match path {
+            Ok(path) => path,
+            Err(error) => error.path().to_owned(),
+        })
+    });
+    matching.chain(args.images.iter().cloned()).map(|path| (path, false)).collect()
+}
+
+/// Why the folder can't be read whose files a pattern is about.
+fn unreadable(pattern: &str) -> Option<std::io::Error> {
+    let plain = pattern.split(['*', '?', '[', '{']).next().unwrap_or_default();
+    let folder = plain.rsplit_once('/').map(|(folder, _)| format!("{folder}/"))?;
+    std::fs::read_dir(folder).err()
+}
+
+/// The patterns that one with {alternatives,of,parts} stands for, as a shell has it.
+fn braces(pattern: &str) -> Vec<String> {
+    let Some(begin) = pattern.find('{') else { return vec![pattern.to_owned()] };
+    let (mut depth, mut parts, mut from) = (0, Vec::new(), begin + 1);
+    for (at, letter) in pattern[begin..].char_indices().map(|(at, letter)| (begin + at, letter)) {
+        match letter {
+            '{' => depth += 1,
+            ',' if depth == 1 => {
+                parts.push(&pattern[from..at]);
+                from = at + 1;
+            }
+            '}' if depth == 1 => {
+                parts.push(&pattern[from..at]);
+                let (before, after) = (&pattern[..begin], &pattern[at + 1..]);
+                return parts.iter().flat_map(|part| braces(&format!("{before}{part}{after}"))).collect();
+            }
+            '}' => depth -= 1,
+            _ => {}
+        }
+    }
+    vec![pattern.to_owned()]
+}
+
+/// The path of a parent that may be named relative to its child.
+fn beside(child: &Path, parent: &Path) -> PathBuf {
+    child.parent().unwrap_or(Path::new("")).join(parent)
+}
+
+/// What is to be said of an image, and whether its parent is raw.
+fn look(args: &Scan, path: &Path, raw: bool) -> std::result::Result<(Found, bool), Bad> {
+    let bad = |message| {
+        let path = path.to_owned();
+        move |failure| Bad { path, message, failure }
+    };
+    let io = |error: std::io::Error| Failure::new(errno_of(&error), path, format!("cannot open it: {error}"));
+    let path_shown = if args.pretty {
+        path.canonicalize().map_err(|error| bad("resolving name")(io(error)))?
+    } else {
+        path.to_owned()
+    };
+    let file = File::open(path).map_err(|error| bad("opening file")(io(error)))?;
+    let size = geometry(&file).map_err(|error| bad("getting physical size")(io(error)))?.size;
+    let mut found =
+        Found { path: path_shown, capacity: size, size, hidden: true, marker: 0, key_hash: None, parent: None };
+    if raw {
+        return Ok((found, false));
+    }
+    let fast = args.fast && !args.pretty && !args.markers;
+    if let Some((footer, header)) = fast.then(|| headers(&file)).flatten() {
+        (found.capacity, found.hidden) = (footer.size(), footer.is_hidden());
+        if footer.kind() == Ok(Kind::Differencing) {
+            found.parent = header.parent_name().map(PathBuf::from);
+            if found.parent.is_some() {
+                return Ok((found, header.parent_uuid == Uuid::NIL));
+            }
+        } else {
+            return Ok((found, false));
+        }
+    }
+    let layer = chain::layer(path).map_err(|error| bad("opening file")(error.into()))?;
+    let Some(image) = &layer.image else { return Ok((found, false)) };
+    (found.capacity, found.hidden) = (image.footer.size(), image.footer.is_hidden());
+    if let Some(batmap) = &image.batmap {
+        (found.marker, found.key_hash) = (batmap.marker, batmap.key_hash);
+    }
+    if image.kind == Kind::Differencing {
+        found.parent = Some(parent(path, image).map_err(|error| bad("getting parent")(error.into()))?);
+    }
+    Ok((found, image.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL)))
+}
+
+/// The footer's copy and the header that follows it, of an image that is as blktap makes them.
+fn headers(file: &File) -> Option<(Footer, Header)> {
+    let mut bytes = [0; FOOTER_SIZE + HEADER_SIZE];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    let footer = Footer::parse(&bytes[..FOOTER_SIZE]).ok()?;
+    let follows = footer.header_at() == Some(FOOTER_SIZE as u64);
+    follows.then(|| Some((footer, Header::parse(&bytes[FOOTER_SIZE..]).ok()?)))?
+}
+
+/// The parent's path; if the parent is not there, as the image has it.
+fn parent(path: &Path, image: &Image) -> std::result::Result<PathBuf, Error> {
+    match chain::parent(path, image) {
+        Ok(Some(parent)) => Ok(parent),
+        Ok(None) => Ok(PathBuf::new()),
+        Err(error) => image.parents.first().map(|(_, path)| PathBuf::from(path)).ok_or(error),
+    }
+}
+
+/// A path, or its last part.
+fn shown(args: &Scan, path: &Path) -> String {
+    let name = if args.verbose { path.as_os_str() } else { path.file_name().unwrap_or(path.as_os_str()) };
+    name.to_string_lossy().into_owned()
+}
+
+fn print(args: &Scan, image: &Found, indent: usize, remark: &str, out: &mut dyn Write) -> Result<()> {
+    let parent = image.parent.as_ref().map_or_else(|| "none".to_owned(), |parent| shown(args, parent));
+    let markers = if args.markers {
+        let hash = image.key_hash.map_or_else(String::new, |key| super::key::hex(&key.hash));
+        format!(" marker={} keyhash={hash}", image.marker)
+    } else {
+        String::new()
+    };
+    let (name, hidden) = (shown(args, &image.path), u8::from(image.hidden));
+    let line = format!("vhd={name} capacity={} size={} hidden={hidden}", image.capacity, image.size);
+    writeln!(out, "{:indent$}{line}{markers} parent={parent}{remark}", "").map_err(Failure::output)
+}
+
+/// Prints images below their parents: by name, hidden ones after the others.
+fn tree(args: &Scan, mut images: Vec<Found>, out: &mut dyn Write) -> Result<()> {
+    images.sort_by(|one, other| one.path.cmp(&other.path));
+    images.dedup_by(|one, other| one.path == other.path);
+    let index: HashMap<_, _> = images.iter().enumerate().map(|(i, image)| (image.path.clone(), i)).collect();
+    let parents: Vec<_> =
+        images.iter().map(|image| image.parent.as_ref().and_then(|parent| index.get(parent).copied())).collect();
+    let mut order: Vec<_> = (0..images.len()).filter(|i| parents[*i].is_none()).collect();
+    order.sort_by_key(|i| !images[*i].hidden);
+    // Those that are their own ancestors come last, and once.
+    order.extend((0..images.len()).filter(|i| parents[*i].is_some()));
+    let mut printed = vec![false; images.len()];
+    let mut stack: Vec<_> = order.into_iter().rev().map(|i| (i, 0)).collect();
+    while let Some((i, depth)) = stack.pop() {
+        if std::mem::replace(&mut printed[i], true) {
+            continue;
+        }
+        let image = &images[i];
+        let remark = if image.parent.is_some() && parents[i].is_none() { " (not found in scan)" } else { "" };
+        print(args, image, 3 * depth, remark, out)?;
+        let mut children: Vec<_> = (0..images.len()).filter(|child| parents[*child] == Some(i)).collect();
+        children.sort_by_key(|child| images[*child].hidden);
+        stack.extend(children.into_iter().rev().map(|child| (child, depth + 1)));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::braces;
+
+    #[test]
+    fn braces_are_alternatives() {
+        assert_eq!(braces("/a/*.vhd"), ["/a/*.vhd"]);
+        assert_eq!(braces("/{a,b{c,d}}/{x}.vhd"), ["/a/x.vhd", "/bc/x.vhd", "/bd/x.vhd"]);
+        assert_eq!(braces("/{a,b"), ["/{a,b"]);
+    }
+}
