@@ -234,6 +234,11 @@ impl Footer {
         Some(self.data_offset.get()).filter(|at| *at != NO_HEADER)
     }
 
+    /// Says where the header is in the file; [`seal`](Self::seal) follows.
+    pub(super) fn set_header_at(&mut self, at: u64) {
+        self.data_offset = at.into();
+    }
+
     /// The disk's size, bytes.
     ///
     /// Virtual PC goes by the geometry, and so does QEMU, unless it was told to keep to the size (creator "qem2"); all others

@@ -270,6 +270,11 @@ impl Header {
         (!name.is_empty()).then_some(name)
     }
 
+    /// The same without anything that names the parent.
+    pub(super) fn without_names(self) -> Header {
+        Header { locators: [Locator::NONE; 8], ..self }
+    }
+
     /// Sets the parent's file name, as much of it as there is room for; [`seal`](Self::seal) follows.
     pub fn set_parent_name(&mut self, name: &str) {
         self.parent_name = [U16::ZERO; 256];

@@ -25,6 +25,7 @@ mod footer;
 mod header;
 mod image;
 pub mod layout;
+mod relink;
 mod repair;
 mod table;
 
@@ -33,6 +34,7 @@ pub use fixed::Fixed;
 pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
+pub use relink::relink;
 pub use repair::Repair;
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
