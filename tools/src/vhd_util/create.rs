@@ -1,6 +1,6 @@
 //! `create` and `snapshot`: new images.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +11,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tapdisk::chain::{self, Layer};
 
 use super::failure::{self, Failure, Result};
-use super::file::{Medium, NewFile, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, NewFile, footer_place, write_footers, write_pieces};
 use super::{Create, Snapshot};
 
 /// Bytes of so many MiB.
@@ -55,26 +55,30 @@ pub(super) fn create(args: &Create) -> Result<()> {
     write(&args.name, &Layout::new(&new).map_err(failure::layout(&args.name))?)
 }
 
-/// Writes a new image. Until the footers are there, it is none, and they come when all the rest is safe.
-pub(super) fn write(path: &Path, layout: &Layout) -> Result<()> {
+/// Writes a new image.
+fn write(path: &Path, layout: &Layout) -> Result<()> {
     let new = NewFile::create(path)?;
     let file = new.get();
-    let failed = file.failed();
-    if file.is_device() {
-        if file.size() < layout.end + FOOTER_SIZE as u64 {
-            let text = format!("the device has {} bytes, and metadata alone needs {}", file.size(), layout.end + 512);
-            return Err(Failure::new(Errno::ENOSPC, path, text));
-        }
-        // What was an image before is none any more.
-        file.zero(0, FOOTER_SIZE as u64).map_err(&failed)?;
-        file.zero(file.size() - FOOTER_SIZE as u64, FOOTER_SIZE as u64).map_err(&failed)?;
-        file.sync().map_err(&failed)?;
+    let needed = layout.end + FOOTER_SIZE as u64;
+    if file.is_device() && file.size() < needed {
+        let text = format!("the device has {} bytes, and metadata alone needs {needed}", file.size());
+        return Err(Failure::new(Errno::ENOSPC, path, text));
     }
-    write_pieces(file, &layout.pieces()).map_err(&failed)?;
-    file.sync().map_err(&failed)?;
-    write_footers(file, &layout.footer, layout.end).map_err(&failed)?;
-    drop(failed);
+    put(file, layout).map_err(file.failed())?;
     new.keep()
+}
+
+/// Writes a new image's metadata. Until the footers are there, it is none, and they come when all the rest is safe.
+fn put(to: &dyn Medium, layout: &Layout) -> io::Result<()> {
+    if to.is_device() {
+        // What was an image before is none any more.
+        to.zero(0, FOOTER_SIZE as u64)?;
+        to.zero(footer_place(to, 0), FOOTER_SIZE as u64)?;
+        to.sync()?;
+    }
+    write_pieces(to, &layout.pieces())?;
+    to.sync()?;
+    write_footers(to, &layout.footer, layout.end)
 }
 
 /// Makes an image all of whose bytes are reserved.
@@ -91,7 +95,7 @@ fn fixed(path: &Path, size: u64) -> Result<()> {
 }
 
 /// Reserves a fixed image's bytes, which read as zeros.
-fn reserve(file: &super::file::ImageFile, size: u64) -> std::io::Result<()> {
+fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
     if file.is_device() {
         if file.size() < size.saturating_add(FOOTER_SIZE as u64) {
             return Err(Errno::ENOSPC.into());
@@ -203,7 +207,34 @@ fn relative(folder: &Path, file: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{self, Memory, crashes};
     use super::*;
+
+    #[test]
+    fn a_new_image_is_whole_or_none() {
+        let old = testing::image(Kind::Dynamic, true, &[(1, 0..3), (2, 0..8)], 1);
+        let uuid = Uuid([9; 16]);
+        let new = NewImage { size: 10 << 20, room: 0, uuid, unix_seconds: 1_000_000_000, parent: None };
+        let layout = Layout::new(&new).unwrap();
+        for start in [Memory::new(Vec::new(), false), old] {
+            let before = testing::image_of(&start);
+            crashes(
+                &start,
+                |to| put(to, &layout),
+                |after| match testing::image_of(after) {
+                    Some(image) if image.footer.uuid == uuid => {
+                        assert_eq!((image.footer.size(), image.table.allocated().count()), (10 << 20, 0));
+                        assert_eq!(testing::fatal(after), None);
+                    }
+                    // On a device, what was there may still be, but not with other blocks.
+                    Some(image) => assert_eq!(Some(image.table), before.as_ref().map(|image| image.table.clone())),
+                    None => {}
+                },
+            );
+            put(&start, &layout).unwrap();
+            assert_eq!(testing::problems(&start), []);
+        }
+    }
 
     #[test]
     fn paths_are_relative_to_the_childs_folder() {
