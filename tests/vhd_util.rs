@@ -367,6 +367,12 @@ fn keys_are_known_by_their_hash() {
     good("snapshot -n {} -p {}", &[&path("child.vhd"), &image]);
     assert!(good("key -p -n {}", &[&path("child.vhd")]).ends_with(&format!("{}\n", "ab".repeat(32))));
     assert_eq!(vhd_util("key -s -n {} -H 12", &[&image]).code, libc::EINVAL);
+    let said = vhd_util("convert --to raw {} {}", &[&image, &path("disk.raw")]);
+    assert!(said.code == libc::EOPNOTSUPP && said.err.contains("disk.vhd: it is encrypted"), "{}", said.err);
+    good("snapshot -e -n {} -p {}", &[&path("other.vhd"), &image]);
+    good(&format!("key -s -n {{}} -H {}", "cd".repeat(32)), &[&path("other.vhd")]);
+    let said = vhd_util("coalesce -n {}", &[&path("other.vhd")]);
+    assert!(said.code == libc::EINVAL && said.err.contains("not encrypted with the same key"), "{}", said.err);
     write(&image, 0, 512, 1);
     assert!(vhd_util(&set, &[&image]).err.contains("it has data already"));
 }

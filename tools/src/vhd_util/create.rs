@@ -5,13 +5,14 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use drivers::vhd::layout::{self, Layout, NewImage, NewParent};
-use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, KeyHash, Kind, Source, Uuid};
+use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Uuid};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use tapdisk::chain::{self, Layer};
 
 use super::failure::{self, Failure, Result};
-use super::file::{ImageFile, Medium, NewFile, footer_place, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
+use super::key::key_hash;
 use super::{Create, Snapshot};
 
 /// Bytes of so many MiB.
@@ -59,23 +60,24 @@ pub(super) fn create(args: &Create) -> Result<()> {
 fn write(path: &Path, layout: &Layout) -> Result<()> {
     let new = NewFile::create(path)?;
     let file = new.get();
-    let needed = layout.end + FOOTER_SIZE as u64;
-    if file.is_device() && file.size() < needed {
-        let text = format!("the device has {} bytes, and metadata alone needs {needed}", file.size());
-        return Err(Failure::new(Errno::ENOSPC, path, text));
-    }
+    fits(file, layout.end)?;
     put(file, layout).map_err(file.failed())?;
     new.keep()
 }
 
+/// Whether a device is large enough for so many bytes and a footer. A file may be, or grows until there is no space left.
+pub(super) fn fits(file: &ImageFile, bytes: u64) -> Result<()> {
+    let needed = bytes.saturating_add(FOOTER_SIZE as u64);
+    if file.is_device() && file.size() < needed {
+        let text = format!("the device has {} bytes, and at least {needed} are needed", file.size());
+        return Err(Failure::new(Errno::ENOSPC, &file.path, text));
+    }
+    Ok(())
+}
+
 /// Writes a new image's metadata. Until the footers are there, it is none, and they come when all the rest is safe.
 fn put(to: &dyn Medium, layout: &Layout) -> io::Result<()> {
-    if to.is_device() {
-        // What was an image before is none any more.
-        to.zero(0, FOOTER_SIZE as u64)?;
-        to.zero(footer_place(to, 0), FOOTER_SIZE as u64)?;
-        to.sync()?;
-    }
+    forget_image(to)?;
     write_pieces(to, &layout.pieces())?;
     to.sync()?;
     write_footers(to, &layout.footer, layout.end)
@@ -89,6 +91,7 @@ fn fixed(path: &Path, size: u64) -> Result<()> {
     let footer = Footer::new(Kind::Fixed, size, new_uuid()?, now());
     let new = NewFile::create(path)?;
     let file = new.get();
+    fits(file, size)?;
     reserve(file, size).map_err(file.failed())?;
     write_footers(file, &footer, size).map_err(file.failed())?;
     new.keep()
@@ -97,9 +100,7 @@ fn fixed(path: &Path, size: u64) -> Result<()> {
 /// Reserves a fixed image's bytes, which read as zeros.
 fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
     if file.is_device() {
-        if file.size() < size.saturating_add(FOOTER_SIZE as u64) {
-            return Err(Errno::ENOSPC.into());
-        }
+        forget_image(file)?;
         return file.zero(0, size);
     }
     let len = i64::try_from(size.saturating_add(FOOTER_SIZE as u64)).map_err(|_| Errno::EFBIG)?;
@@ -131,7 +132,8 @@ pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
     let new_parent = new_parent(&args.name, &parent)?;
     let new = NewImage { size, room, uuid: new_uuid()?, unix_seconds: now(), parent: Some(new_parent) };
     let mut layout = Layout::new(&new).map_err(failure::layout(&args.name))?;
-    layout.batmap.key_hash = key_hash(&parent);
+    // The encryption goes on in the child.
+    layout.batmap.key_hash = key_hash(parent.image.as_ref());
     write(&args.name, &layout)
 }
 
@@ -145,11 +147,6 @@ pub(super) fn raw(path: &Path) -> Result<Layer> {
 /// The size of an image's disk; of a raw one whole sectors.
 fn disk_size(layer: &Layer) -> u64 {
     layer.image.as_ref().map_or(layer.file_size.next_multiple_of(512), |image| image.footer.size())
-}
-
-/// The encryption goes on in the child.
-fn key_hash(layer: &Layer) -> Option<KeyHash> {
-    layer.image.as_ref()?.batmap.as_ref()?.key_hash
 }
 
 /// The first of a chain that has a block: an image without one is no use as a parent.
