@@ -46,18 +46,7 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
         let room = image.header.as_ref().map_or(old, Header::size_max);
         return fail(Errno::EINVAL, format!("there is room for {room} bytes only: resize it with a journal (-j)"));
     };
-    let journal_file = NewFile::create(journal_path).map_err(|failure| {
-        let text = match failure.errno {
-            Errno::EEXIST => format!(
-                "{}: there is a journal already: if it is of a resize of this image that was interrupted, run vhd-util \
-                 revert first",
-                journal_path.display()
-            ),
-            _ => failure.text,
-        };
-        let failure = Failure { errno: failure.errno, line: None, text };
-        failure.saying(|errno| format!("creating journal failed: {errno}"))
-    })?;
+    let journal_file = new_journal(journal_path, &image)?;
     let journal = journal_file.get();
     let taken = Journal::take(&file, image.footer.uuid, &plan.overwritten).map_err(Failure::io(path, "read it"))?;
     taken.write(journal).map_err(journal.failed())?;
@@ -79,6 +68,25 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
     }
     taken.done(&journal).map_err(journal.failed())?;
     remove(&journal)
+}
+
+/// The file or device of a new journal. One that is needed to undo another resize is left alone.
+fn new_journal(path: &Path, image: &Image) -> Result<NewFile> {
+    let failed = |failure: Failure| failure.saying(|errno| format!("creating journal failed: {errno}"));
+    let there = || {
+        let text = "there is a journal already: if it is of a resize of this image that was interrupted, run vhd-util \
+                    revert first";
+        failed(Failure::new(Errno::EEXIST, path, text))
+    };
+    let new = NewFile::create(path).map_err(|failure| match failure.errno {
+        Errno::EEXIST => there(),
+        _ => failed(failure),
+    })?;
+    // A device is there, and has what was written to it last.
+    match new.get().is_device().then(|| Journal::read(new.get())) {
+        Some(Ok(State::Complete(journal))) if journal.uuid == image.footer.uuid => Err(there()),
+        _ => Ok(new),
+    }
 }
 
 /// Removes a journal; a device stays, and says that there is nothing to undo.
