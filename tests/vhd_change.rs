@@ -234,6 +234,29 @@ fn disks_grow_and_keep_their_content() {
 }
 
 #[test]
+fn a_block_that_the_disk_ended_in_is_not_full_any_more() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    let (raw, journal) = (path("raw"), path("journal"));
+    std::fs::write(&raw, vec![7; 3 << 20]).unwrap();
+    for (name, words, size) in [("fast", "resize -f -s 4 -n {}", 4), ("far", "resize -s 520 -n {} -j {}", 520)] {
+        let vhd = path(name);
+        good("convert --to vhd {} {}", &[&raw, &vhd]);
+        good(words, &[&vhd, &journal]);
+        assert_eq!(good("check -b -n {}", &[&vhd]), valid(&vhd));
+        assert_eq!(good("query -v -n {}", &[&vhd]), format!("{size}\n"));
+        // A child of it reads what it did not write from there.
+        let child = path(&format!("{name}.child"));
+        good("snapshot -n {} -p {}", &[&child, &vhd]);
+        write(&child, 3 * MIB - 512, 1024, 8);
+        let mut expected = vec![7; 3 << 20];
+        expected.resize(size << 20, 0);
+        expected[(3 << 20) - 512..][..1024].fill(8);
+        assert!(disk(&child) == expected);
+    }
+}
+
+#[test]
 fn a_resize_that_is_killed_is_reverted() {
     let folder = folder();
     let path = |name: &str| folder.path().join(name);

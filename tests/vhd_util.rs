@@ -117,11 +117,55 @@ fn a_device_gets_metadata_only_and_its_footer_at_the_end() {
     assert_eq!(good("coalesce -n {}", &[&child]), "Coalesced 8 sectors\n");
     assert!(disk(device) == before);
     assert_eq!(good("check -b -n {}", &[device]), format!("{} is valid\n", device.display()));
+    // It grows where it is, and says so when it cannot.
+    let journal = folder.path().join("journal");
+    good("resize -s 520 -n {} -j {}", &[device, &journal]);
+    assert_eq!(good("check -b -n {}", &[device]), format!("{} is valid\n", device.display()));
+    assert!(disk(device)[..before.len()] == before && !journal.exists());
+    good("set -n {} -f hidden -v 1", &[device]);
+    assert_eq!(good("query -f -n {}", &[device]), "hidden: 1\n");
+    assert_eq!(vhd_util(&format!("modify -s {} -n {{}}", 25 << 20), &[device]).code, libc::ENOSPC);
     let raw = folder.path().join("raw");
     std::fs::write(&raw, vec![9; 3 << 20]).unwrap();
     good("convert --to vhd {} {}", &[&raw, device]);
     assert!(disk(device)[..3 << 20] == vec![9; 3 << 20]);
     assert_eq!(vhd_util("create -n {} -s 100 -r", &[device]).code, libc::ENOSPC);
+    good("create -n {} -s 10 -r", &[device]);
+    assert!(disk(device) == vec![0; 10 << 20]);
+    // As a raw disk, it is what the image is, zeros and all.
+    let vhd = folder.path().join("small.vhd");
+    good("create -n {} -s 20", &[&vhd]);
+    write(&vhd, 5 * MIB, 5 * MIB, 3);
+    change(device, 15 * MIB, &[0x77; 4096]);
+    good("convert --to raw {} {}", &[&vhd, device]);
+    assert!(bytes(device, 0, 20 << 20) == disk(&vhd));
+}
+
+#[test]
+fn a_journal_can_be_on_a_device() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("device"), vec![0x77; 8 << 20]).unwrap();
+    let Some(device) = Loop::new(&path("device"), 512) else { return };
+    let (journal, image) = (Path::new(&device.0), path("image.vhd"));
+    good("create -n {} -s 40", &[&image]);
+    write(&image, 5 * MIB, 4096, 1);
+    let before = std::fs::read(&image).unwrap();
+    let mut limited = Command::new("prlimit");
+    // In the middle of the block that moves behind a table of four.
+    let limit = 5 * MIB;
+    limited.args([format!("--fsize={limit}"), "--core=0".into()]).arg(common::served::tool("vhd-util").get_program());
+    let status = limited.args(["resize", "-s", "2088960", "-n"]).arg(&image).arg("-j").arg(journal).status().unwrap();
+    assert!(!status.success() && std::fs::read(&image).unwrap() != before);
+    let again = "resize -s 2088960 -n {} -j {}";
+    assert_eq!(vhd_util(again, &[&image, journal]).code, libc::EEXIST);
+    good("revert -n {} -j {}", &[&image, journal]);
+    assert!(std::fs::read(&image).unwrap() == before && journal.exists());
+    good(again, &[&image, journal]);
+    assert_eq!(good("check -b -n {}", &[&image]), format!("{} is valid\n", image.display()));
+    // There is nothing to undo any more.
+    good("revert -n {} -j {}", &[&image, journal]);
+    assert_eq!(good("query -v -n {}", &[&image]), "2088960\n");
 }
 
 #[test]
@@ -367,6 +411,12 @@ fn keys_are_known_by_their_hash() {
     good("snapshot -n {} -p {}", &[&path("child.vhd"), &image]);
     assert!(good("key -p -n {}", &[&path("child.vhd")]).ends_with(&format!("{}\n", "ab".repeat(32))));
     assert_eq!(vhd_util("key -s -n {} -H 12", &[&image]).code, libc::EINVAL);
+    let said = vhd_util("convert --to raw {} {}", &[&image, &path("disk.raw")]);
+    assert!(said.code == libc::EOPNOTSUPP && said.err.contains("disk.vhd: it is encrypted"), "{}", said.err);
+    good("snapshot -e -n {} -p {}", &[&path("other.vhd"), &image]);
+    good(&format!("key -s -n {{}} -H {}", "cd".repeat(32)), &[&path("other.vhd")]);
+    let said = vhd_util("coalesce -n {}", &[&path("other.vhd")]);
+    assert!(said.code == libc::EINVAL && said.err.contains("not encrypted with the same key"), "{}", said.err);
     write(&image, 0, 512, 1);
     assert!(vhd_util(&set, &[&image]).err.contains("it has data already"));
 }

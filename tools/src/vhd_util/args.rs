@@ -359,7 +359,7 @@ pub struct Key {
     /// Prints nonce and hash, or "none"
     #[arg(short)]
     pub print: bool,
-    /// The key, in a file <image>,aes-xts-plain,<256 or 512>.key
+    /// The key, in a file IMAGE,aes-xts-plain,BITS.key with 256 or 512 bits
     #[arg(short, value_name = "FILE")]
     pub key: Option<PathBuf>,
     /// The hash: SHA-256 of nonce and key, 64 hexadecimal digits

@@ -16,6 +16,7 @@ use tapdisk::chain::{self, Layer, Rules};
 use super::Coalesce;
 use super::failure::{Failure, Result};
 use super::file::{ImageFile, Medium, ReadFile, cut_footer, end_of_data, footer_place, write_footers, write_pieces};
+use super::key::key_hash;
 use super::set::table_piece;
 
 const SECTOR: u64 = 512;
@@ -39,7 +40,11 @@ fn merge(args: &Coalesce, out: &mut dyn Write) -> Result<u64> {
     let parent_path = &chain[1].path;
     let parent = ImageFile::open(parent_path)?;
     let nil = child.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL);
-    let mut into = if nil { Into::raw(&parent) } else { Into::image(&parent, parent.image()?) };
+    let mut into = if nil { Target::raw(&parent) } else { Target::image(&parent, parent.image()?) };
+    if key_hash(Some(&child)) != key_hash(into.image.as_ref()) {
+        let text = "it and its child are not encrypted with the same key: what is merged could not be read";
+        return Err(Failure::new(Errno::EINVAL, parent_path, text));
+    }
     let mut shown = |done: f64| -> io::Result<()> {
         if args.progress {
             write!(out, "\r{:6.2}%{}", 100.0 * done, if done >= 1.0 { "\n" } else { "" })?;
@@ -88,19 +93,24 @@ impl Child<'_> {
 
     /// Where the last byte of the disk is that it holds.
     fn end_of_data(&self) -> io::Result<u64> {
+        let blocks: Vec<_> = self.image.table.allocated().collect();
         let mut last = 0;
-        if let Some((block, at)) = self.image.table.allocated().last() {
+        for (block, at) in blocks.into_iter().rev() {
             self.each(block, at, |_, disk, len| {
                 last = disk + len;
                 Ok(())
             })?;
+            // A block can be there without a sector that is held.
+            if last > 0 {
+                break;
+            }
         }
         Ok(last)
     }
 }
 
 /// What it is merged into.
-pub(super) struct Into<'a> {
+pub(super) struct Target<'a> {
     to: &'a dyn Medium,
     /// None: raw.
     image: Option<Image>,
@@ -112,14 +122,14 @@ pub(super) struct Into<'a> {
     added: bool,
 }
 
-impl<'a> Into<'a> {
-    fn raw(to: &'a dyn Medium) -> Into<'a> {
-        Into { to, image: None, size: to.size(), end: 0, added: false }
+impl<'a> Target<'a> {
+    fn raw(to: &'a dyn Medium) -> Target<'a> {
+        Target { to, image: None, size: to.size(), end: 0, added: false }
     }
 
-    pub(super) fn image(to: &'a dyn Medium, image: Image) -> Into<'a> {
+    pub(super) fn image(to: &'a dyn Medium, image: Image) -> Target<'a> {
         let (size, end) = (image.footer.size(), end_of_data(&image));
-        Into { to, image: Some(image), size, end, added: false }
+        Target { to, image: Some(image), size, end, added: false }
     }
 
     /// Merges all that the child holds, and says how many sectors that are.
@@ -263,7 +273,7 @@ mod tests {
     fn merge(child: &Memory, parent: &Memory) -> io::Result<u64> {
         let image = Image::read(child, &mut Vec::new()).unwrap();
         let into = Image::read(parent, &mut Vec::new()).unwrap();
-        Into::image(parent, into).merge(&Child { source: child, image: &image }, &mut |_| Ok(()))
+        Target::image(parent, into).merge(&Child { source: child, image: &image }, &mut |_| Ok(()))
     }
 
     #[test]

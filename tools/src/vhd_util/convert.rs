@@ -15,10 +15,10 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Whence, lseek};
 
-use super::create::{new_uuid, now};
+use super::create::{fits, new_uuid, now};
 use super::disk::{self, Disk, Run};
 use super::failure::{self, Failure, Result};
-use super::file::{ImageFile, Medium, NewFile, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
 use super::set::table_piece;
 use super::{Convert, Format};
 
@@ -208,10 +208,8 @@ impl Copier<'_> {
         let layout = Layout::new(&new).map_err(failure::layout(&self.target.path))?;
         let target = self.target;
         let failed = target.failed();
-        if target.is_device() {
-            // What was an image before is none any more.
-            target.zero(0, FOOTER_SIZE as u64).and_then(|()| target.sync()).map_err(&failed)?;
-        }
+        fits(target, layout.end)?;
+        forget_image(target).map_err(&failed)?;
         write_pieces(target, &layout.pieces()).map_err(&failed)?;
         let (mut table, mut batmap) = (Table::empty(layout.header.entries()), layout.batmap.clone());
         let (mut end, block_size) = (layout.end, u64::from(BLOCK_SIZE));

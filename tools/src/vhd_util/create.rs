@@ -1,17 +1,18 @@
 //! `create` and `snapshot`: new images.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use drivers::vhd::layout::{self, Layout, NewImage, NewParent};
-use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, KeyHash, Kind, Source, Uuid, unix_seconds};
+use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Uuid, unix_seconds};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use tapdisk::chain::{self, Layer, Rules};
 
 use super::failure::{self, Failure, Result};
-use super::file::{Medium, NewFile, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
+use super::key::key_hash;
 use super::{Create, Snapshot};
 
 /// Bytes of so many MiB.
@@ -55,26 +56,31 @@ pub(super) fn create(args: &Create) -> Result<()> {
     write(&args.name, &Layout::new(&new).map_err(failure::layout(&args.name))?)
 }
 
-/// Writes a new image. Until the footers are there, it is none, and they come when all the rest is safe.
-pub(super) fn write(path: &Path, layout: &Layout) -> Result<()> {
+/// Writes a new image.
+fn write(path: &Path, layout: &Layout) -> Result<()> {
     let new = NewFile::create(path)?;
     let file = new.get();
-    let failed = file.failed();
-    if file.is_device() {
-        if file.size() < layout.end + FOOTER_SIZE as u64 {
-            let text = format!("the device has {} bytes, and metadata alone needs {}", file.size(), layout.end + 512);
-            return Err(Failure::new(Errno::ENOSPC, path, text));
-        }
-        // What was an image before is none any more.
-        file.zero(0, FOOTER_SIZE as u64).map_err(&failed)?;
-        file.zero(file.size() - FOOTER_SIZE as u64, FOOTER_SIZE as u64).map_err(&failed)?;
-        file.sync().map_err(&failed)?;
-    }
-    write_pieces(file, &layout.pieces()).map_err(&failed)?;
-    file.sync().map_err(&failed)?;
-    write_footers(file, &layout.footer, layout.end).map_err(&failed)?;
-    drop(failed);
+    fits(file, layout.end)?;
+    put(file, layout).map_err(file.failed())?;
     new.keep()
+}
+
+/// Whether a device is large enough for so many bytes and a footer. A file may be, or grows until there is no space left.
+pub(super) fn fits(file: &ImageFile, bytes: u64) -> Result<()> {
+    let needed = bytes.saturating_add(FOOTER_SIZE as u64);
+    if file.is_device() && file.size() < needed {
+        let text = format!("the device has {} bytes, and at least {needed} are needed", file.size());
+        return Err(Failure::new(Errno::ENOSPC, &file.path, text));
+    }
+    Ok(())
+}
+
+/// Writes a new image's metadata. Until the footers are there, it is none, and they come when all the rest is safe.
+fn put(to: &dyn Medium, layout: &Layout) -> io::Result<()> {
+    forget_image(to)?;
+    write_pieces(to, &layout.pieces())?;
+    to.sync()?;
+    write_footers(to, &layout.footer, layout.end)
 }
 
 /// Makes an image all of whose bytes are reserved.
@@ -85,17 +91,16 @@ fn fixed(path: &Path, size: u64) -> Result<()> {
     let footer = Footer::new(Kind::Fixed, size, new_uuid()?, now());
     let new = NewFile::create(path)?;
     let file = new.get();
+    fits(file, size)?;
     reserve(file, size).map_err(file.failed())?;
     write_footers(file, &footer, size).map_err(file.failed())?;
     new.keep()
 }
 
 /// Reserves a fixed image's bytes, which read as zeros.
-fn reserve(file: &super::file::ImageFile, size: u64) -> std::io::Result<()> {
+fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
     if file.is_device() {
-        if file.size() < size.saturating_add(FOOTER_SIZE as u64) {
-            return Err(Errno::ENOSPC.into());
-        }
+        forget_image(file)?;
         return file.zero(0, size);
     }
     let len = i64::try_from(size.saturating_add(FOOTER_SIZE as u64)).map_err(|_| Errno::EFBIG)?;
@@ -127,7 +132,8 @@ pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
     let new_parent = new_parent(&args.name, &parent)?;
     let new = NewImage { size, room, uuid: new_uuid()?, unix_seconds: now(), parent: Some(new_parent) };
     let mut layout = Layout::new(&new).map_err(failure::layout(&args.name))?;
-    layout.batmap.key_hash = key_hash(&parent);
+    // The encryption goes on in the child.
+    layout.batmap.key_hash = key_hash(parent.image.as_ref());
     write(&args.name, &layout)
 }
 
@@ -141,11 +147,6 @@ pub(super) fn raw(path: &Path) -> Result<Layer> {
 /// The size of an image's disk; of a raw one whole sectors.
 fn disk_size(layer: &Layer) -> u64 {
     layer.image.as_ref().map_or(layer.file_size.next_multiple_of(512), |image| image.footer.size())
-}
-
-/// The encryption goes on in the child.
-fn key_hash(layer: &Layer) -> Option<KeyHash> {
-    layer.image.as_ref()?.batmap.as_ref()?.key_hash
 }
 
 /// The first of a chain that has a block: an image without one is no use as a parent.
@@ -210,7 +211,34 @@ fn relative(folder: &Path, file: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{self, Memory, crashes};
     use super::*;
+
+    #[test]
+    fn a_new_image_is_whole_or_none() {
+        let old = testing::image(Kind::Dynamic, true, &[(1, 0..3), (2, 0..8)], 1);
+        let uuid = Uuid([9; 16]);
+        let new = NewImage { size: 10 << 20, room: 0, uuid, unix_seconds: 1_000_000_000, parent: None };
+        let layout = Layout::new(&new).unwrap();
+        for start in [Memory::new(Vec::new(), false), old] {
+            let before = testing::image_of(&start);
+            crashes(
+                &start,
+                |to| put(to, &layout),
+                |after| match testing::image_of(after) {
+                    Some(image) if image.footer.uuid == uuid => {
+                        assert_eq!((image.footer.size(), image.table.allocated().count()), (10 << 20, 0));
+                        assert_eq!(testing::fatal(after), None);
+                    }
+                    // On a device, what was there may still be, but not with other blocks.
+                    Some(image) => assert_eq!(Some(image.table), before.as_ref().map(|image| image.table.clone())),
+                    None => {}
+                },
+            );
+            put(&start, &layout).unwrap();
+            assert_eq!(testing::problems(&start), []);
+        }
+    }
 
     #[test]
     fn paths_are_relative_to_the_childs_folder() {

@@ -7,11 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use drivers::vhd::{Header, Image, Kind, Source, bitmap};
+use nix::errno::Errno;
 use tapdisk::chain::{self, Layer, Rules};
 
 use super::create::raw;
 use super::failure::{Failure, Result};
 use super::file::ReadFile;
+use super::key::key_hash;
 
 const SECTOR: u64 = 512;
 
@@ -45,6 +47,11 @@ impl Disk {
     /// Opens a VHD image with all its parents, or a raw image.
     pub(super) fn open(path: &Path, vhd: bool) -> Result<Disk> {
         let layers = if vhd { chain::chain(path, &Rules::ANY)? } else { vec![raw(path)?] };
+        if let Some(layer) = layers.iter().find(|layer| key_hash(layer.image.as_ref()).is_some()) {
+            let text = "it is encrypted, and what is written would be, too, without saying so: read it through a tapdisk \
+                        that has the key";
+            return Err(Failure::new(Errno::EOPNOTSUPP, &layer.path, text));
+        }
         let size = layers[0].image.as_ref().map_or(layers[0].file_size, |image| image.footer.size());
         let open = |layer: Layer| {
             let file = ReadFile::open(&layer.path)?;

@@ -191,6 +191,16 @@ impl Drop for NewFile {
     }
 }
 
+/// What was an image on a device before is none any more, and nobody takes what is half made for it.
+pub(super) fn forget_image(to: &dyn Medium) -> io::Result<()> {
+    if !to.is_device() {
+        return Ok(());
+    }
+    to.zero(0, FOOTER_SIZE as u64)?;
+    to.zero(footer_place(to, 0), FOOTER_SIZE as u64)?;
+    to.sync()
+}
+
 /// Writes parts of an image.
 pub(super) fn write_pieces(to: &dyn Medium, pieces: &[Piece]) -> io::Result<()> {
     pieces.iter().try_for_each(|piece| to.write_at(piece.at, &piece.bytes))

@@ -42,7 +42,8 @@ pub(super) fn key(args: &Key, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-fn key_hash(image: Option<&Image>) -> Option<KeyHash> {
+/// What an image says of its key. None: it is not encrypted.
+pub(super) fn key_hash(image: Option<&Image>) -> Option<KeyHash> {
     image?.batmap.as_ref()?.key_hash
 }
 

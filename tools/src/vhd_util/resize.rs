@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use drivers::vhd::layout::{self, Piece, batmap_pieces};
-use drivers::vhd::{FOOTER_SIZE, Footer, Header, Image, Locator, SECTORS_MAX, Source, Table};
+use drivers::vhd::{Batmap, FOOTER_SIZE, Footer, Header, Image, Locator, SECTORS_MAX, Source, Table};
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
@@ -46,18 +46,7 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
         let room = image.header.as_ref().map_or(old, Header::size_max);
         return fail(Errno::EINVAL, format!("there is room for {room} bytes only: resize it with a journal (-j)"));
     };
-    let journal_file = NewFile::create(journal_path).map_err(|failure| {
-        let text = match failure.errno {
-            Errno::EEXIST => format!(
-                "{}: there is a journal already: if it is of a resize of this image that was interrupted, run vhd-util \
-                 revert first",
-                journal_path.display()
-            ),
-            _ => failure.text,
-        };
-        let failure = Failure { errno: failure.errno, line: None, text };
-        failure.saying(|errno| format!("creating journal failed: {errno}"))
-    })?;
+    let journal_file = new_journal(journal_path, &image)?;
     let journal = journal_file.get();
     let taken = Journal::take(&file, image.footer.uuid, &plan.overwritten).map_err(Failure::io(path, "read it"))?;
     taken.write(journal).map_err(journal.failed())?;
@@ -81,6 +70,25 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
     remove(&journal)
 }
 
+/// The file or device of a new journal. One that is needed to undo another resize is left alone.
+fn new_journal(path: &Path, image: &Image) -> Result<NewFile> {
+    let failed = |failure: Failure| failure.saying(|errno| format!("creating journal failed: {errno}"));
+    let there = || {
+        let text = "there is a journal already: if it is of a resize of this image that was interrupted, run vhd-util \
+                    revert first";
+        failed(Failure::new(Errno::EEXIST, path, text))
+    };
+    let new = NewFile::create(path).map_err(|failure| match failure.errno {
+        Errno::EEXIST => there(),
+        _ => failed(failure),
+    })?;
+    // A device is there, and has what was written to it last.
+    match new.get().is_device().then(|| Journal::read(new.get())) {
+        Some(Ok(State::Complete(journal))) if journal.uuid == image.footer.uuid => Err(there()),
+        _ => Ok(new),
+    }
+}
+
 /// Removes a journal; a device stays, and says that there is nothing to undo.
 fn remove(journal: &ImageFile) -> Result<()> {
     if journal.is_device() {
@@ -91,9 +99,31 @@ fn remove(journal: &ImageFile) -> Result<()> {
 
 /// Only the footers say how large a disk is that there is room for.
 fn grow_in_place(file: &dyn Medium, image: &Image, size: u64) -> io::Result<()> {
+    if let Some(header) = &image.header {
+        // Others left in the entries what they liked as long as the disk did not have them.
+        let blocks = size.div_ceil(header.block_size().into()) as u32;
+        let unused = Table::empty(blocks - image.table.blocks());
+        let mut bytes = vec![0; 4 * unused.blocks() as usize];
+        unused.write(0, &mut bytes);
+        file.write_at(header.table_at() + 4 * u64::from(image.table.blocks()), &bytes)?;
+        if let Some(batmap) = with_open_end(image) {
+            write_pieces(file, &batmap_pieces(&batmap))?;
+        }
+        file.sync()?;
+    }
     let mut footer = image.footer;
     footer.set_size(size);
     write_footers(file, &footer, end_of_data(image))
+}
+
+/// The batmap, changed if the disk ends within a block: that is not full any more when the disk has more of it.
+fn with_open_end(image: &Image) -> Option<Batmap> {
+    let (header, mut batmap) = (image.header.as_ref()?, image.batmap.clone()?);
+    let block_size = u64::from(header.block_size());
+    let last = (image.footer.size() / block_size) as u32;
+    let open = !image.footer.size().is_multiple_of(block_size) && batmap.is_full(last);
+    batmap.set(last, false);
+    open.then_some(batmap)
 }
 
 /// Undoes a resize that was interrupted.
@@ -156,6 +186,9 @@ impl Plan {
 
     fn make(file: &dyn Medium, image: &Image, size: u64) -> std::result::Result<Plan, (Errno, String)> {
         let mut image = image.clone();
+        if let Some(batmap) = with_open_end(&image) {
+            image.batmap = Some(batmap);
+        }
         let old_end = end_of_data(&image);
         let old_size = image.footer.size();
         image.footer.set_size(size);
@@ -309,6 +342,30 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_disk_grows_in_place_or_not_at_all() {
+        let image = testing::image(Kind::Dynamic, false, &[(3, 0..3), (5, 0..8)], 3);
+        // The table's sector has room for 128 entries.
+        let mut header = Image::read(&image, &mut Vec::new()).unwrap().header.unwrap();
+        header.set_entries(128);
+        header.seal();
+        image.write_at(FOOTER_SIZE as u64, header.as_bytes()).unwrap();
+        image.write_at(header.table_at() + 4 * 20, &[0; 12]).unwrap();
+        image.sync().unwrap();
+        let before = testing::content(&[&image]);
+        let grow = |image: &Memory| {
+            let read = Image::read(image, &mut Vec::new()).unwrap();
+            if read.footer.size() == 4096 * 100 { Ok(()) } else { grow_in_place(image, &read, 4096 * 100) }
+        };
+        crashes(&image, grow, |after| {
+            assert_eq!(testing::fatal(after), None);
+            assert!(testing::content(&[after]).starts_with(&before));
+            grow(after).unwrap();
+            let content = testing::content(&[after]);
+            assert!(content.len() == 4096 * 100 && content.starts_with(&before));
+        });
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! `set` and `modify`: changes of an image's metadata.
 
+use std::io;
 use std::path::Path;
 
-use drivers::vhd::layout::{self, Piece, batmap_pieces};
+use drivers::vhd::layout::{self, LayoutError, NewParent, Piece, batmap_pieces};
 use drivers::vhd::{FOOTER_SIZE, Image, Kind, Source, Table};
 use nix::errno::Errno;
 use tapdisk::chain;
@@ -52,7 +53,11 @@ pub(super) fn no_batmap(path: &Path) -> Failure {
 pub(super) fn modify(args: &Modify) -> Result<()> {
     let (file, mut image) = open(&args.name)?;
     if args.zero {
-        zero(&file, &mut image).map_err(|failure| failure.saying(|errno| format!("failed to zero VHD: {errno}")))?;
+        let zeroed = match image.kind {
+            Kind::Fixed => Err(Failure::new(Errno::ENOSYS, &args.name, "a fixed image has no blocks to forget")),
+            _ => zero(&file, &mut image).map_err(file.failed()),
+        };
+        zeroed.map_err(|failure| failure.saying(|errno| format!("failed to zero VHD: {errno}")))?;
     }
     if let Some(size) = args.size {
         move_footer(&file, &image, size)
@@ -67,18 +72,16 @@ pub(super) fn modify(args: &Modify) -> Result<()> {
 }
 
 /// Forgets all blocks: first the table, without which nothing else counts.
-fn zero(file: &ImageFile, image: &mut Image) -> Result<()> {
-    let Some(header) = &image.header else {
-        return Err(Failure::new(Errno::ENOSYS, &file.path, "a fixed image has no blocks that could be forgotten"));
-    };
+fn zero(to: &dyn Medium, image: &mut Image) -> io::Result<()> {
+    let Some(header) = &image.header else { return Ok(()) };
     image.table = Table::empty(image.table.blocks());
-    let table = table_piece(header.table_at(), &image.table);
-    write_pieces(file, &[table]).and_then(|()| file.sync()).map_err(file.failed())?;
+    write_pieces(to, &[table_piece(header.table_at(), &image.table)])?;
+    to.sync()?;
     if let Some(batmap) = &mut image.batmap {
         (0..image.table.blocks()).for_each(|block| batmap.set(block, false));
-        write_pieces(file, &batmap_pieces(batmap)).map_err(file.failed())?;
+        write_pieces(to, &batmap_pieces(batmap))?;
     }
-    write_footers(file, &image.footer, end_of_data(image)).map_err(file.failed())
+    write_footers(to, &image.footer, end_of_data(image))
 }
 
 /// A table as it is in the file.
@@ -106,7 +109,7 @@ fn move_footer(file: &ImageFile, image: &Image, size: u64) -> Result<()> {
     written.map_err(file.failed())
 }
 
-/// Changes the parent: first its names, then the header that says whose they are.
+/// Changes the parent.
 fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool) -> Result<()> {
     if image.kind != Kind::Differencing {
         return Err(Failure::new(Errno::EINVAL, &file.path, "it is no differencing image: it has no parent"));
@@ -114,23 +117,87 @@ fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool
     let path = path.canonicalize().map_err(Failure::io(path, "find it"))?;
     let parent = if parent_raw { raw(&path)? } else { chain::layer(&path)? };
     let named = new_parent(&file.path, &parent)?;
-    let (Some(header_at), Some(header)) = (image.footer.header_at(), &mut image.header) else { return Ok(()) };
-    // New names can go where the file has nothing, but not beyond a footer that is where it is to be.
+    let names = name_parent(file, image, &named).map_err(failure::layout(&file.path))?;
+    write_parent(file, image, &names).map_err(file.failed())
+}
+
+/// Names the parent in the header, and says where the names go.
+fn name_parent(
+    to: &dyn Medium,
+    image: &mut Image,
+    parent: &NewParent,
+) -> std::result::Result<Vec<Piece>, LayoutError> {
+    let Some(header) = &mut image.header else { return Ok(Vec::new()) };
+    // New names can go where the file has nothing: before the first block, or, without one, at the end.
+    let at = image.metadata_end;
     let first = image.table.allocated().map(|(_, at)| at).min();
-    let end =
-        first.unwrap_or_else(|| if file.is_device() { footer_place(file, image.metadata_end) } else { u64::MAX });
-    let room = end.saturating_sub(image.metadata_end);
-    let names = layout::name_parent(header, &named, image.metadata_end, room).map_err(failure::layout(&file.path))?;
-    let last = names.last().map_or(0, |name| name.at + name.bytes.len() as u64);
-    if last > image.metadata_end && first.is_none() {
-        cut_footer(file, &image.footer, image.metadata_end).map_err(file.failed())?;
+    let end = first.unwrap_or_else(|| if to.is_device() { footer_place(to, at) } else { u64::MAX });
+    layout::name_parent(header, parent, at, end.saturating_sub(at))
+}
+
+/// Writes the parent's names, and then the header that says whose they are.
+fn write_parent(to: &dyn Medium, image: &mut Image, names: &[Piece]) -> io::Result<()> {
+    let (Some(at), Some(header)) = (image.footer.header_at(), &image.header) else { return Ok(()) };
+    let header = Piece { at, bytes: header.as_bytes().to_vec() };
+    let end = names.last().map_or(0, |name| name.at + name.bytes.len() as u64);
+    let grows = end > image.metadata_end;
+    if grows && !to.is_device() && image.table.allocated().next().is_none() {
+        cut_footer(to, &image.footer, image.metadata_end)?;
     }
-    write_pieces(file, &names).and_then(|()| file.sync()).map_err(file.failed())?;
-    let header = Piece { at: header_at, bytes: header.as_bytes().to_vec() };
-    write_pieces(file, &[header]).and_then(|()| file.sync()).map_err(file.failed())?;
-    if last > image.metadata_end {
-        image.metadata_end = last;
-        write_footers(file, &image.footer, end_of_data(image)).map_err(file.failed())?;
+    write_pieces(to, names)?;
+    to.sync()?;
+    write_pieces(to, &[header])?;
+    to.sync()?;
+    image.metadata_end = image.metadata_end.max(end);
+    // Also after an interruption, when there was no footer any more.
+    write_footers(to, &image.footer, end_of_data(image))
+}
+
+#[cfg(test)]
+mod tests {
+    use drivers::vhd::Uuid;
+
+    use super::super::testing::{self, Memory, crashes};
+    use super::*;
+
+    #[test]
+    fn blocks_are_forgotten_one_by_one_or_all() {
+        let image = testing::image(Kind::Dynamic, false, &[(1, 0..3), (2, 0..8)], 1);
+        let forget = |image: &Memory| zero(image, &mut testing::image_of(image).unwrap());
+        crashes(&image, forget, |after| {
+            assert_eq!(testing::fatal(after), None);
+            forget(after).unwrap();
+            assert_eq!(testing::problems(after), []);
+            assert!(testing::content(&[after]).iter().all(|byte| *byte == 0));
+        });
     }
-    Ok(())
+
+    fn reparent(image: &Memory, path: &str, uuid: Uuid) -> io::Result<()> {
+        let parent = NewParent { path: path.into(), uuid, unix_seconds: 0 };
+        let mut read = testing::image_of(image).unwrap();
+        let names = name_parent(image, &mut read, &parent).unwrap();
+        write_parent(image, &mut read, &names)
+    }
+
+    #[test]
+    fn a_change_of_the_parent_that_was_interrupted_is_made_again() {
+        // Without names there, which go to the end; and in their place.
+        let image = testing::image(Kind::Differencing, false, &[], 2);
+        let (path, uuid) = ("../else/where.vhd", Uuid([7; 16]));
+        for _ in 0..2 {
+            crashes(
+                &image,
+                |image| reparent(image, path, uuid),
+                |after| {
+                    assert_eq!(testing::fatal(after), None);
+                    reparent(after, path, uuid).unwrap();
+                    let read = testing::image_of(after).unwrap();
+                    assert_eq!(read.header.unwrap().parent_uuid, uuid);
+                    assert!(read.parents.len() == 3 && read.parents.iter().all(|(_, found)| found == path));
+                    assert_eq!(testing::problems(after), []);
+                },
+            );
+            reparent(&image, "./another.vhd", Uuid([6; 16])).unwrap();
+        }
+    }
 }

@@ -218,6 +218,11 @@ pub(super) fn content(chain: &[&Memory]) -> Vec<u8> {
     content
 }
 
+/// Its metadata, if it is an image.
+pub(super) fn image_of(memory: &Memory) -> Option<Image> {
+    Image::read(memory, &mut Vec::new()).ok()
+}
+
 /// What it can't be used with.
 pub(super) fn fatal(memory: &Memory) -> Option<Problem> {
     Image::check(memory, u64::MAX).unwrap().into_iter().find(|problem| problem.fatal)
