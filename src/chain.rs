@@ -261,7 +261,8 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
     }
 }
 
-/// Looks whether a parent is as it was when its child was made, as far as the child says.
+/// Looks whether a parent was written after its child was made, as far as they say: its footer has the time when it was written
+/// last, by us, or when it was made, by others; the child has that or, by others, a later one, when the parent's file was changed.
 fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
     let expected = image.header.as_ref().map_or(0, |header| header.parent_timestamp.get());
     let found = match &parent.image {
@@ -272,7 +273,7 @@ fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
             _ => return Ok(()),
         },
     };
-    if expected == 0 || found == expected {
+    if expected == 0 || found <= expected {
         return Ok(());
     }
     Err(Error::ChangedParent { path: path.to_owned(), parent: parent.path.clone(), expected, found })

@@ -91,6 +91,7 @@ pub mod engine;
 pub mod chain;
 pub mod image;
 pub mod memory;
+pub mod vhd;
 
 pub mod client;
 pub mod control;

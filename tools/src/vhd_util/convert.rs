@@ -18,8 +18,8 @@ use nix::unistd::{Whence, lseek};
 use super::create::{fits, new_uuid, now};
 use super::disk::{self, Disk, Run};
 use super::failure::{self, Failure, Result};
+use super::file::table_piece;
 use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
-use super::set::table_piece;
 use super::{Convert, Format};
 
 /// What is left out if it is all zeros, bytes.
@@ -97,7 +97,7 @@ impl Copier<'_> {
             Some(errno) if errno == Errno::EINTR as i32 => {
                 Failure::new(Errno::EINTR, &self.target.path, "interrupted; a new file is removed")
             }
-            _ => (self.target.failed())(error),
+            _ => Failure::io(&self.target.path, "write it")(error),
         }
     }
 
@@ -108,7 +108,7 @@ impl Copier<'_> {
             let text = format!("the device has {} bytes, and the disk {}", target.size(), disk.size);
             return Err(Failure::new(Errno::ENOSPC, &target.path, text));
         }
-        target.set_len(disk.size).map_err(target.failed())?;
+        target.set_len(disk.size).map_err(Failure::io(&target.path, "write it"))?;
         let mut at = 0;
         while at < disk.size {
             let len = STRIDE.min(disk.size - at);
@@ -207,7 +207,7 @@ impl Copier<'_> {
         let new = NewImage { size, room: 0, uuid: new_uuid()?, unix_seconds: now(), parent: None };
         let layout = Layout::new(&new).map_err(failure::layout(&self.target.path))?;
         let target = self.target;
-        let failed = target.failed();
+        let failed = Failure::io(&target.path, "write it");
         fits(target, layout.end)?;
         forget_image(target).map_err(&failed)?;
         write_pieces(target, &layout.pieces()).map_err(&failed)?;
@@ -244,7 +244,7 @@ impl Copier<'_> {
         let data_at = at + layout.header.bitmap_size();
         let mut runs = Vec::new();
         disk.runs(begin, len, &mut |run| {
-            runs.push((self.data(&run).map_err(target.failed())?, run));
+            runs.push((self.data(&run).map_err(Failure::io(&target.path, "write it"))?, run));
             Ok(())
         })?;
         if runs.iter().all(|(data, _)| data.is_empty()) {
@@ -252,9 +252,9 @@ impl Copier<'_> {
         }
         if target.is_device() {
             if at + layout.header.block_len() + FOOTER_SIZE as u64 > target.size() {
-                return Err(target.failed()(Errno::ENOSPC.into()));
+                return Err(Failure::io(&target.path, "write it")(Errno::ENOSPC.into()));
             }
-            target.zero(at, layout.header.block_len()).map_err(target.failed())?;
+            target.zero(at, layout.header.block_len()).map_err(Failure::io(&target.path, "write it"))?;
         }
         for (data, run) in runs {
             let Some((file, from)) = run.from else { continue };

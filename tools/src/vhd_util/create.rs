@@ -1,14 +1,16 @@
 //! `create` and `snapshot`: new images.
 
 use std::io::{self, Read};
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use drivers::vhd::layout::{self, Layout, NewImage, NewParent};
-use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Uuid, unix_seconds};
+use drivers::vhd::layout::{self, Layout, NewImage};
+use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Uuid};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use tapdisk::chain::{self, Layer, Rules};
+
+use tapdisk::vhd::parent::new_parent;
 
 use super::failure::{self, Failure, Result};
 use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
@@ -61,7 +63,7 @@ fn write(path: &Path, layout: &Layout) -> Result<()> {
     let new = NewFile::create(path)?;
     let file = new.get();
     fits(file, layout.end)?;
-    put(file, layout).map_err(file.failed())?;
+    put(file, layout).map_err(Failure::io(&file.path, "write it"))?;
     new.keep()
 }
 
@@ -92,8 +94,8 @@ fn fixed(path: &Path, size: u64) -> Result<()> {
     let new = NewFile::create(path)?;
     let file = new.get();
     fits(file, size)?;
-    reserve(file, size).map_err(file.failed())?;
-    write_footers(file, &footer, size).map_err(file.failed())?;
+    reserve(file, size).map_err(Failure::io(&file.path, "write it"))?;
+    write_footers(file, &footer, size).map_err(Failure::io(&file.path, "write it"))?;
     new.keep()
 }
 
@@ -172,43 +174,6 @@ fn depth(path: &Path) -> Result<u32> {
     Ok(layers.len() as u32)
 }
 
-/// What a child at `child` says of its parent.
-pub(super) fn new_parent(child: &Path, parent: &Layer) -> Result<NewParent> {
-    let uuid = match &parent.image {
-        None => Uuid::NIL,
-        Some(image) if image.footer.uuid == Uuid::NIL => {
-            let text = "its UUID is all zeros, which would say that it is a raw image: it cannot be a parent";
-            return Err(Failure::new(Errno::EINVAL, &parent.path, text));
-        }
-        Some(image) => image.footer.uuid,
-    };
-    // What tells that a parent has changed: its footer's time or, of a raw one, its file's.
-    let unix_seconds = match &parent.image {
-        Some(image) => unix_seconds(image.footer.timestamp.get()),
-        None => {
-            let meta = parent.path.metadata().map_err(Failure::io(&parent.path, "find it"))?;
-            let changed = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-            changed.map_or(0, |since| since.as_secs())
-        }
-    };
-    let folder = child.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = folder.canonicalize().map_err(Failure::io(folder, "find it"))?;
-    let path = relative(&folder, &parent.path);
-    let path = path.to_str().ok_or_else(|| {
-        Failure::new(Errno::EILSEQ, &parent.path, "its path is not UTF-8, which the format wants: rename it")
-    })?;
-    Ok(NewParent { path: path.to_owned(), uuid, unix_seconds })
-}
-
-/// A path from a folder to a file, both absolute and without links.
-fn relative(folder: &Path, file: &Path) -> PathBuf {
-    let (from, to): (Vec<_>, Vec<_>) = (folder.components().collect(), file.components().collect());
-    let common = from.iter().zip(&to).take_while(|(one, other)| one == other).count();
-    let up = from[common..].iter().map(|_| Component::ParentDir);
-    let start = if common == from.len() { Some(Component::CurDir) } else { None };
-    start.into_iter().chain(up).chain(to[common..].iter().copied()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::testing::{self, Memory, crashes};
@@ -237,19 +202,6 @@ mod tests {
             );
             put(&start, &layout).unwrap();
             assert_eq!(testing::problems(&start), []);
-        }
-    }
-
-    #[test]
-    fn paths_are_relative_to_the_childs_folder() {
-        for (folder, file, path) in [
-            ("/a/b", "/a/b/c.vhd", "./c.vhd"),
-            ("/a/b", "/a/b/c/d.vhd", "./c/d.vhd"),
-            ("/a/b", "/a/c/d.vhd", "../c/d.vhd"),
-            ("/a/b", "/dev/disk", "../../dev/disk"),
-            ("/", "/c.vhd", "./c.vhd"),
-        ] {
-            assert_eq!(relative(Path::new(folder), Path::new(file)), Path::new(path), "{folder} {file}");
         }
     }
 }

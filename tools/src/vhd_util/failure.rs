@@ -6,6 +6,7 @@ use std::path::Path;
 use drivers::vhd::ReadError;
 use drivers::vhd::layout::LayoutError;
 use nix::errno::Errno;
+use tapdisk::vhd::merge;
 use tapdisk::{chain, image};
 
 /// Why a command failed.
@@ -56,6 +57,16 @@ impl From<chain::Error> for Failure {
     fn from(error: chain::Error) -> Failure {
         let errno = error.errno();
         Failure { errno, line: None, text: error.to_string() }
+    }
+}
+
+impl From<merge::Error> for Failure {
+    fn from(error: merge::Error) -> Failure {
+        match error {
+            merge::Error::Chain(error) => error.into(),
+            merge::Error::Image(error) => error.into(),
+            other => Failure { errno: other.errno(), line: None, text: other.to_string() },
+        }
     }
 }
 

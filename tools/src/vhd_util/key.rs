@@ -66,7 +66,7 @@ fn set(args: &Key, name: &Path, nonce: [u8; 32]) -> Result<()> {
     let batmap = image.batmap.as_mut().ok_or_else(|| super::set::no_batmap(name))?;
     batmap.key_hash = Some(KeyHash { nonce, hash });
     let header = &batmap_pieces(batmap)[1..];
-    write_pieces(&file, header).and_then(|()| file.sync()).map_err(file.failed())
+    write_pieces(&file, header).and_then(|()| file.sync()).map_err(Failure::io(&file.path, "write it"))
 }
 
 /// Whether a key is the image's.

@@ -13,7 +13,7 @@ use super::file::{ImageFile, Medium, cut_footer, end_of_data, write_footers, wri
 pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
     let path = &args.name;
     let opening = |failure: Failure| failure.saying(|errno| format!("error opening {}: {errno}", path.display()));
-    let file = ImageFile::open(path).map_err(opening)?;
+    let file = ImageFile::open(path).map_err(|error| opening(error.into()))?;
     let planned = drivers::vhd::Repair::plan(&file, now(), args.bitmaps);
     let plan = planned.map_err(|error| {
         let remedy = remedy(&error);
@@ -24,14 +24,14 @@ pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
     let end = end_of_data(&plan.image);
     if !file.is_device() && plan.pieces.iter().any(|piece| piece.at + piece.bytes.len() as u64 > plan.image.footer_at)
     {
-        cut_footer(&file, &plan.image.footer, plan.image.footer_at).map_err(file.failed())?;
+        cut_footer(&file, &plan.image.footer, plan.image.footer_at).map_err(Failure::io(&file.path, "write it"))?;
     }
-    write_pieces(&file, &plan.pieces).map_err(file.failed())?;
+    write_pieces(&file, &plan.pieces).map_err(Failure::io(&file.path, "write it"))?;
     if !plan.pieces.is_empty() {
-        file.sync().map_err(file.failed())?;
+        file.sync().map_err(Failure::io(&file.path, "write it"))?;
     }
     if plan.footers {
-        write_footers(&file, &plan.image.footer, end).map_err(file.failed())?;
+        write_footers(&file, &plan.image.footer, end).map_err(Failure::io(&file.path, "write it"))?;
     }
     for mended in &plan.mended {
         say(out, mended)?;

@@ -11,9 +11,10 @@ use zerocopy::IntoBytes;
 
 use super::create::{mebibytes, whole_blocks};
 use super::failure::{Failure, Result};
+use super::file::table_piece;
 use super::file::{ImageFile, Medium, NewFile, end_of_data, footer_place, write_footers, write_pieces};
 use super::journal::{Journal, State};
-use super::set::{open, table_piece};
+use super::set::open;
 use super::{Resize, Revert};
 
 /// Makes the disk larger.
@@ -40,7 +41,7 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
     }
     let plan = Plan::new(&file, path, &image, size)?;
     if !plan.moves() {
-        return grow_in_place(&file, &image, size).map_err(file.failed());
+        return grow_in_place(&file, &image, size).map_err(Failure::io(&file.path, "write it"));
     }
     let Some(journal_path) = &args.journal else {
         let room = image.header.as_ref().map_or(old, Header::size_max);
@@ -49,7 +50,7 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
     let journal_file = new_journal(journal_path, &image)?;
     let journal = journal_file.get();
     let taken = Journal::take(&file, image.footer.uuid, &plan.overwritten).map_err(Failure::io(path, "read it"))?;
-    taken.write(journal).map_err(journal.failed())?;
+    taken.write(journal).map_err(Failure::io(&journal.path, "write it"))?;
     // From here on it stays, unless the image is as it was or as it is to be.
     let journal = journal_file.leave()?;
     let grown = plan.carry_out(&file);
@@ -62,11 +63,11 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
             }
             Err(_) => "vhd-util revert makes it what it was",
         };
-        let failure = file.failed()(error);
+        let failure = Failure::io(&file.path, "write it")(error);
         let text = format!("{}; {state}", failure.text);
         return Err(Failure { text, ..failure }.saying(|errno| format!("resize failed: {errno}")));
     }
-    taken.done(&journal).map_err(journal.failed())?;
+    taken.done(&journal).map_err(Failure::io(&journal.path, "write it"))?;
     remove(&journal)
 }
 
@@ -129,8 +130,8 @@ fn with_open_end(image: &Image) -> Option<Batmap> {
 /// Undoes a resize that was interrupted.
 pub(super) fn revert(args: &Revert) -> Result<()> {
     let opening = |failure: Failure| failure.saying(|errno| format!("opening journal failed: {errno}"));
-    let file = ImageFile::open(&args.name).map_err(opening)?;
-    let journal = ImageFile::open(&args.journal).map_err(opening)?;
+    let file = ImageFile::open(&args.name).map_err(|error| opening(error.into()))?;
+    let journal = ImageFile::open(&args.journal).map_err(|error| opening(error.into()))?;
     let found = Journal::read(&journal).map_err(Failure::io(&args.journal, "read it"))?;
     match found {
         State::Foreign => {
@@ -144,9 +145,9 @@ pub(super) fn revert(args: &Revert) -> Result<()> {
                 let text = format!("it is the journal of another image, {}: nothing was changed", saved.uuid);
                 return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
             }
-            let restored = saved.restore(&file).map_err(file.failed());
+            let restored = saved.restore(&file).map_err(Failure::io(&file.path, "write it"));
             restored.map_err(|failure| failure.saying(|errno| format!("reverting journal failed: {errno}")))?;
-            saved.done(&journal).map_err(journal.failed())?;
+            saved.done(&journal).map_err(Failure::io(&journal.path, "write it"))?;
         }
     }
     remove(&journal)

@@ -9,14 +9,18 @@ use nix::errno::Errno;
 use tapdisk::chain;
 use zerocopy::IntoBytes;
 
-use super::create::{new_parent, raw};
+use tapdisk::vhd::parent::new_parent;
+
+use super::create::raw;
 use super::failure::{self, Failure, Result, errno_of};
-use super::file::{ImageFile, Medium, cut_footer, end_of_data, footer_place, write_footers, write_pieces};
+use super::file::{
+    ImageFile, Medium, cut_footer, end_of_data, footer_place, table_piece, write_footers, write_pieces,
+};
 use super::{Field, Modify, Set};
 
 /// Opens an image for writing, and says so as storage managers know it if that can't be.
 pub(super) fn open(path: &Path) -> Result<(ImageFile, Image)> {
-    let opened = ImageFile::open(path).and_then(|file| Ok((file.image()?, file)));
+    let opened = ImageFile::open(path).map_err(Failure::from).and_then(|file| Ok((file.image()?, file)));
     let (image, file) =
         opened.map_err(|failure| failure.saying(|errno| format!("error opening {}: {errno}", path.display())))?;
     Ok((file, image))
@@ -32,14 +36,14 @@ pub(super) fn set(args: &Set) -> Result<()> {
             written.or_else(|error| match errno_of(&error) {
                 // The copy is written by now, and a full disk is no reason not to hide what is to be deleted.
                 Errno::ENOSPC if args.value != 0 && image.kind != Kind::Fixed => Ok(()),
-                _ => Err(file.failed()(error)),
+                _ => Err(Failure::io(&file.path, "write it")(error)),
             })
         }
         Field::Marker => {
             let batmap = image.batmap.as_mut().ok_or_else(|| no_batmap(&args.name))?;
             batmap.marker = args.value;
             let header = &batmap_pieces(batmap)[1..];
-            write_pieces(&file, header).and_then(|()| file.sync()).map_err(file.failed())
+            write_pieces(&file, header).and_then(|()| file.sync()).map_err(Failure::io(&file.path, "write it"))
         }
     }
 }
@@ -55,7 +59,7 @@ pub(super) fn modify(args: &Modify) -> Result<()> {
     if args.zero {
         let zeroed = match image.kind {
             Kind::Fixed => Err(Failure::new(Errno::ENOSYS, &args.name, "a fixed image has no blocks to forget")),
-            _ => zero(&file, &mut image).map_err(file.failed()),
+            _ => zero(&file, &mut image).map_err(Failure::io(&file.path, "write it")),
         };
         zeroed.map_err(|failure| failure.saying(|errno| format!("failed to zero VHD: {errno}")))?;
     }
@@ -84,14 +88,6 @@ fn zero(to: &dyn Medium, image: &mut Image) -> io::Result<()> {
     write_footers(to, &image.footer, end_of_data(image))
 }
 
-/// A table as it is in the file.
-pub(super) fn table_piece(at: u64, table: &Table) -> Piece {
-    let mut bytes = vec![0; Table::bytes(table.blocks()) as usize];
-    // The entries that share the last sector with the disk's are unused.
-    table.write(0, &mut bytes);
-    Piece { at, bytes }
-}
-
 /// Puts the footer where it belongs in a file of so many bytes; making the file so large is for others to do.
 fn move_footer(file: &ImageFile, image: &Image, size: u64) -> Result<()> {
     let least = image.physical_size();
@@ -106,7 +102,7 @@ fn move_footer(file: &ImageFile, image: &Image, size: u64) -> Result<()> {
     let mut footer = image.footer;
     footer.seal();
     let written = file.write_at(size - FOOTER_SIZE as u64, footer.as_bytes()).and_then(|()| file.sync());
-    written.map_err(file.failed())
+    written.map_err(Failure::io(&file.path, "write it"))
 }
 
 /// Changes the parent.
@@ -118,7 +114,7 @@ fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool
     let parent = if parent_raw { raw(&path)? } else { chain::layer(&path)? };
     let named = new_parent(&file.path, &parent)?;
     let names = name_parent(file, image, &named).map_err(failure::layout(&file.path))?;
-    write_parent(file, image, &names).map_err(file.failed())
+    write_parent(file, image, &names).map_err(Failure::io(&file.path, "write it"))
 }
 
 /// Names the parent in the header, and says where the names go.

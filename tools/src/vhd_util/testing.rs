@@ -11,8 +11,8 @@ use drivers::vhd::{
 };
 use zerocopy::IntoBytes;
 
+use super::file::table_piece;
 use super::file::{Medium, write_footers, write_pieces};
-use super::set::table_piece;
 
 /// Bytes of a block.
 const BLOCK: u32 = 4096;

@@ -1,0 +1,319 @@
+//! Merges a differencing image into its parent.
+//!
+//! The child is not changed, and hides what is changed in its parent. So a merge that was interrupted is done again, and
+//! until then the disk is what it was. The parent is a good image at each moment: data is written first, then the bitmaps
+//! that say that it is there, then the table that says where new blocks are, and each is safe before the next begins. Where
+//! new blocks are put the footer was; its copy at the beginning is used until it is written again.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use drivers::vhd::layout::{self, batmap_pieces};
+use drivers::vhd::{Header, Image, KeyHash, Kind, SECTORS_MAX, Source, Uuid, bitmap};
+use nix::errno::Errno;
+
+use super::file::{
+    ImageFile, Medium, ReadFile, cut_footer, end_of_data, footer_place, table_piece, write_footers, write_pieces,
+};
+use crate::chain::{self, Layer, Rules};
+use crate::image;
+
+const SECTOR: u64 = 512;
+
+/// Why an image is not merged into its parent. Both are as they were, or as an interrupted merge leaves them.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// One of them is no good.
+    #[error(transparent)]
+    Chain(#[from] chain::Error),
+    /// One of them can't be opened.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// They can't be merged.
+    #[error("{}: {text}", path.display())]
+    Unfit {
+        /// The image.
+        path: PathBuf,
+        /// As a client is told.
+        errno: Errno,
+        /// Why not.
+        text: &'static str,
+    },
+    /// The parent is smaller than what is to be merged into it.
+    #[error("{}: it has {size} bytes, and its child has data up to byte {end}: resize it first", path.display())]
+    Small {
+        /// The parent.
+        path: PathBuf,
+        /// Bytes of its disk.
+        size: u64,
+        /// Where the child's data ends.
+        end: u64,
+    },
+    /// The system says no.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// The errno that it stands for.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Error::Chain(error) => error.errno(),
+            Error::Image(error) => error.errno(),
+            Error::Unfit { errno, .. } => *errno,
+            Error::Small { .. } => Errno::ERANGE,
+            Error::Io { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        }
+    }
+}
+
+/// The hash of the key that an image is encrypted with.
+fn key_hash(image: Option<&Image>) -> Option<KeyHash> {
+    image?.batmap.as_ref()?.key_hash
+}
+
+/// Merges all that an image holds into its parent, and says how many sectors that are. `progress` is told of each run: how much is
+/// done, from 0 to 1, and how many bytes were merged since it was asked last; an error of its ends the merge.
+pub fn merge(path: &Path, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> Result<u64, Error> {
+    let io = |path: &Path, action| {
+        let path = path.to_owned();
+        move |source| Error::Io { path, action, source }
+    };
+    let unfit = |path: &Path, text| Error::Unfit { path: path.to_owned(), errno: Errno::EINVAL, text };
+    let child_file = ReadFile::open(path)?;
+    let Layer { image, .. } = chain::layer(path)?;
+    let child = image
+        .filter(|image| image.kind == Kind::Differencing)
+        .ok_or_else(|| unfit(path, "it is no differencing image: there is no parent to merge it into"))?;
+    // That it is the right one is part of it.
+    let chain = chain::chain(path, &Rules::ANY)?;
+    let parent_path = &chain[1].path;
+    let parent = ImageFile::open(parent_path)?;
+    let nil = child.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL);
+    let mut target = if nil { Target::raw(&parent) } else { Target::image(&parent, parent.image()?) };
+    if key_hash(Some(&child)) != key_hash(target.image.as_ref()) {
+        let text = "it and its child are not encrypted with the same key: what is merged could not be read";
+        return Err(unfit(parent_path, text));
+    }
+    let from = Child { source: &child_file, image: &child };
+    let end = from.end_of_data().map_err(io(path, "read it"))?;
+    if end > target.size {
+        return Err(Error::Small { path: parent_path.clone(), size: target.size, end });
+    }
+    target.merge(&from, progress).map_err(io(parent_path, "merge into it"))
+}
+
+/// What is merged.
+pub struct Child<'a> {
+    /// Its file.
+    pub source: &'a dyn Source,
+    /// Its metadata.
+    pub image: &'a Image,
+}
+
+impl Child<'_> {
+    /// Each run of sectors that it holds: where it is in the file and on the disk, and its bytes.
+    fn each(&self, block: u32, at: u64, mut run: impl FnMut(u64, u64, u64) -> io::Result<()>) -> io::Result<()> {
+        let Some(header) = &self.image.header else { return Ok(()) };
+        let block_size = u64::from(header.block_size());
+        let begin = u64::from(block) * block_size;
+        let sectors = (block_size.min(self.image.footer.size() - begin) / SECTOR) as u32;
+        for Range { start, end } in self.held(block, at, header, sectors)? {
+            let (start, end) = (u64::from(start) * SECTOR, u64::from(end) * SECTOR);
+            run(at + header.bitmap_size() + start, begin + start, end - start)?;
+        }
+        Ok(())
+    }
+
+    /// The sectors of a block that it holds.
+    fn held(&self, block: u32, at: u64, header: &Header, sectors: u32) -> io::Result<Vec<Range<u32>>> {
+        if self.image.batmap.as_ref().is_some_and(|batmap| batmap.is_full(block)) {
+            return Ok(std::iter::once(0..sectors).collect());
+        }
+        let mut bits = vec![0; header.bitmap_size() as usize];
+        self.source.read_at(at, &mut bits)?;
+        Ok(bitmap::runs(&bits, 0..sectors).filter(|(set, _)| *set).map(|(_, run)| run).collect())
+    }
+
+    /// Where the last byte of the disk is that it holds.
+    fn end_of_data(&self) -> io::Result<u64> {
+        let blocks: Vec<_> = self.image.table.allocated().collect();
+        let mut last = 0;
+        for (block, at) in blocks.into_iter().rev() {
+            self.each(block, at, |_, disk, len| {
+                last = disk + len;
+                Ok(())
+            })?;
+            // A block can be there without a sector that is held.
+            if last > 0 {
+                break;
+            }
+        }
+        Ok(last)
+    }
+}
+
+/// What it is merged into.
+pub struct Target<'a> {
+    to: &'a dyn Medium,
+    /// None: raw.
+    image: Option<Image>,
+    /// The disk's bytes.
+    size: u64,
+    /// Where the next block goes.
+    end: u64,
+    /// Blocks that the file's table does not have yet.
+    added: bool,
+}
+
+impl<'a> Target<'a> {
+    fn raw(to: &'a dyn Medium) -> Target<'a> {
+        Target { to, image: None, size: to.size(), end: 0, added: false }
+    }
+
+    /// An image in a file.
+    pub fn image(to: &'a dyn Medium, image: Image) -> Target<'a> {
+        let (size, end) = (image.footer.size(), end_of_data(&image));
+        Target { to, image: Some(image), size, end, added: false }
+    }
+
+    /// Merges all that the child holds, and says how many sectors that are.
+    pub fn merge(&mut self, from: &Child, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> io::Result<u64> {
+        let done = self.steps(from, progress);
+        if done.is_err() && self.added {
+            // Blocks that the table does not have are lost, and there is room again for the footer. If it can't be written,
+            // its copy is used.
+            if let Ok(image) = Image::read(self.to, &mut Vec::new()) {
+                let _ = write_footers(self.to, &image.footer, end_of_data(&image));
+            }
+        }
+        done
+    }
+
+    fn steps(&mut self, from: &Child, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> io::Result<u64> {
+        let blocks: Vec<_> = from.image.table.allocated().collect();
+        let (mut sectors, mut moved) = (0, 0);
+        let mut buffer = Vec::new();
+        for (i, (block, at)) in blocks.iter().enumerate() {
+            progress(i as f64 / blocks.len() as f64, std::mem::take(&mut moved))?;
+            from.each(*block, *at, |file, disk, len| {
+                sectors += len / SECTOR;
+                moved += len;
+                buffer.resize(len as usize, 0);
+                from.source.read_at(file, &mut buffer)?;
+                self.write(disk, &buffer)
+            })?;
+        }
+        self.to.sync()?;
+        if self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed) {
+            for (block, at) in &blocks {
+                from.each(*block, *at, |_, disk, len| self.mark(disk, len))?;
+            }
+            self.to.sync()?;
+            self.finish()?;
+        }
+        progress(1.0, moved)?;
+        Ok(sectors)
+    }
+
+    /// Writes data, whatever is said of it.
+    fn write(&mut self, disk: u64, bytes: &[u8]) -> io::Result<()> {
+        let Some(block_size) = self.block_size() else { return self.to.write_at(disk, bytes) };
+        let (mut disk, mut bytes) = (disk, bytes);
+        while !bytes.is_empty() {
+            let (block, within) = (disk / block_size, disk % block_size);
+            let (now, rest) = bytes.split_at(bytes.len().min((block_size - within) as usize));
+            let (at, bitmap) = self.place(block as u32)?;
+            self.to.write_at(at + bitmap + within, now)?;
+            disk += now.len() as u64;
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Bytes of a block's data. None: there are no blocks.
+    fn block_size(&self) -> Option<u64> {
+        Some(self.image.as_ref()?.header.as_ref()?.block_size().into())
+    }
+
+    /// Where a block is, and the bytes of its bitmap. One that is not there is put at the end, and is all zeros.
+    fn place(&mut self, block: u32) -> io::Result<(u64, u64)> {
+        let Some((image, header)) = self.image.as_mut().and_then(|image| image.header.map(|header| (image, header)))
+        else {
+            return Err(Errno::EINVAL.into());
+        };
+        if let Some(at) = image.table.get(block) {
+            return Ok((at, header.bitmap_size()));
+        }
+        let at = layout::block_place(self.end, &header);
+        let end = at + header.block_len();
+        if at / SECTOR >= SECTORS_MAX || self.to.is_device() && end > footer_place(self.to, 0) {
+            return Err(Errno::ENOSPC.into());
+        }
+        if self.to.is_device() {
+            self.to.zero(at, header.block_len())?;
+        } else {
+            if !self.added {
+                cut_footer(self.to, &image.footer, self.end)?;
+            }
+            self.to.set_len(end)?;
+        }
+        self.added = true;
+        image.table.set(block, at);
+        self.end = end;
+        Ok((at, header.bitmap_size()))
+    }
+
+    /// Says in the blocks' bitmaps that sectors are there.
+    fn mark(&mut self, disk: u64, len: u64) -> io::Result<()> {
+        let Some((image, header)) = self.image.as_mut().and_then(|image| image.header.map(|header| (image, header)))
+        else {
+            return Ok(());
+        };
+        let block_size = u64::from(header.block_size());
+        let (mut disk, end) = (disk, disk + len);
+        while disk < end {
+            let (block, within) = ((disk / block_size) as u32, disk % block_size);
+            let now = (end - disk).min(block_size - within);
+            let Some(at) = image.table.get(block) else { return Err(Errno::EINVAL.into()) };
+            let mut bits = vec![0; header.bitmap_size() as usize];
+            self.to.read_at(at, &mut bits)?;
+            if bitmap::set(&mut bits, (within / SECTOR) as u32..((within + now) / SECTOR) as u32) {
+                self.to.write_at(at, &bits)?;
+            }
+            let own = (image.footer.size() - u64::from(block) * block_size).min(block_size) / SECTOR;
+            if let Some(batmap) = &mut image.batmap
+                && bitmap::is_full(&bits, own as u32)
+            {
+                batmap.set(block, true);
+            }
+            disk += now;
+        }
+        Ok(())
+    }
+
+    /// Writes what says where blocks are, and which are full.
+    fn finish(&mut self) -> io::Result<()> {
+        let Some((image, header)) = self.image.as_ref().and_then(|image| Some((image, image.header?))) else {
+            return Ok(());
+        };
+        if self.added {
+            write_pieces(self.to, &[table_piece(header.table_at(), &image.table)])?;
+            self.to.sync()?;
+        }
+        if let Some(batmap) = &image.batmap {
+            write_pieces(self.to, &batmap_pieces(batmap))?;
+        }
+        write_footers(self.to, &image.footer, self.end)?;
+        self.added = false;
+        Ok(())
+    }
+}
