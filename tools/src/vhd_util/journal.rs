@@ -151,8 +151,30 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Memory;
+    use super::super::testing::{Memory, crashes};
     use super::*;
+
+    #[test]
+    fn a_journal_is_complete_or_of_no_use() {
+        let image = Memory::new(vec![3; 4096], false);
+        let journal = Journal::take(&image, Uuid([9; 16]), &[(0, 2000), (3584, 512)]).unwrap();
+        // On a device, with one of another image.
+        let other = Journal::take(&image, Uuid([8; 16]), &[(0, 3000)]).unwrap();
+        let device = Memory::new(vec![0x77; 8192], true);
+        other.write(&device).unwrap();
+        for start in [Memory::new(Vec::new(), false), device] {
+            crashes(
+                &start,
+                |to| journal.write(to),
+                |after| match Journal::read(after).unwrap() {
+                    State::Complete(found) => assert!(found == journal || found == other),
+                    State::Idle | State::Foreign => {}
+                },
+            );
+            journal.write(&start).unwrap();
+            assert_eq!(Journal::read(&start.crashed(|| false)).unwrap(), State::Complete(journal.clone()));
+        }
+    }
 
     #[test]
     fn a_journal_is_written_and_read() {
