@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::proto::{
-    EngineChange, FaultChange, List, MESSAGE_SIZE, Message, NO_MINOR, Params, Poll, Resized, Response, Stat, kind,
-    poll, text,
+    Coalesce, EngineChange, FaultChange, List, MESSAGE_SIZE, Message, NO_MINOR, Params, Poll, Resized, Response,
+    Stat, kind, poll, text,
 };
 use crate::polling::Settings;
 
@@ -192,6 +192,15 @@ pub fn resume(directory: &Path, pid: i32, minor: u16, image: Option<&str>) -> io
     let params = Params::with_path(image.unwrap_or_default());
     let request = Message::new(kind::RESUME, minor).with(&params.ok_or(Errno::ENAMETOOLONG)?);
     ask_ours(&path(directory, pid), &request).map(drop)
+}
+
+/// Merges an image of a disk's chain into its parent, [`coalesce`](super::proto::coalesce) bits, at most `rate` bytes a second; an
+/// empty path means the image below the leaf. Gives the JSON of [`CoalesceReport`](crate::disk::CoalesceReport).
+pub fn coalesce(directory: &Path, pid: i32, minor: u16, flags: u32, rate: u64, image: &str) -> io::Result<String> {
+    let wanted = Coalesce::new(flags, rate, image).ok_or(Errno::ENAMETOOLONG)?;
+    let request = Message::new(kind::COALESCE, minor).with(&wanted);
+    let (stream, answer) = ask_ours_for_more(&path(directory, pid), &request)?;
+    receive_text(stream, &answer)
 }
 
 /// Tells a process to drain, flush and exit.

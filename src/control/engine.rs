@@ -1,12 +1,11 @@
 //! ENGINE and FAULT: another engine while the disk is in use, and the hand on the faults that are configured.
 
 use nix::errno::Errno;
-use serde::Serialize;
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
 
 use super::proto::{EngineChange, FaultChange, Message, engine, fault, kind};
-use super::with_text;
+use super::with_json;
 use crate::disk::{Disk, SwitchError, Wanted};
 
 /// The answer to ENGINE. None: it comes when the disk has changed, by [`switched`].
@@ -35,7 +34,7 @@ pub(super) fn change(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
         return Some(refused(cookie, disk, &error));
     }
     if wanted == Wanted::default() {
-        return Some(text(kind::ENGINE_RSP, cookie, &disk.engine_report()));
+        return Some(with_json(kind::ENGINE_RSP, cookie, &disk.engine_report()));
     }
     disk.switch(wanted).err().map(|error| refused(cookie, disk, &error))
 }
@@ -43,7 +42,7 @@ pub(super) fn change(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
 /// The late answer to ENGINE.
 pub(super) fn switched(cookie: u16, disk: &Disk, outcome: &Result<(), SwitchError>) -> Vec<u8> {
     match outcome {
-        Ok(()) => text(kind::ENGINE_RSP, cookie, &disk.engine_report()),
+        Ok(()) => with_json(kind::ENGINE_RSP, cookie, &disk.engine_report()),
         Err(error) => refused(cookie, disk, error),
     }
 }
@@ -66,17 +65,10 @@ pub(super) fn faults(request: &Message, disk: &Disk, log: &Logger) -> Vec<u8> {
     if flags & fault::RELEASE != 0 {
         info!(log, "stuck I/Os are released"; "count" => faults.release());
     }
-    text(kind::FAULT_RSP, request.cookie, &faults.report())
+    with_json(kind::FAULT_RSP, request.cookie, &faults.report())
 }
 
 fn refused(cookie: u16, disk: &Disk, error: &SwitchError) -> Vec<u8> {
     let text = format!("{}: {error}", disk.info().name);
     Message::error(cookie, error.errno() as i32, &text).as_bytes().to_vec()
-}
-
-fn text(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u8> {
-    match serde_json::to_string(shown) {
-        Ok(text) => with_text(kind, cookie, &text),
-        Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
-    }
 }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use mio::net::{UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
+use serde::Serialize;
 use serde_json::json;
 use slog::{Logger, info, warn};
 use zerocopy::{FromBytes, IntoBytes};
@@ -241,10 +242,8 @@ pub fn respond(
         }
         kind::LIST => list(cookie, minor, disk),
         kind::STATS if ours => with_text(kind::STATS_RSP, cookie, &stats(disk).to_string()),
-        kind::DEBUG_QUEUE if ours => match serde_json::to_string(&disk.inspect(polling)) {
-            Ok(text) => with_text(kind::DEBUG_QUEUE_RSP, cookie, &text),
-            Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
-        },
+        kind::DEBUG_QUEUE if ours => with_json(kind::DEBUG_QUEUE_RSP, cookie, &disk.inspect(polling)),
+        kind::COALESCE if ours => pause::coalesce(request, disk),
         kind::POLL if ours => set_polling(request, polling, log).as_bytes().to_vec(),
         kind::RESIZE if ours => resize(cookie, disk).as_bytes().to_vec(),
         kind::FAULT if ours => engine::faults(request, disk, log),
@@ -255,7 +254,8 @@ pub fn respond(
         | kind::ENGINE
         | kind::FAULT
         | kind::PAUSE
-        | kind::RESUME => no_disk(),
+        | kind::RESUME
+        | kind::COALESCE => no_disk(),
         kind::EXIT => {
             info!(log, "told to exit by a control connection");
             disk.drain();
@@ -316,6 +316,13 @@ fn with_text(kind: u16, cookie: u16, text: &str) -> Vec<u8> {
     let mut bytes = Message::new(kind, cookie).with(&Stat::new(kind, cookie, text.len())).as_bytes().to_vec();
     bytes.extend_from_slice(text.as_bytes());
     bytes
+}
+
+fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u8> {
+    match serde_json::to_string(shown) {
+        Ok(text) => with_text(kind, cookie, &text),
+        Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
+    }
 }
 
 /// STATS, in blktap's words.

@@ -43,6 +43,10 @@ pub mod kind {
     /// [`FaultsReport`](crate::engine::fault::FaultsReport).
     pub const FAULT: u16 = 0x108;
     pub const FAULT_RSP: u16 = 0x109;
+    /// Ours: merges an image of the chain into its parent, ends that, or only asks for it. Answered like STATS, with the JSON of
+    /// [`CoalesceReport`](crate::disk::CoalesceReport), at once.
+    pub const COALESCE: u16 = 0x10a;
+    pub const COALESCE_RSP: u16 = 0x10b;
 }
 
 /// State bits of LIST.
@@ -211,6 +215,37 @@ pub mod fault {
     pub const ALL: u32 = 7;
 }
 
+/// Union member of COALESCE.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Coalesce {
+    /// Bytes a second; 0: as fast as can be.
+    pub rate: u64,
+    /// [`coalesce`] bits.
+    pub flags: u32,
+    padding: u32,
+    /// The image's path, ended by NUL; empty: that below the leaf.
+    pub path: [u8; 256],
+}
+
+impl Coalesce {
+    /// With all but the padding. None: the path is too long.
+    pub fn new(flags: u32, rate: u64, path: &str) -> Option<Coalesce> {
+        let fits = path.len() < 256 && !path.contains('\0');
+        fits.then(|| Coalesce { rate, flags, padding: 0, path: string(path) })
+    }
+}
+
+/// Of COALESCE.
+pub mod coalesce {
+    /// Begin.
+    pub const START: u32 = 1;
+    /// End what is under way.
+    pub const CANCEL: u32 = 2;
+    /// Of these flags.
+    pub const ALL: u32 = 3;
+}
+
 /// Flags of POLL.
 pub mod poll {
     /// Set `poll_us`.
@@ -228,6 +263,7 @@ const _: () = {
     assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
     assert!(size_of::<EngineChange>() == 20 && std::mem::offset_of!(EngineChange, threads_max) == 16);
     assert!(size_of::<FaultChange>() == 4);
+    assert!(size_of::<Coalesce>() == 272 && std::mem::offset_of!(Coalesce, path) == 16);
     assert!(size_of::<Poll>() == 12 && std::mem::offset_of!(Poll, flags) == 8);
     assert!(size_of::<Response>() == 260 && std::mem::offset_of!(Response, message) == 4);
 };

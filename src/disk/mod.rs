@@ -1,5 +1,6 @@
 //! One disk: its turn of the main loop, from the rings to the engine and back.
 
+mod coalesce;
 mod inspect;
 mod pause;
 mod switch;
@@ -14,6 +15,8 @@ use nix::errno::Errno;
 use nix::fcntl::Flock;
 use slog::{Logger, error, info, o, warn};
 
+use self::coalesce::Coalescing;
+pub use self::coalesce::{CoalesceError, CoalesceReport, Stage};
 pub use self::inspect::{DebugQueue, RequestReport};
 use self::pause::After;
 pub use self::pause::{PauseError, Reopen, parse_name};
@@ -100,6 +103,9 @@ pub struct Disk {
     /// When a pause is over although nobody ends it, ns of [`now`].
     lease_until: Option<u64>,
     reopen: Option<Reopen>,
+    /// The pause is not somebody's, but for what the disk does itself.
+    pauses_for_itself: bool,
+    coalescing: Option<Coalescing>,
     /// An error of the last flush.
     flush_error: Option<Errno>,
     /// Held as long as the disk can write; the first is also the file whose size is asked for. None: there is no file.
@@ -188,6 +194,8 @@ impl Disk {
             after: After::Close,
             lease_until: None,
             reopen,
+            pauses_for_itself: false,
+            coalescing: None,
             flush_error: None,
             locks,
             log,
@@ -231,6 +239,7 @@ impl Disk {
         worked |= self.finish();
         worked |= self.switch_if_drained();
         worked |= self.end_lease(now);
+        worked |= self.advance_coalesce();
         self.watch(now);
         self.watch_space();
         if self.holds() {

@@ -92,7 +92,13 @@ pub fn parse_name(name: &str) -> Result<(ImageType, PathBuf), PauseError> {
 impl Disk {
     /// Begins to pause: pulls nothing more, finishes what was pulled, makes it durable, and lets go of the image. Whether that is
     /// over, [`pause_outcome`](Self::pause_outcome) says.
-    pub fn pause(&mut self) -> Result<(), PauseError> {
+    pub fn pause_for_client(&mut self) -> Result<(), PauseError> {
+        // If the disk pauses for itself, it stays paused.
+        self.pauses_for_itself = false;
+        self.pause()
+    }
+
+    pub(super) fn pause(&mut self) -> Result<(), PauseError> {
         match self.state {
             State::Paused => Ok(()),
             _ if self.is_switching() => Err(PauseError::Busy),
@@ -145,6 +151,12 @@ impl Disk {
             self.locks.clear();
         }
         info!(self.log, "paused"; "image" => &self.info.name, "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
+        self.leave_out_merged();
+    }
+
+    /// Tries to resume again by itself.
+    pub(super) fn try_again_soon(&mut self) {
+        self.lease_until = Some(now() + AGAIN.as_nanos() as u64);
     }
 
     fn exchange(&mut self, engine: engine::Engine) -> std::io::Result<()> {
@@ -222,7 +234,7 @@ impl Disk {
         warn!(self.log, "nobody has resumed the disk in time: it goes on with its old image");
         if let Err(error) = self.resume(None) {
             error!(self.log, "the disk cannot be resumed, and stays paused"; "error" => %error);
-            self.lease_until = Some(now + AGAIN.as_nanos() as u64);
+            self.try_again_soon();
         }
         true
     }

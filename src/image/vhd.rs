@@ -121,6 +121,11 @@ fn blocks(
     writable: bool,
     depth: usize,
 ) -> Result<Layer, Error> {
+    if image.batmap.as_ref().is_some_and(|batmap| batmap.key_hash.is_some()) {
+        let message =
+            "it is encrypted, which is not supported: its data would be shown as it is, and not as it is meant";
+        return Err(Error::Unfit { path: path.to_owned(), message: message.into() });
+    }
     let device = opened.geometry.block_device;
     let explain = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let bitmap = image.header.as_ref().map_or(1, |header| header.bitmap_size()) as usize;

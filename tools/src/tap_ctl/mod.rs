@@ -1,5 +1,6 @@
 //! `tap-ctl`: lists the tapdisks of a host and shows what they do.
 
+mod coalesce;
 mod engine;
 mod resize;
 mod show;
@@ -29,6 +30,7 @@ use tapdisk::disk::DebugQueue;
   tap-ctl resize -p 4711 --size 20G
   tap-ctl pause -p 4711
   tap-ctl unpause -p 4711 -a vhd:/srv/vm/snapshot.vhd
+  tap-ctl coalesce -p 4711 --rate 50M --wait
   tap-ctl poll --us 1000 --idle-percent 30
   tap-ctl engine --name threads --submit auto
   tap-ctl --directory target/quick-start stats"
@@ -130,6 +132,10 @@ pub enum Command {
         #[arg(short = 'a', value_name = "TYPE:PATH")]
         image: Option<String>,
     },
+    /// Merges an image of a disk's chain into its parent while the disk is in use, and leaves it out of the chain then
+    ///
+    /// The image's file is not used any more afterwards, and can be removed. A merge that was interrupted is begun again.
+    Coalesce(Coalesce),
     /// Shows a disk's engine; with options, changes it while the disk is in use, once what is in flight has finished
     ///
     /// Requests wait meanwhile. If something in flight does not finish in 5 seconds, the engine stays as it was.
@@ -188,6 +194,32 @@ pub struct Which {
     /// Its minor; may be left out if the process has only one disk
     #[arg(short, long)]
     pub minor: Option<u16>,
+}
+
+/// What `coalesce` does.
+#[derive(Debug, ClapArgs)]
+pub struct Coalesce {
+    /// Which disk
+    #[command(flatten)]
+    pub disk: Which,
+    /// The image that is merged. Not given: the parent of the one that is written
+    #[arg(long)]
+    pub image: Option<PathBuf>,
+    /// At most so many bytes a second, such as "20 MiB"
+    #[arg(long)]
+    pub rate: Option<Size>,
+    /// Returns when it is done; shows how far it is on a terminal, and fails if it fails
+    #[arg(long)]
+    pub wait: bool,
+    /// Only shows how far it is
+    #[arg(long, conflicts_with = "cancel")]
+    pub show: bool,
+    /// Ends it; the chain stays as it is
+    #[arg(long)]
+    pub cancel: bool,
+    /// Prints JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Does what the command line says.
@@ -259,6 +291,9 @@ fn command(args: &Args) -> io::Result<()> {
         Command::Unpause { disk, image } => {
             let (pid, minor) = find(args, disk)?;
             client::resume(&args.directory, pid, minor, image.as_deref())
+        }
+        Command::Coalesce(options) => {
+            coalesce::coalesce(&mut out, &args.directory, find(args, &options.disk)?, options)
         }
         Command::Exit { disk } => client::exit(&args.directory, find(args, disk)?.0),
     }

@@ -1,0 +1,322 @@
+//! Coalesce while the disk is in use: an image of the chain is merged into the one below it, and then left out.
+//!
+//! What is merged is hidden by the image that it comes from, so a thread of its own does that with the files alone, and requests go on
+//! as before. Then the disk is paused for a moment: the image above gets another parent, and the chain is opened again.
+//! A crash at any time leaves the chain as it was, or as it is to be; a merge that was interrupted is begun again.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use drivers::vhd::{FOOTER_SIZE, Source, relink};
+use nix::errno::Errno;
+use nix::fcntl::FlockArg;
+use nix::sys::eventfd::EventFd;
+use serde::{Deserialize, Serialize};
+use slog::{error, info};
+
+use super::{Disk, State};
+use crate::chain;
+use crate::vhd::file::{ImageFile, Medium, write_pieces};
+use crate::vhd::merge::{self, merge};
+use crate::vhd::parent::new_parent;
+
+/// Stack of the thread, bytes.
+const STACK_SIZE: usize = 256 << 10;
+/// How long the thread sleeps at a time, so that it can be told to stop.
+const NAP: Duration = Duration::from_millis(100);
+
+/// Why nothing is coalesced.
+#[derive(Debug, thiserror::Error)]
+pub enum CoalesceError {
+    /// One at a time.
+    #[error("it is coalescing already: tap-ctl coalesce --cancel ends that")]
+    Busy,
+    /// It has no chain now.
+    #[error("it is paused or being closed")]
+    NotRunning,
+    /// The chain is too short, or the image is not within it.
+    #[error("{0}")]
+    Chain(String),
+    /// Somebody else would see another parent than before.
+    #[error("{}: another process uses it, and would find other data in it", .0.display())]
+    Shared(PathBuf),
+    /// The system says no.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+impl CoalesceError {
+    /// As a client is told.
+    pub fn errno(&self) -> Errno {
+        match self {
+            CoalesceError::Busy | CoalesceError::NotRunning | CoalesceError::Shared(_) => Errno::EBUSY,
+            CoalesceError::Chain(_) => Errno::EINVAL,
+            CoalesceError::Thread(error) => error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
+        }
+    }
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Nothing was coalesced.
+    #[default]
+    None,
+    /// Data is merged.
+    Merging,
+    /// All of it is, and the image is about to be left out.
+    Relinking,
+    /// It was left out.
+    Done,
+    /// It was not, and the chain is as before.
+    Failed,
+}
+
+/// What is shown of it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct CoalesceReport {
+    /// How far it is.
+    pub stage: Stage,
+    /// The image that is merged.
+    pub image: String,
+    /// What it is merged into.
+    pub parent: String,
+    /// Per cent.
+    pub percent: u64,
+    /// Bytes that were merged.
+    pub bytes: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// What the thread and the main loop tell each other.
+struct Shared {
+    cancel: AtomicBool,
+    /// Bytes a second; 0: as fast as can be.
+    rate: u64,
+    percent: AtomicU64,
+    bytes: AtomicU64,
+    outcome: Mutex<Option<Result<u64, merge::Error>>>,
+    event: Arc<EventFd>,
+}
+
+/// One that is under way, or the last one.
+pub(super) struct Coalescing {
+    image: PathBuf,
+    parent: PathBuf,
+    stage: Stage,
+    error: Option<String>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Coalescing {
+    fn drop(&mut self) {
+        self.shared.cancel.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // What it says is told by `outcome`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The thread: merges, and wakes the main loop.
+    fn run(&self, image: &Path) {
+        let outcome = merge(image, &mut |done, bytes| {
+            self.percent.store((done * 100.0) as u64, Relaxed);
+            self.bytes.fetch_add(bytes, Relaxed);
+            self.rest(bytes)
+        });
+        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+        // An eventfd's counter can't reach its limit by ones.
+        let _ = self.event.write(1);
+    }
+
+    /// Sleeps as long as so many bytes take. An error: it is to stop.
+    fn rest(&self, bytes: u64) -> io::Result<()> {
+        let mut left = Duration::from_nanos((bytes * 1000).checked_div(self.rate).unwrap_or(0) * 1_000_000);
+        loop {
+            if self.cancel.load(Relaxed) {
+                return Err(Errno::ECANCELED.into());
+            }
+            if left.is_zero() {
+                return Ok(());
+            }
+            let now = left.min(NAP);
+            std::thread::sleep(now);
+            left -= now;
+        }
+    }
+}
+
+impl Disk {
+    /// Begins to merge an image of the chain, by default the one below the leaf, into the one below it, at most so many bytes
+    /// a second; 0: as fast as can be.
+    pub fn coalesce(&mut self, image: Option<&Path>, rate: u64) -> Result<(), CoalesceError> {
+        if self.state != State::Running {
+            return Err(CoalesceError::NotRunning);
+        }
+        if self.coalescing.as_ref().is_some_and(|coalescing| coalescing.is_under_way()) {
+            return Err(CoalesceError::Busy);
+        }
+        let index = match image {
+            None => 1,
+            Some(image) => self.layer_of(image).ok_or_else(|| {
+                CoalesceError::Chain(format!(
+                    "{} is none of its images: tap-ctl debug-queue shows them",
+                    image.display()
+                ))
+            })?,
+        };
+        let layers = self.stack.layers();
+        if index == 0 {
+            let text = format!(
+                "{} is written: take a snapshot first, and coalesce it then, below that",
+                layers[0].path.display()
+            );
+            return Err(CoalesceError::Chain(text));
+        }
+        let (Some(image), Some(parent)) = (layers.get(index), layers.get(index + 1)) else {
+            let text = "there is no image between the one that is written and the one that all is based on";
+            return Err(CoalesceError::Chain(text.into()));
+        };
+        let (image, parent) = (image.path.clone(), parent.path.clone());
+        if let Some(lock) = self.locks.get_mut(index + 1) {
+            // Nobody else has it if it can be had for us alone. It stays shared: the thread has one, too.
+            let alone = lock.relock(FlockArg::LockExclusiveNonblock).is_ok();
+            let shared = lock.relock(FlockArg::LockSharedNonblock).is_ok();
+            if !alone || !shared {
+                return Err(CoalesceError::Shared(parent));
+            }
+        }
+        let shared = Arc::new(Shared {
+            cancel: AtomicBool::new(false),
+            rate,
+            percent: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            outcome: Mutex::new(None),
+            event: Arc::clone(self.queue.engine().submit.event()),
+        });
+        let thread = std::thread::Builder::new().name("coalesce".into()).stack_size(STACK_SIZE);
+        let thread = thread.spawn({
+            let (shared, image) = (Arc::clone(&shared), image.clone());
+            move || shared.run(&image)
+        })?;
+        info!(self.log, "coalescing"; "image" => %image.display(), "parent" => %parent.display(), "rate" => rate);
+        let (stage, error) = (Stage::Merging, None);
+        self.coalescing = Some(Coalescing { image, parent, stage, error, shared, thread: Some(thread) });
+        Ok(())
+    }
+
+    /// The index of the layer with that file.
+    fn layer_of(&self, image: &Path) -> Option<usize> {
+        let wanted = image.canonicalize().ok()?;
+        self.stack.layers().iter().position(|layer| layer.path.canonicalize().is_ok_and(|path| path == wanted))
+    }
+
+    /// Ends a merge that is under way. The chain stays as it is.
+    pub fn cancel_coalesce(&mut self) {
+        if let Some(coalescing) = &self.coalescing {
+            coalescing.shared.cancel.store(true, Relaxed);
+        }
+    }
+
+    /// What is to be shown of it.
+    pub fn coalesce_report(&self) -> CoalesceReport {
+        let Some(coalescing) = &self.coalescing else { return CoalesceReport::default() };
+        CoalesceReport {
+            stage: coalescing.stage,
+            image: coalescing.image.display().to_string(),
+            parent: coalescing.parent.display().to_string(),
+            percent: coalescing.shared.percent.load(Relaxed),
+            bytes: coalescing.shared.bytes.load(Relaxed),
+            error: coalescing.error.clone(),
+        }
+    }
+
+    /// Goes on with what is under way, and says whether there was something to do.
+    pub(super) fn advance_coalesce(&mut self) -> bool {
+        let may_pause = self.state == State::Running && !self.is_switching();
+        let Some(coalescing) = &mut self.coalescing else { return false };
+        match coalescing.stage {
+            Stage::Merging => {
+                let outcome = coalescing.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let Some(outcome) = outcome else { return false };
+                match outcome {
+                    Ok(sectors) => {
+                        info!(self.log, "merged"; "image" => %coalescing.image.display(), "sectors" => sectors);
+                        coalescing.stage = Stage::Relinking;
+                    }
+                    Err(error) => {
+                        error!(self.log, "not coalesced: the chain is as before"; "error" => %error);
+                        (coalescing.stage, coalescing.error) = (Stage::Failed, Some(error.to_string()));
+                    }
+                }
+                true
+            }
+            Stage::Relinking if may_pause => {
+                self.pauses_for_itself = true;
+                self.pause().is_ok()
+            }
+            _ => false,
+        }
+    }
+
+    /// The disk is paused: leaves out the image that was merged, and goes on, unless somebody wants it to stay paused.
+    pub(super) fn leave_out_merged(&mut self) {
+        let stays = !std::mem::take(&mut self.pauses_for_itself);
+        let Some(coalescing) = self.coalescing.as_mut().filter(|coalescing| coalescing.stage == Stage::Relinking)
+        else {
+            return;
+        };
+        let paths: Vec<_> = self.stack.layers().iter().map(|layer| layer.path.clone()).collect();
+        match leave_out(&paths, &coalescing.image) {
+            Ok(()) => {
+                info!(self.log, "coalesced"; "image" => %coalescing.image.display());
+                coalescing.stage = Stage::Done;
+            }
+            Err(text) => {
+                error!(self.log, "not coalesced: the chain is as before"; "error" => &text);
+                (coalescing.stage, coalescing.error) = (Stage::Failed, Some(text));
+            }
+        }
+        if !stays && let Err(error) = self.resume(None) {
+            error!(self.log, "the disk cannot be resumed: it is tried again"; "error" => %error);
+            self.try_again_soon();
+        }
+    }
+}
+
+impl Coalescing {
+    fn is_under_way(&self) -> bool {
+        matches!(self.stage, Stage::Merging | Stage::Relinking)
+    }
+}
+
+/// Gives the image above `merged` the one below as its parent.
+fn leave_out(chain: &[PathBuf], merged: &Path) -> Result<(), String> {
+    let index = chain.iter().position(|path| path == merged);
+    let (child, parent) = match index {
+        Some(index) if index > 0 && index + 1 < chain.len() => (&chain[index - 1], &chain[index + 1]),
+        _ => return Err(format!("{} is not within the chain any more", merged.display())),
+    };
+    let explain = |error: &dyn std::fmt::Display| error.to_string();
+    let below = chain::chain(merged, &chain::Rules::ANY).map_err(|error| explain(&error))?.into_iter().nth(1);
+    let below = below.ok_or_else(|| format!("{} has no parent", merged.display()))?;
+    debug_assert_eq!(below.path.file_name(), parent.file_name());
+    let file = ImageFile::open(child).map_err(|error| explain(&error))?;
+    let image = file.image().map_err(|error| explain(&error))?;
+    let named = new_parent(child, &below).map_err(|error| explain(&error))?;
+    let device_end = file.is_device().then(|| file.size() - FOOTER_SIZE as u64);
+    let steps = relink(&image, &named, device_end).map_err(|error| format!("{}: {error}", child.display()))?;
+    let written = steps.iter().try_for_each(|step| write_pieces(&file, step).and_then(|()| file.sync()));
+    let end = steps.last().and_then(|step| step.last()).map_or(0, |last| last.at + FOOTER_SIZE as u64);
+    let written = written.and_then(|()| file.set_len(end)).and_then(|()| file.sync());
+    written.map_err(|error| format!("{}: {error}", child.display()))
+}

@@ -1,0 +1,65 @@
+//! `coalesce`: starts, shows, waits for and ends the merge of an image into its parent.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use tapdisk::control::client::{self, Refused};
+use tapdisk::control::proto::coalesce::{CANCEL, START};
+use tapdisk::disk::{CoalesceReport, Stage};
+
+use super::Coalesce;
+
+/// How often it is asked how far it is.
+const EACH: Duration = Duration::from_millis(100);
+
+/// Does what the options say, and prints how far it is.
+pub(super) fn coalesce(out: &mut impl Write, directory: &Path, disk: (i32, u16), args: &Coalesce) -> io::Result<()> {
+    let flags = match args {
+        Coalesce { cancel: true, .. } => CANCEL,
+        Coalesce { show: true, .. } => 0,
+        _ => START,
+    };
+    // The tapdisk may be in another folder.
+    let image = args.image.as_ref().map(|image| image.canonicalize().unwrap_or_else(|_| image.clone()));
+    let image = image.map(|image| image.to_string_lossy().into_owned()).unwrap_or_default();
+    let rate = args.rate.map_or(0, |rate| rate.0);
+    let ask = |flags| client::coalesce(directory, disk.0, disk.1, flags, rate, &image);
+    let mut text = ask(flags)?;
+    let mut report: CoalesceReport = serde_json::from_str(&text)?;
+    if args.wait {
+        let bar = io::stderr().is_terminal();
+        while matches!(report.stage, Stage::Merging | Stage::Relinking) {
+            if bar {
+                eprint!("\r{:3} %", report.percent);
+            }
+            std::thread::sleep(EACH);
+            text = ask(0)?;
+            report = serde_json::from_str(&text)?;
+        }
+        if bar {
+            eprintln!("\r{:3} %", report.percent);
+        }
+    }
+    if args.json {
+        writeln!(out, "{text}")?;
+    } else {
+        show(out, &report)?;
+    }
+    if args.wait && report.stage == Stage::Failed {
+        let text = report.error.unwrap_or_else(|| "it failed".into());
+        return Err(io::Error::other(Refused { errno: Errno::EIO as i32, text }));
+    }
+    Ok(())
+}
+
+fn show(out: &mut impl Write, report: &CoalesceReport) -> io::Result<()> {
+    let CoalesceReport { stage, image, parent, percent, bytes, error } = report;
+    let stage = format!("{stage:?}").to_lowercase();
+    if image.is_empty() {
+        return writeln!(out, "{stage}");
+    }
+    let error = error.as_ref().map_or(String::new(), |error| format!(" ({error})"));
+    writeln!(out, "{stage} {percent} % {bytes} bytes: {image} into {parent}{error}")
+}
