@@ -6,6 +6,7 @@ pub mod guest;
 pub mod model;
 pub mod served;
 pub mod small_fs;
+pub mod vhd;
 pub mod world;
 pub mod xen_guest;
 pub mod xenstored;
