@@ -318,7 +318,8 @@ fn on_a_device_nothing_old_is_shown_and_a_full_one_says_so() {
         let full = "import errno\ntry: h.pwrite(b'x' * 512, 60 << 20)\nexcept nbd.Error as x: assert x.errnum == errno.ENOSPC\n\
                     else: assert False";
         nbdsh(&served, full);
-        assert!(served.log().contains("ENOSPC"), "{}", served.log());
+        let log = served.log();
+        assert!(log.contains("the image has no room for a write") && log.contains("ENOSPC"), "{log}");
         // What is there can be written still.
         assert_eq!(guest.write(8 * BLOCK, &[8; 4096]), 0);
         model[8 * 4096 * 512..][..4096].fill(8);
