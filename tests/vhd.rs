@@ -77,7 +77,10 @@ fn what_qemu_wrote_is_read_and_written_again() {
         let first = bytes(1, 24 * MIB);
         std::fs::write(&raw, &first).unwrap();
         let options = format!("force_size=on,subformat={kind}");
-        run(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "vpc", "-o", &options]).arg(&raw).arg(&path));
+        run(Command::new("qemu-img")
+            .args(["convert", "-f", "raw", "-O", "vpc", "-o", &options])
+            .arg(&raw)
+            .arg(&path));
         run(Command::new("qemu-io").args(["-f", "vpc", "-c", "write -q -P 0x5a 3M 70k"]).arg(&path));
         let served = start(&path);
         let mut expected = first;
@@ -120,7 +123,10 @@ fn a_file_system_is_put_in_changed_and_clean() {
         if kind == "fixed" {
             run(Command::new("nbdcopy").args(["--flush"]).arg(&fs).arg(served.nbd()));
         } else {
-            run(Command::new("qemu-img").args(["convert", "-n", "-f", "raw", "-O", "raw"]).arg(&fs).arg(served.nbd()));
+            run(Command::new("qemu-img")
+                .args(["convert", "-n", "-f", "raw", "-O", "raw"])
+                .arg(&fs)
+                .arg(served.nbd()));
         }
         let copy = folder.path().join("copy");
         std::fs::write(&copy, content(&served, folder.path())).unwrap();

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, Locator, Platform, Table, Uuid, encode_path};
 use drivers::vhd::{BLOCK_SIZE, Image};
+use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, Locator, Platform, Table, Uuid, encode_path};
 use tapdisk::chain;
 use zerocopy::IntoBytes;
 
@@ -62,7 +62,10 @@ pub fn image(path: &Path) -> Image {
 /// An empty image of qemu-img's. `kind` is its "dynamic" or "fixed".
 pub fn create(path: &Path, kind: &str, mib: u64) {
     let options = format!("force_size=on,subformat={kind}");
-    run(Command::new("qemu-img").args(["create", "-q", "-f", "vpc", "-o", &options]).arg(path).arg(format!("{mib}M")));
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "vpc", "-o", &options])
+        .arg(path)
+        .arg(format!("{mib}M")));
 }
 
 /// An empty image of 64 MiB of one of the [`KINDS`], in a folder. That of a differencing one is a child of `parent.vhd`.
