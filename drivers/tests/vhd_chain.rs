@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashSet;
 
 use common::{Where, empty};
-use drivers::vhd::{Disk, FOOTER_SIZE, Image, Kind, Settings, Source};
+use drivers::vhd::{Batmap, Disk, FOOTER_SIZE, Image, Kind, Settings, Source};
 use drivers::{Durability, Extent, Format, Meta, MetaOp, Op, Plan, Ticket};
 use fastrand::Rng;
 
@@ -60,6 +60,11 @@ impl Layer {
     fn new(kind: Kind, rng: &mut Rng) -> Layer {
         let mut bytes = empty(kind, BLOCKS, BLOCK_SIZE);
         let last = bytes[..FOOTER_SIZE].to_vec();
+        if rng.bool() {
+            let full = Batmap::empty(bytes.len() as u64, BLOCKS);
+            bytes.extend(full.header());
+            bytes.extend(full.bits());
+        }
         let on = if rng.bool() { Where::File } else { Where::Device };
         if on == Where::Device {
             bytes.resize((SIZE + u64::from(BLOCKS + 2) * 4096) as usize, OLD);
