@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::guest::Guest;
-use common::served::{Served, folder, output, run};
+use common::served::{Served, folder, output, run, tool};
 use common::small_fs::{Loop, SmallFs};
-use common::vhd::{self, KINDS, content, stop, table};
-use drivers::vhd::FOOTER_SIZE;
+use common::vhd::{self, KINDS, Parent, content, stop, table};
+use drivers::vhd::{FOOTER_SIZE, Uuid};
 use nix::sys::signal::Signal;
 
 const BOTH: &str = "[frontend.local]\nsocket = '{s}/ring'\n[frontend.nbd]\nsocket = '{s}/nbd'\n";
@@ -305,13 +305,13 @@ fn like_a_device(path: &Path, from: &Path, size: u64) {
 
 #[test]
 fn on_a_device_nothing_old_is_shown_and_a_full_one_says_so() {
-    for kind in ["dynamic", "differencing"] {
+    for (kind, sector) in [("dynamic", 512), ("differencing", 512), ("differencing", 4096)] {
         let folder = folder();
         let empty = vhd::make(folder.path(), kind);
         let file = folder.path().join("device");
         // Room for nine blocks and a half.
         like_a_device(&file, &empty, 19 * MIB + 4096);
-        let Some(device) = Loop::new(&file, 512) else { return };
+        let Some(device) = Loop::new(&file, sector) else { return };
         // Its parent is where the image is.
         let path = folder.path().join("device.vhd");
         std::os::unix::fs::symlink(&device.0, &path).unwrap();
@@ -381,5 +381,131 @@ fn a_full_file_system_fails_writes_and_they_go_on_when_there_is_room() {
         for (at, expected) in (0..).zip(model.chunks(32768)).filter(|(_, expected)| expected[0] != 0) {
             assert!(guest.read(at * 64, 32768).as_deref() == Ok(expected), "{kind}, opened again: {at}");
         }
+    }
+}
+
+#[test]
+fn blocks_may_be_of_other_sizes() {
+    for block_size in [4096, 512 << 10, 256 << 20] {
+        let folder = folder();
+        let (base, path) = (folder.path().join("base.raw"), folder.path().join("leaf.vhd"));
+        let mut expected = bytes(7, 16 * MIB);
+        std::fs::write(&base, &expected).unwrap();
+        let parent = Parent { path: "./base.raw", uuid: Uuid::NIL, time: 0 };
+        vhd::child_of_blocks(block_size, &path, 16 * MIB + 512, 1, parent);
+        expected.extend([0; 512]);
+        let served = start(&path);
+        let mut guest = Guest::connect(&served.ring());
+        let mut random = fastrand::Rng::with_seed(3);
+        for _ in 0..300 {
+            let sectors = random.usize(1..80);
+            let sector = random.usize(..expected.len() / 512 + 1 - sectors);
+            let data = vec![random.u8(..); sectors * 512];
+            assert_eq!(guest.write(sector as u64, &data), 0);
+            expected[sector * 512..][..data.len()].copy_from_slice(&data);
+        }
+        drop(guest);
+        assert!(content(&served, folder.path()) == expected, "{block_size}");
+        stop(served, &path);
+        assert!(content(&start(&path), folder.path()) == expected, "{block_size}, opened again");
+    }
+}
+
+#[test]
+fn every_engine_and_the_least_of_everything_write_what_is_verified() {
+    let least = "[engine]\ndepth = 1\nbatch = 1\n";
+    let engines = ["aio", "threads", "io_uring"].map(|name| ("", format!("[engine]\nname = '{name}'\n")));
+    for (top, rest) in engines.into_iter().chain([("requests = 1", least.to_owned())]) {
+        for kind in KINDS {
+            for keys in
+                ["durability = 'flush'\npreallocate = '8 MiB'", "durability = 'order'\nbitmap_cache = '1 KiB'"]
+            {
+                let folder = folder();
+                let path = vhd::make(folder.path(), kind);
+                let image = format!("{}\n{keys}", table(&path));
+                let served = Served::start_with(top, &image, &format!("{BOTH}{rest}"));
+                let mut load = tool("ring-load");
+                load.args([
+                    "run",
+                    "--rw",
+                    "randwrite",
+                    "--bs",
+                    "512-64k",
+                    "--depth",
+                    "32",
+                    "--size",
+                    "12M",
+                    "--verify",
+                ]);
+                run(load.args(["--fsync", "20", "--queues", "2", "--socket"]).arg(served.ring()));
+                let expected = content(&served, folder.path());
+                stop(served, &path);
+                assert!(content(&start(&path), folder.path()) == expected, "{kind}, {keys}, {rest}, opened again");
+            }
+        }
+    }
+}
+
+#[test]
+fn errors_reach_the_client_and_leave_old_or_new() {
+    for kind in ["dynamic", "differencing"] {
+        let folder = folder();
+        let path = vhd::make(folder.path(), kind);
+        let faults = "[[fault]]\ntype = 'error'\non = ['read', 'write', 'flush', 'write-zeroes']\nrate = 0.05\n";
+        let served = Served::start(&table(&path), &format!("{BOTH}{faults}"));
+        let mut guest = Guest::connect(&served.ring());
+        let mut random = fastrand::Rng::with_seed(5);
+        // Of each 4096 bytes: what they may have.
+        let mut known = vec![vec![0]; 16384];
+        let mut failed = 0;
+        for _ in 0..3000 {
+            let (at, byte) = (random.usize(..known.len()), random.u8(1..));
+            if guest.write(at as u64 * 8, &[byte; 4096]) == 0 {
+                known[at] = vec![byte];
+            } else {
+                known[at].push(byte);
+                failed += 1;
+            }
+        }
+        assert!(failed > 100, "{failed} failed");
+        drop(guest);
+        // The last flush may be one that fails.
+        let (_, log) = served.stop();
+        assert_eq!(vhd::check(&path, &["-i"]).1, 0, "{kind}: {log}");
+        let served = start(&path);
+        for (number, (known, found)) in known.iter().zip(content(&served, folder.path()).chunks(4096)).enumerate() {
+            let one = |byte: &u8| known.contains(byte);
+            assert!(
+                found.chunks(512).all(|sector| one(&sector[0]) && sector.iter().all(|byte| *byte == sector[0])),
+                "{number}"
+            );
+        }
+        stop(served, &path);
+    }
+}
+
+#[test]
+fn writes_without_space_are_held_if_so_configured() {
+    for kind in ["dynamic", "differencing"] {
+        let Some(fs) = SmallFs::new("24m") else { return };
+        let path = vhd::make(&fs.path(""), kind);
+        let filler = fs.path("filler");
+        std::fs::write(&filler, vec![1; 12 << 20]).unwrap();
+        let served = Served::start(&table(&path), &format!("{BOTH}[retry]\nno_space = 'hold'\n"));
+        let ring = served.ring();
+        let writer = std::thread::spawn(move || {
+            let mut guest = Guest::connect(&ring);
+            (0..480).map(|at| guest.write(at * 64, &[at as u8; 32768])).filter(|status| *status != 0).count()
+        });
+        served.wait_log("ENOSPC");
+        assert!(!writer.is_finished(), "{}", served.log());
+        std::fs::remove_file(&filler).unwrap();
+        assert_eq!(writer.join().unwrap(), 0, "{kind}: {}", served.log());
+        let mut guest = Guest::connect(&served.ring());
+        for at in 0..480 {
+            assert!(guest.read(at * 64, 32768) == Ok(vec![at as u8; 32768]), "{kind}: {at}");
+        }
+        drop(guest);
+        stop(served, &path);
     }
 }

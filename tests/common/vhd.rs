@@ -25,12 +25,17 @@ pub struct Parent<'a> {
 
 /// A differencing image of `size` bytes without data. Gives its UUID.
 pub fn child(path: &Path, size: u64, uuid: u8, parent: Parent) -> Uuid {
+    child_of_blocks(BLOCK_SIZE, path, size, uuid, parent)
+}
+
+/// The same, with blocks of that many bytes.
+pub fn child_of_blocks(block_size: u32, path: &Path, size: u64, uuid: u8, parent: Parent) -> Uuid {
     let uuid = Uuid([uuid; 16]);
-    let blocks = size.div_ceil(BLOCK_SIZE.into()) as u32;
+    let blocks = size.div_ceil(block_size.into()) as u32;
     let footer = Footer::new(Kind::Differencing, size, uuid, 1_000_000_000);
     let name = encode_path(Platform::W2ru, parent.path);
     let name_at = TABLE + Table::bytes(blocks);
-    let mut header = Header::new(TABLE, blocks, BLOCK_SIZE);
+    let mut header = Header::new(TABLE, blocks, block_size);
     header.parent_uuid = parent.uuid;
     header.parent_timestamp = parent.time.into();
     header.set_parent_name(parent.path.rsplit('/').next().unwrap());
