@@ -4,7 +4,7 @@ mod common;
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::guest::Guest;
 use common::served::{Served, folder, output, run, tool};
@@ -506,6 +506,51 @@ fn writes_without_space_are_held_if_so_configured() {
             assert!(guest.read(at * 64, 32768) == Ok(vec![at as u8; 32768]), "{kind}: {at}");
         }
         drop(guest);
+        stop(served, &path);
+    }
+}
+
+#[test]
+fn held_writes_are_given_up_at_the_second_signal_and_the_image_is_whole() {
+    for kind in ["dynamic", "differencing"] {
+        let Some(fs) = SmallFs::new("24m") else { return };
+        let path = vhd::make(&fs.path(""), kind);
+        std::fs::write(fs.path("filler"), vec![1; 16 << 20]).unwrap();
+        let served = Served::start(&table(&path), &format!("{BOTH}[retry]\nno_space = 'hold'\n"));
+        let mut load = tool("ring-load");
+        load.args(["run", "--rw", "randwrite", "--bs", "64k", "--depth", "16", "--runtime", "60s", "--socket"]);
+        let mut load = load.arg(served.ring()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        served.wait_log("ENOSPC");
+        served.signal(Signal::SIGTERM);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        // There may be no room for the last footer either, and then its exit code says so.
+        let (_, log) = served.stop();
+        assert_eq!(vhd::check(&path, &["-i"]).1, 0, "{kind}: {log}");
+        load.kill().unwrap();
+        load.wait().unwrap();
+        std::fs::remove_file(fs.path("filler")).unwrap();
+        let served = start(&path);
+        let before = content(&served, folder().path());
+        stop(served, &path);
+        assert!(content(&start(&path), folder().path()) == before, "{kind}");
+    }
+}
+
+#[test]
+fn the_engine_is_changed_while_blocks_are_added() {
+    for kind in ["dynamic", "differencing"] {
+        let folder = folder();
+        let path = vhd::make(folder.path(), kind);
+        let served = start(&path);
+        let mut load = tool("ring-load");
+        load.args(["run", "--rw", "randwrite", "--bs", "512-64k", "--verify", "--runtime", "3s", "--fsync", "50"]);
+        let mut load = load.arg("--socket").arg(served.ring()).stdout(Stdio::null()).spawn().unwrap();
+        let mut changes = 0;
+        while load.try_wait().unwrap().is_none() {
+            run(served.tap_ctl().args(["engine", "--name", ["aio", "threads", "io_uring"][changes % 3]]));
+            changes += 1;
+        }
+        assert!(load.wait().unwrap().success() && changes >= 6, "{changes} changes");
         stop(served, &path);
     }
 }
