@@ -6,49 +6,29 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::served::{folder, output, run, tool};
-use drivers::vhd::{
-    BLOCK_SIZE, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Uuid, encode_path,
-};
+use common::vhd_made as vhd;
+use drivers::vhd::{FOOTER_SIZE, Kind, Uuid};
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Rules};
-use zerocopy::IntoBytes;
 
 const SIZE: u64 = 64 << 20;
-const TABLE: u64 = (FOOTER_SIZE + HEADER_SIZE) as u64;
-const NAME: u64 = TABLE + 512;
+const NAME: u64 = vhd::TABLE + 512;
 
 /// A differencing image without data, whose parent has that UUID and, as a locator, that path.
 fn child(path: &Path, uuid: u8, parent: &str, parent_uuid: Uuid) -> Uuid {
-    let uuid = Uuid([uuid; 16]);
-    let mut footer = Footer::new(Kind::Differencing, SIZE, uuid, 1_000_000_000);
-    // Such as Windows makes: without a batmap.
-    footer.creator = *b"win ";
-    footer.seal();
-    let name = encode_path(Platform::W2ru, parent);
-    let mut header = Header::new(TABLE, (SIZE / u64::from(BLOCK_SIZE)) as u32, BLOCK_SIZE);
-    header.parent_uuid = parent_uuid;
-    header.set_parent_name(parent.rsplit('/').next().unwrap());
-    header.locators[0] = Locator::new(Platform::W2ru, NAME, name.len() as u32);
-    header.seal();
-    let mut file = [footer.as_bytes(), header.as_bytes(), &[0xff; 512], &name].concat();
-    file.resize(NAME as usize + 512, 0);
-    file.extend(footer.as_bytes());
-    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    std::fs::write(path, file).unwrap();
-    uuid
+    vhd::child(path, SIZE, uuid, vhd::Parent { path: parent, uuid: parent_uuid, time: 0 })
 }
 
 /// An image of qemu-img's.
 fn base(path: &Path) -> Uuid {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    run(Command::new("qemu-img").args(["create", "-q", "-f", "vpc", "-o", "force_size=on"]).arg(path).arg("64M"));
+    vhd::create(path, "dynamic", 64);
     run(Command::new("qemu-io").args(["-f", "vpc", "-c", "write -q 7M 64k"]).arg(path));
     uuid(path)
 }
 
 fn uuid(path: &Path) -> Uuid {
-    let layer = chain::layer(path).unwrap();
-    layer.image.as_ref().map(|image: &Image| image.footer.uuid).unwrap()
+    vhd::image(path).footer.uuid
 }
 
 /// What `vhd-util` prints, and its exit code.

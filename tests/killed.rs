@@ -3,12 +3,12 @@
 mod common;
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::guest::{Guest, page};
 use common::served::{Served, folder, tool};
+use common::vhd_made as vhd;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tapdisk::frontend::blkif::wire::{OP_FLUSH_DISKCACHE, OP_WRITE, Segment};
@@ -53,12 +53,23 @@ fn frozen_for_ten_seconds_it_goes_on_and_nothing_is_lost() {
     assert_eq!(served.stop().0, Some(0));
 }
 
-/// Sectors that are written, 4096 bytes apart.
-const SECTORS: u64 = 256;
+/// What is written while it is killed.
+struct Load<'a> {
+    /// The `[image]` table, and what comes after it.
+    image: &'a str,
+    rest: &'a str,
+    /// Sectors that are written.
+    sectors: u64,
+    /// How many sectors each is after the one before.
+    apart: u64,
+    kills: u32,
+    seed: u64,
+}
 
 /// Writes numbers to sectors, sixteen at a time and then a flush, until the server is gone. Gives for each sector the number
 /// that was acknowledged as flushed last, and the last one that was sent.
 fn write_until_it_is_gone(
+    load: &Load,
     guest: &mut Guest,
     random: &mut fastrand::Rng,
     number: &mut u64,
@@ -66,12 +77,12 @@ fn write_until_it_is_gone(
     let mut sectors: HashMap<u64, (u64, u64)> = HashMap::new();
     let segment = |gref| Segment { last_sect: 0, ..page(gref) };
     loop {
-        let chosen: std::collections::HashSet<u64> = (0..16).map(|_| random.u64(..SECTORS)).collect();
+        let chosen: std::collections::HashSet<u64> = (0..16).map(|_| random.u64(..load.sectors)).collect();
         let mut written = Vec::new();
         for (i, &sector) in (0u32..).zip(&chosen) {
             *number += 1;
             guest.queue.memory().write(guest.queue.page_at(i), &number.to_le_bytes().repeat(64));
-            let entry = guest.entry(OP_WRITE).with_sector(sector * 8).with_segments(1, &[segment(i)]);
+            let entry = guest.entry(OP_WRITE).with_sector(sector * load.apart).with_segments(1, &[segment(i)]);
             guest.queue.ring.push(&entry);
             sectors.entry(sector).or_default().1 = *number;
             written.push((sector, *number));
@@ -93,21 +104,21 @@ fn write_until_it_is_gone(
     }
 }
 
-fn killed_again_and_again(image: &Path, keys: &str, rest: &str, seed: u64) {
-    let mut random = fastrand::Rng::with_seed(seed);
-    let table = format!("path = '{}'\ncreate = '4 MiB'\n{keys}", image.display());
+fn killed_again_and_again(load: &Load) {
+    let Load { image, rest, .. } = load;
+    let mut random = fastrand::Rng::with_seed(load.seed);
     let (mut number, mut rounds, mut acknowledged) = (0, 0, 0);
     let mut flushed: HashMap<u64, (u64, u64)> = HashMap::new();
-    while rounds < 12 {
-        let served = Served::start(&table, &format!("{FRONTENDS}{rest}"));
+    while rounds < load.kills {
+        let served = Served::start(image, &format!("{FRONTENDS}{rest}"));
         let mut guest = Guest::connect(&served.ring());
         for (&sector, &(least, most)) in &flushed {
-            let data = guest.read(sector * 8, 512).unwrap();
+            let data = guest.read(sector * load.apart, 512).unwrap();
             let numbers: Vec<_> = data.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
             assert!(numbers.iter().all(|n| *n == numbers[0]), "sector {sector} is torn: {numbers:?}");
             assert!(
                 (least..=most).contains(&numbers[0]),
-                "{rest}, round {rounds}: sector {sector} has {}, {least} was flushed and {most} written",
+                "{image}, {rest}, round {rounds}: sector {sector} has {}, {least} was flushed and {most} written",
                 numbers[0]
             );
         }
@@ -117,7 +128,7 @@ fn killed_again_and_again(image: &Path, keys: &str, rest: &str, seed: u64) {
             std::thread::sleep(pause);
             kill(pid, Signal::SIGKILL).unwrap();
         });
-        for (sector, (least, most)) in write_until_it_is_gone(&mut guest, &mut random, &mut number) {
+        for (sector, (least, most)) in write_until_it_is_gone(load, &mut guest, &mut random, &mut number) {
             let entry = flushed.entry(sector).or_default();
             *entry = (entry.0.max(least), most);
             acknowledged += usize::from(least > 0);
@@ -136,6 +147,30 @@ fn killed_at_any_moment_it_has_all_that_was_acknowledged_as_flushed() {
         ("direct = 'off'", "[engine]\nname = 'threads'\n"),
     ]) {
         let folder = folder();
-        killed_again_and_again(&folder.path().join("disk.img"), keys, rest, seed);
+        let image = format!("path = '{}'\ncreate = '4 MiB'\n{keys}", folder.path().join("disk.img").display());
+        killed_again_and_again(&Load { image: &image, rest, sectors: 256, apart: 8, kills: 12, seed });
+    }
+}
+
+/// Sectors that are so far apart that most writes are the first of their block, or of their part of it.
+#[test]
+fn killed_while_vhd_images_grow_they_have_all_that_was_acknowledged_as_flushed() {
+    const BLOCKS: u64 = 2048;
+    for (seed, (kind, durability, apart)) in (10..).zip([
+        ("dynamic", "flush", 2048),
+        ("dynamic", "order", 128),
+        ("differencing", "flush", 128),
+        ("differencing", "order", 2048),
+    ]) {
+        let folder = folder();
+        let path = folder.path().join("disk.vhd");
+        let base = if kind == "dynamic" { path.clone() } else { folder.path().join("base.vhd") };
+        vhd::create(&base, "dynamic", 2 * BLOCKS);
+        if base != path {
+            vhd::snapshot(&path, 2, &base);
+        }
+        let image = format!("{}\ndurability = '{durability}'", vhd::table(&path));
+        killed_again_and_again(&Load { image: &image, rest: "", sectors: 4096, apart, kills: 25, seed });
+        assert_eq!(vhd::check(&path, &["-i"]).1, 0, "{kind}, {durability}");
     }
 }

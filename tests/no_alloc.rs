@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::served::{folder, tool};
+use common::vhd_made as vhd;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tapdisk::config::Config;
 use tapdisk::log::Log;
@@ -27,7 +28,18 @@ fn none_between_warm_up_and_the_end_of_a_mixed_load() {
     // A pool that grows makes threads; one whose minimum is its maximum has all that it will have.
     for engine in ["name = 'aio'", "name = 'io_uring'", "name = 'threads'\nthreads_min = 8\nthreads_max = 8"] {
         println!("{engine}");
-        none_with(engine);
+        let folder = folder();
+        none_with(&format!("path = '{}'\ncreate = '64 MiB'", folder.path().join("disk.img").display()), engine);
+    }
+    // So large that blocks are added all the time, and with room for few bitmaps.
+    for kind in ["dynamic", "differencing"] {
+        println!("{kind}");
+        let folder = folder();
+        let (base, leaf) = (folder.path().join("base.vhd"), folder.path().join("leaf.vhd"));
+        vhd::create(&base, "dynamic", 64 << 10);
+        vhd::snapshot(&leaf, 2, &base);
+        let path = if kind == "dynamic" { base } else { leaf };
+        none_with(&format!("{}\nbitmap_cache = '128 KiB'", vhd::table(&path)), "");
     }
 }
 
@@ -50,14 +62,12 @@ fn wait_until_loaded(sockets: &Path) {
     }
 }
 
-fn none_with(engine: &str) {
-    let folder = folder();
+fn none_with(image: &str, engine: &str) {
     let sockets = tempfile::tempdir().unwrap();
-    let (image, s) = (folder.path().join("disk.img"), sockets.path());
+    let s = sockets.path();
     let text = format!(
-        "[image]\npath = '{}'\ncreate = '64 MiB'\n[control]\ndirectory = '{s}'\n[frontend.local]\nsocket = '{s}/ring'\n\
+        "[image]\n{image}\n[control]\ndirectory = '{s}'\n[frontend.local]\nsocket = '{s}/ring'\n\
          [frontend.nbd]\nsocket = '{s}/nbd'\n[engine]\n{engine}\n",
-        image.display(),
         s = s.display()
     );
     let config = Config::parse(&text, Path::new("test")).unwrap();

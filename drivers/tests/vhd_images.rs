@@ -2,7 +2,9 @@
 
 use std::process::Command;
 
-use drivers::vhd::{Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Source};
+use drivers::vhd::{
+    Batmap, Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Source, Table,
+};
 use zerocopy::IntoBytes;
 
 /// A file in memory.
@@ -123,7 +125,8 @@ fn blocks_that_are_not_their_own_are_refused() {
 fn metadata_that_is_nowhere_is_refused() {
     let image = image("dynamic");
     let file = image.size();
-    for at in [file - 100, u64::MAX - 50] {
+    // Beyond the end, not in whole sectors, in the header, over the footer's copy.
+    for at in [file - 100, u64::MAX - 50, 1537, 1024, 0] {
         let what = changed(&image, |header, _| *header = Header::new(at, header.entries(), header.block_size()));
         assert_eq!(what, Corrupt::Place { what: "table", at, len: 128, file });
     }
@@ -167,4 +170,28 @@ fn a_name_of_the_parent_that_is_nowhere_is_told_of() {
         Corrupt::Odd { what: "header", why: "has locators of a parent, which the image does not have" },
     ];
     assert_eq!(check(&bytes), (None, expected.to_vec()));
+}
+
+#[test]
+fn a_batmap_among_other_metadata_is_not_used() {
+    let mut bytes = image("dynamic");
+    let table_end = HEADER.end as u64 + Table::bytes(32);
+    // qemu-img has its first block there: an image without blocks has room.
+    bytes.0.truncate(table_end as usize);
+    bytes.0[HEADER.end..].fill(0xff);
+    for (bits_at, used) in [(table_end + 512, true), (0, false), (512, false), (1536, false)] {
+        let mut batmap = Batmap::empty(table_end, 32);
+        batmap.bits_at = bits_at;
+        bytes.0.truncate(table_end as usize);
+        bytes.0.extend(batmap.header());
+        bytes.0.extend(batmap.bits());
+        bytes.0.extend_from_within(..FOOTER_SIZE);
+        let mut problems = Vec::new();
+        let image = Image::read(&bytes, &mut problems).unwrap();
+        assert_eq!(
+            (image.batmap.is_some(), problems.is_empty()),
+            (used, used),
+            "its bits at byte {bits_at}: {problems:?}"
+        );
+    }
 }

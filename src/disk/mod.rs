@@ -296,7 +296,7 @@ impl Disk {
                     break;
                 }
                 match self.stack.start(id, &mut self.slots, &mut self.queue) {
-                    Started::Planned => {}
+                    Started::Planned => self.log_full(id),
                     Started::NoRoom => break,
                     Started::Waits => {
                         self.waiting.extend(self.started.pop_front());
@@ -381,6 +381,18 @@ impl Disk {
         } else {
             error!(log, "I/O error");
         }
+    }
+
+    /// Logs that the image has no room for a request that was planned just now. No I/O failed by that, or another's.
+    fn log_full(&mut self, id: RequestId) {
+        let request = self.slots.get(id);
+        if request.error != Some(Errno::ENOSPC) {
+            return;
+        }
+        let Some(suppressed) = self.limiter.allow(now()) else { return };
+        error!(self.log, "the image has no room for a write"; "image" => &self.info.name, "op" => request.op.name(),
+            "offset" => request.offset, "len" => request.len, "errno" => Errno::ENOSPC.to_string(),
+            "suppressed_before" => suppressed);
     }
 
     /// Whether there was something to answer, and for a frontend whose requests memory shows.

@@ -128,6 +128,12 @@ fn blocks(
     }
     let device = opened.geometry.block_device;
     let explain = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    let unfit = |message: &str| Error::Unfit { path: path.to_owned(), message: message.to_owned() };
+    // One that was in use when the host stopped has none, and on a device its place is the end all the same.
+    let footer_at = image.footer_at.min(opened.geometry.size.saturating_sub(FOOTER_SIZE as u64));
+    if device && writable && image.end() > footer_at {
+        return Err(unfit("it takes all of the device, and its last footer has no place; make the device larger"));
+    }
     let bitmap = image.header.as_ref().map_or(1, |header| header.bitmap_size()) as usize;
     let bitmaps = (config.image.bitmap_cache.0 as usize / bitmap / depth).max(BITMAPS_MIN);
     let mut settings = Settings {
@@ -136,41 +142,39 @@ fn blocks(
             Durability::Order => drivers::Durability::Order,
         },
         zeros: !device,
-        usable: if device { image.footer_at } else { 0 },
-        limit: if device { image.footer_at } else { i64::MAX as u64 },
+        usable: if device { footer_at } else { 0 },
+        limit: if device { footer_at } else { i64::MAX as u64 },
         step: if config.image.preallocate.0 > 0 { config.image.preallocate.0 } else { STEP },
         preallocate: config.image.preallocate.0 > 0,
         bitmaps,
         tickets: 0,
-        footer_at: device.then_some(image.footer_at),
+        footer_at: device.then_some(footer_at),
     };
     let mut plain = None;
     if writable {
         let file = file::options(false, false).open(path).map_err(explain("open it"))?;
-        mark_in_use(&file, image, problems, device).map_err(explain("mark it as in use"))?;
+        mark_in_use(&file, image, problems, device.then_some(footer_at)).map_err(explain("mark it as in use"))?;
         if !device {
             settings.usable = geometry(&file).map_err(explain("serve it"))?.size;
         }
         settings.tickets = 2 * config.requests as usize;
         plain = Some(file);
     }
-    let disk = Disk::new(image, &settings)
-        .ok_or_else(|| Error::Unfit { path: path.to_owned(), message: "it has no header".into() })?;
+    let disk = Disk::new(image, &settings).ok_or_else(|| unfit("it has no header"))?;
     Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain })
 }
 
 /// From here on the copy of the footer counts, as long as the image is in use and if the host stops. What is behind the image in
-/// a file is cut off: a new block begins with zeros.
-fn mark_in_use(file: &File, image: &Image, problems: &[Problem], device: bool) -> std::io::Result<()> {
+/// a file is cut off: a new block begins with zeros. On a device the last footer is at byte `footer_at`.
+fn mark_in_use(file: &File, image: &Image, problems: &[Problem], footer_at: Option<u64>) -> std::io::Result<()> {
     let copy_is_bad = |problem: &Problem| matches!(problem.what, Corrupt::Copy(_) | Corrupt::CopyDiffers);
     if problems.iter().any(copy_is_bad) {
         file.write_all_at(image.footer.as_bytes(), 0)?;
         file.sync_data()?;
     }
-    if device {
-        file.write_all_at(&[IN_USE; FOOTER_SIZE], image.footer_at)?;
-    } else {
-        file.set_len(image.end().next_multiple_of(u64::from(SECTOR)))?;
+    match footer_at {
+        Some(at) => file.write_all_at(&[IN_USE; FOOTER_SIZE], at)?,
+        None => file.set_len(image.end().next_multiple_of(u64::from(SECTOR)))?,
     }
     file.sync_all()
 }

@@ -103,10 +103,10 @@ class Bench:
         count = sum(report[side]["requests"] for side in ("read", "write") if report.get(side))
         return count / report["seconds"], used / count * 1e6
 
-    def fio(self, rw, bs, depth, engine, pid=None):
+    def fio(self, rw, bs, depth, engine, pid=None, size_mib=None):
         before = cpu_seconds(pid) if pid else 0
         command = ["fio", "--name=b", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", "--time_based",
-                   "--norandommap", f"--runtime={self.seconds}", f"--size={SIZE_MIB}m", "--output-format=json",
+                   "--norandommap", f"--runtime={self.seconds}", f"--size={size_mib or SIZE_MIB}m", "--output-format=json",
                    "--group_reporting"] + engine
         out = subprocess.run(on(CLIENT, command) if pid else command, stdout=subprocess.PIPE, check=True,
                              text=True).stdout

@@ -7,6 +7,7 @@ pub mod model;
 pub mod served;
 pub mod small_fs;
 pub mod vhd;
+pub mod vhd_made;
 pub mod world;
 pub mod xen_guest;
 pub mod xenstored;

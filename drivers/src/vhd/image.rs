@@ -154,11 +154,14 @@ impl Reader<'_> {
         }
         // A table may have more entries than the disk has blocks, and the file need not have those.
         let table = Table::parse(&self.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
-        let mut taken = vec![
-            Region { at: 0, len: FOOTER_SIZE as u64 },
-            Region { at, len: HEADER_SIZE as u64 },
-            Region { at: header.table_at(), len: 4 * blocks },
-        ];
+        let mut taken = vec![Region { at: 0, len: FOOTER_SIZE as u64 }, Region { at, len: HEADER_SIZE as u64 }];
+        // It is written sector by sector.
+        let own = Region { at: header.table_at(), len: Table::bytes(blocks as u32) };
+        if !own.at.is_multiple_of(SECTOR_SIZE) || taken.iter().any(|region| region.meets(own)) {
+            let (at, len, file) = (own.at, 4 * blocks, self.source.size());
+            return Err(Corrupt::Place { what: "table", at, len, file }.into());
+        }
+        taken.push(own);
         image.parents = self.locators(&header, &mut taken)?;
         let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
         image.batmap = self.batmap(table_end, &table, block_len, &mut taken)?;
@@ -255,9 +258,11 @@ impl Reader<'_> {
         taken: &mut Vec<Region>,
     ) -> Result<Option<Batmap>, ReadError> {
         // Where a block is, what looks like a batmap may be the guest's.
+        let others = taken.clone();
         let free = |at, len| {
             let region = Region { at, len };
-            !table.allocated().any(|(_, block)| region.meets(Region { at: block, len: block_len }))
+            let mut blocks = table.allocated().map(|(_, at)| Region { at, len: block_len });
+            !blocks.any(|block| region.meets(block)) && !others.iter().any(|other| region.meets(*other))
         };
         if at + SECTOR_SIZE > self.source.size() || !free(at, SECTOR_SIZE) {
             return Ok(None);

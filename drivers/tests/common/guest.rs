@@ -228,9 +228,9 @@ impl Guest {
         match what {
             Under::Data { first, versions, ticket } => {
                 if failed {
-                    self.medium.fail(id, &mut self.rng)
+                    self.medium.fail(id, &mut self.rng);
                 } else {
-                    self.medium.complete(id)
+                    self.medium.complete(id);
                 }
                 match ticket {
                     Some(ticket) => {
