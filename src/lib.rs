@@ -25,7 +25,9 @@
 //!
 //! ## Boundaries
 //!
-//! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one.
+//! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one. What a layer has not, the
+//!   [`stack`] asks the one below for. A format that has metadata to write, says which; the stack moves it, and asks again: a write that
+//!   waits for such has a ticket, and is answered when that is settled.
 //!   Which images a disk is made of, a [`chain`] says: each names its parent.
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
@@ -44,6 +46,13 @@
 //! through [`xenstore`]: an asynchronous function, polled by the main loop, that looks at both sides' nodes whenever one has
 //! changed and does what [`decide`](frontend::xen::handshake::decide) says. A guest that goes leaves its requests behind: they
 //! are finished in memory of ours before the next guest is let in, and before the toolstack is told that the disk is closed.
+//!
+//! ## Live operations
+//!
+//! A [pause](disk::Disk::pause_for_client) is a drain without an end: nothing is pulled, what was pulled is finished and flushed, the image is
+//! closed, and an engine without files takes the place of the other. [Resume](disk::Disk::resume) opens the image again, or another.
+//! [Coalesce](disk::Disk::coalesce) merges two images of the chain in a thread of its own, with the files alone ([`vhd`]): what
+//! changes is hidden by the image above. Then a pause leaves the merged one out.
 //!
 //! ## Ownership
 //!

@@ -110,8 +110,9 @@ pub enum Command {
         /// Which disk
         #[command(flatten)]
         disk: Which,
-        /// Lets the image, which must be a regular file, grow to this size first, such as "20 GiB". Not given: the file
-        /// or block device has grown already
+        /// Lets the image grow to this size first, such as "20 GiB": a raw image, which must be a regular file; or a VHD image
+        /// that has room in its table (vhd-util query -S), for which the disk is paused. Not given: the file or block device
+        /// has grown already
         #[arg(long)]
         size: Option<Size>,
     },

@@ -10,6 +10,8 @@ use tapdisk::control::client::{self, Refused};
 use tapdisk::control::proto::kind;
 use tapdisk::disk::DebugQueue;
 
+use crate::vhd_util;
+
 fn refused(errno: Errno, text: String) -> io::Error {
     io::Error::other(Refused { errno: errno as i32, text })
 }
@@ -30,11 +32,28 @@ pub(super) fn resize(
         }
         match disk.name.split_once(':') {
             Some(("aio", path)) => grow(pid, Path::new(path), size)?,
+            Some(("vhd", path)) => {
+                let new = grow_vhd(directory, (pid, minor), Path::new(path), size)?;
+                return writeln!(out, "old_size={} new_size={new}", disk.size);
+            }
             _ => return Err(refused(Errno::EOPNOTSUPP, format!("{}: it has no file that could grow", disk.name))),
         }
     }
     let (old, new) = client::resize(directory, pid, minor)?;
     writeln!(out, "old_size={old} new_size={new}")
+}
+
+/// Lets a VHD image grow while its disk is paused, and gives the disk's size then. Its blocks stay where they are, which takes room in
+/// its table.
+fn grow_vhd(directory: &Path, (pid, minor): (i32, u16), path: &Path, size: u64) -> io::Result<u64> {
+    let place = Path::new("/proc").join(pid.to_string()).join("cwd").join(path);
+    client::pause(directory, pid, minor)?;
+    let grown = vhd_util::grow(&place, size).map_err(|(errno, text)| refused(errno, text));
+    // Whatever came of it.
+    client::resume(directory, pid, minor, None)?;
+    grown?;
+    let disk: DebugQueue = serde_json::from_str(&client::text_of(directory, pid, minor, kind::DEBUG_QUEUE)?)?;
+    Ok(disk.size)
 }
 
 fn grow(pid: i32, path: &Path, size: u64) -> io::Result<()> {

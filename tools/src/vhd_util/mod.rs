@@ -21,10 +21,21 @@ mod show;
 mod testing;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
+
+use nix::errno::Errno;
 
 pub use args::*;
 use failure::Result;
+
+/// Lets an image that nobody serves have a disk of `size` bytes, rounded up to whole MiB and blocks, if it need not move a block. The
+/// errno and the text of an error tell why not.
+pub fn grow(image: &Path, size: u64) -> std::result::Result<(), (Errno, String)> {
+    let (name, size) = (image.to_owned(), size.div_ceil(1 << 20));
+    let done = resize::resize(&Resize { name, size, journal: None, fast: true });
+    done.map_err(|failure| (failure.errno, failure.text))
+}
 
 /// Does what the command line says.
 pub fn run(args: &Args) -> ExitCode {
