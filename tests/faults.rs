@@ -187,6 +187,13 @@ fn writes_without_space_are_held_until_there_is_some() {
     assert_eq!(queue["queue"]["without_space"], 1, "{queue}");
     assert!(queue["requests"][0]["tiocbs"][0]["held_by"].as_str().unwrap().contains("ENOSPC"), "{queue}");
     assert!(guest.read(0, 512).is_ok(), "reads go on");
+    assert!(queue["queue"]["retried"].as_u64() > Some(3), "{queue}");
+    assert_eq!(
+        served.log().matches("no space for writes").count(),
+        1,
+        "a retry in vain is no news: {}",
+        served.log()
+    );
     std::fs::remove_file(&filler).unwrap();
     assert_eq!(guest.response().status, 0);
     served.wait_log("there is space again");

@@ -70,7 +70,7 @@ impl Disk {
 
     /// Tells when writes begin to wait for space, and when they go on.
     pub(super) fn watch_space(&mut self) {
-        let waiting = self.queue.without_space();
+        let waiting = self.queue.lacks_space();
         if (waiting > 0) != self.without_space {
             self.without_space = waiting > 0;
             if waiting > 0 {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use self::report::{QueueReport, TiocbReport};
 use crate::engine::{Engine, Inline, Reap};
 use crate::request::{RequestId, Slots};
-use crate::retry::{Failures, Retry};
+use crate::retry::{Failures, Retry, is_no_space};
 use crate::stats::now;
 use crate::submit::{Counters, SubmitThread, submit_all};
 use crate::sys::io::{FileId, Io, IoOp};
@@ -100,6 +100,8 @@ struct Tiocb {
     failures: Failures,
     /// When it is tried again, ns of [`now`].
     due: u64,
+    /// One of its failures was a lack of space.
+    no_space: bool,
     state: State,
     /// The next in whichever list it is in: free, waiting, or merged into the same I/O.
     next: u32,
@@ -108,7 +110,7 @@ struct Tiocb {
 impl Tiocb {
     /// For `transfer`; `next` is the next in the list that it goes to.
     fn new(transfer: Option<Transfer>, state: State, next: u32) -> Tiocb {
-        Tiocb { transfer, done: 0, alone: false, failures: Failures::default(), due: 0, state, next }
+        Tiocb { transfer, done: 0, alone: false, failures: Failures::default(), due: 0, no_space: false, state, next }
     }
 }
 
@@ -132,6 +134,8 @@ pub struct Queue {
     finished: VecDeque<Finished>,
     /// tiocbs that failed and are tried again.
     parked: Vec<u32>,
+    /// tiocbs that have lacked space and are not finished.
+    no_space: usize,
     /// The last of those whose first failure nobody has asked for.
     retried: Option<(Transfer, Errno)>,
     retry: Retry,
@@ -169,6 +173,7 @@ impl Queue {
             batch: VecDeque::with_capacity(engine.depth),
             finished: VecDeque::with_capacity(size),
             parked: Vec::with_capacity(size),
+            no_space: 0,
             retried: None,
             retry,
             plugs: 0,
@@ -455,6 +460,9 @@ impl Queue {
             return;
         };
         (tiocb.due, tiocb.alone, tiocb.state) = (due, true, State::Parked(errno));
+        if is_no_space(transfer.op, errno) && !std::mem::replace(&mut tiocb.no_space, true) {
+            self.no_space += 1;
+        }
         if tiocb.failures.count == 1 {
             self.retried = Some((transfer, errno));
         }
@@ -548,9 +556,15 @@ impl Queue {
         let transfer = tiocb.transfer.take().expect("it is pending");
         let next = std::mem::replace(&mut tiocb.next, self.free);
         tiocb.state = State::Free;
+        self.no_space -= usize::from(tiocb.no_space);
         self.free = index;
         self.finished.push_back((transfer, result.unwrap_or(Ok(transfer.len))));
         next
+    }
+
+    /// tiocbs that have lacked space and are not finished: they are held, or just being tried again.
+    pub fn lacks_space(&self) -> usize {
+        self.no_space
     }
 
     /// A tiocb that has finished.

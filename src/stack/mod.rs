@@ -2,7 +2,7 @@
 //! ends back.
 //!
 //! A read of what a layer has not goes to the layer below. What takes more than its data has a ticket of its layer's format, and
-//! is done when that is [settled](drivers::Format::settled); what that takes, [`meta`] moves.
+//! is done when that is [settled](drivers::Format::settled); what that takes, `meta.rs` moves.
 
 mod meta;
 
