@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Disk, EngineReport};
+use super::{CoalesceReport, Disk, EngineReport};
 use crate::engine::fault::FaultsReport;
 use crate::polling::{Polling, PollingReport};
 use crate::queue::{QueueReport, TiocbReport};
@@ -31,6 +31,9 @@ pub struct DebugQueue {
     /// The image and those below it.
     #[serde(default)]
     pub layers: Vec<LayerReport>,
+    /// The last coalesce.
+    #[serde(default)]
+    pub coalesce: CoalesceReport,
     /// The engine and who submits to it.
     pub engine: EngineReport,
     /// The faults that are configured.
@@ -97,11 +100,12 @@ impl Disk {
             size: self.info.size,
             sector_size: self.info.sector_size,
             read_only: self.info.read_only,
-            state: format!("{:?}", self.state).to_lowercase(),
+            state: if self.is_pausing() { "pausing".into() } else { format!("{:?}", self.state).to_lowercase() },
             slots: self.slots.count(),
             slots_used: self.slots.used(),
             stuck: requests.iter().filter(|request| request.stuck).count(),
             layers: self.stack.inspect(),
+            coalesce: self.coalesce_report(),
             engine: self.engine_report(),
             faults: self.queue.engine().faults.as_ref().map(|faults| faults.report()),
             queue: self.queue.report(),

@@ -451,7 +451,12 @@ impl Disk {
                 self.drain();
                 return true;
             }
-            State::Draining if self.slots.used() + self.slots.own_used() == 0 => {}
+            // An image that is closed has nothing more to write.
+            State::Draining if self.slots.used() + self.slots.own_used() == 0 => {
+                if self.stack.move_metadata(&mut self.slots, &mut self.queue) {
+                    return true;
+                }
+            }
             _ => return false,
         }
         self.state = State::Flushing;

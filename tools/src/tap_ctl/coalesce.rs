@@ -54,7 +54,8 @@ pub(super) fn coalesce(out: &mut impl Write, directory: &Path, disk: (i32, u16),
     Ok(())
 }
 
-fn show(out: &mut impl Write, report: &CoalesceReport) -> io::Result<()> {
+/// A line about it.
+pub(super) fn show(out: &mut impl Write, report: &CoalesceReport) -> io::Result<()> {
     let CoalesceReport { stage, image, parent, percent, bytes, error } = report;
     let stage = format!("{stage:?}").to_lowercase();
     if image.is_empty() {

@@ -3,10 +3,10 @@
 use std::io::{self, Write};
 
 use tapdisk::control::client::Listed;
-use tapdisk::disk::{DebugQueue, RequestReport};
+use tapdisk::disk::{DebugQueue, RequestReport, Stage};
 use tapdisk::polling::Settings;
 
-use super::engine;
+use super::{coalesce, engine};
 
 /// `list`, as the storage managers parse it where the output is no terminal.
 pub(super) fn list(out: &mut impl Write, disks: &[Listed], json: bool) -> io::Result<()> {
@@ -63,6 +63,15 @@ pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result
     engine::line(out, &disk.engine)?;
     if let Some(faults) = &disk.faults {
         engine::faults(out, faults)?;
+    }
+    for (depth, layer) in disk.layers.iter().enumerate() {
+        let counters: Vec<_> = layer.counters.iter().map(|(name, value)| format!("{value} {name}")).collect();
+        let counters = if counters.is_empty() { String::new() } else { format!("; {}", counters.join(", ")) };
+        writeln!(out, "layer {depth}: {}, {}, {} bytes{counters}", layer.path, layer.format, layer.size)?;
+    }
+    if disk.coalesce.stage != Stage::None {
+        write!(out, "coalesce: ")?;
+        coalesce::show(out, &disk.coalesce)?;
     }
     polling(out, disk)?;
     operations(out, disk)?;
