@@ -89,7 +89,7 @@ impl Layer {
             limit: if on == Where::File { u64::MAX } else { usable },
             step: u64::from(BLOCK_SIZE) * rng.u64(1..5),
             preallocate: rng.bool(),
-            bitmaps: 8,
+            bitmap_cache: 8 * 3 * 512,
             tickets: rng.usize(1..10),
             footer_at: (on == Where::Device).then_some(image.footer_at),
         };

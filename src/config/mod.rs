@@ -306,7 +306,7 @@ mod defaults {
         Size(0)
     }
     pub(super) fn bitmap_cache() -> Size {
-        Size(4 << 20)
+        Size(6 << 20)
     }
     pub(super) fn requests() -> u32 {
         256

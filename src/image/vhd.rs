@@ -26,8 +26,8 @@ const IN_USE: u8 = 0xc7;
 /// Bytes that a file grows by if nothing is set apart ahead.
 const STEP: u64 = 64 << 20;
 
-/// Bitmaps of a layer that are held in memory at least.
-const BITMAPS_MIN: usize = 64;
+/// Memory for bitmaps of a layer at least, bytes.
+const CACHE_MIN: usize = 96 << 10;
 
 /// Opens an image whose leaf is in the file `path`.
 pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
@@ -134,8 +134,6 @@ fn blocks(
     if device && writable && image.end() > footer_at {
         return Err(unfit("it takes all of the device, and its last footer has no place; make the device larger"));
     }
-    let bitmap = image.header.as_ref().map_or(1, |header| header.bitmap_size()) as usize;
-    let bitmaps = (config.image.bitmap_cache.0 as usize / bitmap / depth).max(BITMAPS_MIN);
     let mut settings = Settings {
         durability: match config.image.durability {
             Durability::Flush => drivers::Durability::Flush,
@@ -146,7 +144,7 @@ fn blocks(
         limit: if device { footer_at } else { i64::MAX as u64 },
         step: if config.image.preallocate.0 > 0 { config.image.preallocate.0 } else { STEP },
         preallocate: config.image.preallocate.0 > 0,
-        bitmaps,
+        bitmap_cache: (config.image.bitmap_cache.0 as usize / depth).max(CACHE_MIN),
         tickets: 0,
         footer_at: device.then_some(footer_at),
     };

@@ -175,21 +175,26 @@ impl Stack {
 
     /// Where the beginning of an extent is, and in which layer.
     fn plan(&mut self, op: drivers::Op, mut extent: Extent) -> (usize, Plan) {
-        let leaf = self.layers[0].format.plan(op, extent);
-        let (drivers::Op::Read, Plan::Below { mut count }) = (op, leaf) else { return (0, leaf) };
-        for (index, layer) in self.layers.iter_mut().enumerate().skip(1) {
+        if op != drivers::Op::Read {
+            return (0, self.layers[0].format.plan(op, extent));
+        }
+        let mut waits = None;
+        for (index, layer) in self.layers.iter_mut().enumerate() {
             // A disk may be larger than what it was made of.
             let size = layer.format.size();
             if extent.offset >= size {
                 break;
             }
-            extent.len = count.min(size - extent.offset);
+            extent.len = extent.len.min(size - extent.offset);
             match layer.format.plan(op, extent) {
-                Plan::Below { count: fewer } => count = fewer,
-                plan => return (index, plan),
+                Plan::Below { count } => extent.len = count,
+                // What those below have to read is read meanwhile.
+                Plan::Wait => waits = waits.or(Some(index)),
+                plan if waits.is_none() => return (index, plan),
+                _ => break,
             }
         }
-        (0, Plan::Below { count })
+        waits.map_or((0, Plan::Below { count: extent.len }), |index| (index, Plan::Wait))
     }
 
     /// Says which parts of a range have data. It ends where that is not known without waiting, if something is known.

@@ -82,7 +82,7 @@ fn settings(setup: &Setup, image: &Image) -> Settings {
         limit: if file { u64::MAX } else { image.size },
         step: 8 * u64::from(setup.block_size),
         preallocate: false,
-        bitmaps: 16,
+        bitmap_cache: 16 * 3 * 512,
         tickets: 24,
         footer_at: None,
     }

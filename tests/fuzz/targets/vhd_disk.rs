@@ -108,13 +108,13 @@ impl Use {
             limit: if device { device_end } else { i64::MAX as u64 },
             step: 4096 * u64::from(bitmaps),
             preallocate: how & 4 != 0,
-            bitmaps: bitmaps.into(),
+            bitmap_cache: usize::from(bitmaps) * 1536,
             tickets: 1 + usize::from(how / 8),
             footer_at: device.then_some(device_end),
         };
         let disk = Disk::new(&image, &settings)?;
         let header = image.header.as_ref()?;
-        let bitmaps = u64::from(bitmaps).max(8).next_multiple_of(8) * (header.bitmap_size() + 100);
+        let bitmaps = u64::from(bitmaps) * (1536 + 200) + 32 * (header.bitmap_size() + 200);
         assert!(disk.bytes() as u64 <= 2 * file.size() + bitmaps, "{} bytes of memory", disk.bytes());
         let places = image.table.allocated().map(|(block, at)| (at, (block, at + header.block_len()))).collect();
         Some(Use {

@@ -352,7 +352,7 @@ impl Disk {
         }
         if let Some(slot) = slot {
             self.bitmaps.slot(slot).pins -= 1;
-            self.note_full(slot);
+            self.note(slot);
         }
         self.tidy(new);
     }

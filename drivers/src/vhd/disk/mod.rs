@@ -16,6 +16,7 @@
 
 mod bitmaps;
 mod blocks;
+mod pages;
 mod space;
 mod tickets;
 
@@ -25,6 +26,7 @@ use zerocopy::IntoBytes;
 
 use self::bitmaps::{Bitmaps, Found, State};
 use self::blocks::Blocks;
+use self::pages::Pages;
 use self::space::Space;
 use self::tickets::{List, Needs, Tickets};
 use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table, bitmap};
@@ -45,8 +47,8 @@ pub struct Settings {
     pub step: u64,
     /// The file system is to set those apart at once.
     pub preallocate: bool,
-    /// Bitmaps that are held in memory.
-    pub bitmaps: usize,
+    /// Bytes of memory for bitmaps, about.
+    pub bitmap_cache: usize,
     /// Writes under way at a time that take metadata. 0: the image is only read.
     pub tickets: usize,
     /// Where the last footer goes on a device, bytes. On a file it follows the last block.
@@ -86,6 +88,7 @@ pub struct Disk {
     table_at: u64,
     full: Batmap,
     bitmaps: Bitmaps,
+    pages: Pages,
     tickets: Tickets,
     blocks: Blocks,
     space: Space,
@@ -153,7 +156,11 @@ impl Disk {
         let header = image.header.as_ref()?;
         let bitmap_len = header.bitmap_size();
         let full = image.batmap.clone().unwrap_or_else(|| Batmap::empty(0, image.table.blocks()));
-        let Settings { limit, step, preallocate, durability, .. } = *settings;
+        let Settings { limit, step, preallocate, durability, bitmap_cache, .. } = *settings;
+        // Most blocks are known by a small copy of their bitmap. The whole one is for those that are written, or odd.
+        let (blocks, len) = (image.table.blocks() as usize, bitmap_len as usize);
+        let bitmaps = Bitmaps::new((bitmap_cache / 3 / len).min(blocks), len);
+        let pages = Pages::new((bitmap_cache / 3 * 2 / Pages::cost(len)).min(blocks), len);
         let differencing = image.kind == Kind::Differencing;
         let mut disk = Disk {
             size: image.footer.size(),
@@ -163,7 +170,8 @@ impl Disk {
             table: image.table.clone(),
             table_at: header.table_at(),
             full,
-            bitmaps: Bitmaps::new(settings.bitmaps.min(image.table.blocks() as usize), bitmap_len as usize),
+            bitmaps,
+            pages,
             tickets: Tickets::new(settings.tickets),
             blocks: Blocks::new(settings.tickets),
             space: Space::new(image.end(), settings.usable, limit, step, preallocate, durability),
@@ -188,11 +196,12 @@ impl Disk {
         if self.full.is_full(block) {
             return Plan::Data { at, count: bytes(count), ticket: None };
         }
-        let slot = match self.bitmap(block) {
-            Ok(slot) => slot,
+        let known = self.pages.run(block, first, count).map(Ok);
+        let run = known.unwrap_or_else(|| self.bitmap(block).map(|slot| self.run(slot, first, count)));
+        let (there, run) = match run {
+            Ok(run) => run,
             Err(plan) => return plan,
         };
-        let (there, run) = self.run(slot, first, count);
         match there {
             true => Plan::Data { at, count: bytes(run), ticket: None },
             false => Plan::Below { count: bytes(run) },
@@ -213,6 +222,10 @@ impl Disk {
                 Ok(slot)
             }
             Found::Load(slot) => {
+                if self.pages.expand(block, self.bitmaps.bits_mut(slot)) {
+                    self.bitmaps.slot(slot).state = State::Loaded;
+                    return Ok(slot);
+                }
                 self.loads.push_back(slot);
                 Err(Plan::Wait)
             }
@@ -271,7 +284,7 @@ impl Disk {
         self.bitmaps.slot(slot).state = if bytes.is_some() { State::Loaded } else { State::Failed };
         if let Some(bytes) = bytes {
             self.bitmaps.bits_mut(slot).copy_from_slice(bytes);
-            self.note_full(slot);
+            self.note(slot);
         }
     }
 
@@ -288,14 +301,17 @@ impl Disk {
         if place.writing {
             self.writes.push_back(slot);
         }
-        self.note_full(slot);
+        self.note(slot);
     }
 
-    fn note_full(&mut self, slot: u32) {
-        if bitmap::is_full(self.bitmaps.bits(slot), (self.block_size / SECTOR_SIZE) as u32) {
-            let block = self.bitmaps.slot(slot).block;
+    /// The bitmap in a slot is what the file has: it may be full, or have a small copy.
+    fn note(&mut self, slot: u32) {
+        let block = self.bitmaps.slot(slot).block;
+        let bits = self.bitmaps.bits(slot);
+        if bitmap::is_full(bits, (self.block_size / SECTOR_SIZE) as u32) {
             self.full.set(block, true);
         }
+        self.pages.keep(block, bits);
     }
 
     fn flushed(&mut self, done: bool) {
@@ -495,6 +511,6 @@ impl Format for Disk {
     }
 
     fn bytes(&self) -> usize {
-        4 * self.table.blocks() as usize + self.full.bits().len() + self.bitmaps.bytes()
+        4 * self.table.blocks() as usize + self.full.bits().len() + self.bitmaps.bytes() + self.pages.bytes()
     }
 }
