@@ -108,7 +108,13 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) 
     if end > target.size {
         return Err(Error::Small { path: parent_path.clone(), size: target.size, end });
     }
-    target.merge(&from, progress).map_err(io(parent_path, "merge into it"))
+    // For its children nothing changes, and so its time, by which they know a raw parent, does not.
+    let time = parent.file.metadata().and_then(|metadata| metadata.modified()).ok().filter(|_| nil);
+    let merged = target.merge(&from, progress).map_err(io(parent_path, "merge into it"));
+    if let Some(time) = time {
+        parent.file.set_modified(time).map_err(io(parent_path, "set its time"))?;
+    }
+    merged
 }
 
 /// What is merged.
