@@ -55,7 +55,7 @@ pub enum Error {
     },
     /// The parent was written after its child was made.
     #[error(
-        "{}: its parent, {}, has changed since: it was written at {found}, and the child was made at {expected} (seconds since \
+        "{}: its parent, {}, has changed since: it was written at {found}, and the child knows it as of {expected} (seconds since \
          2000); what the disk shows would be neither; set image.changed_parent to \"serve\" if you know better",
         path.display(), parent.display()
     )]

@@ -137,7 +137,7 @@ fn a_parent_that_was_written_since_is_refused_unless_one_knows_better() {
     let found = vhd::image(&below).footer.timestamp.get();
     assert_ne!(found, expected);
     let text = format!(
-        "its parent, {}, has changed since: it was written at {found}, and the child was made at {expected} (seconds since \
+        "its parent, {}, has changed since: it was written at {found}, and the child knows it as of {expected} (seconds since \
          2000); what the disk shows would be neither; set image.changed_parent to \"serve\" if you know better",
         below.display()
     );
