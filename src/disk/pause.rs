@@ -181,8 +181,10 @@ impl Disk {
         match reopen {
             Some(reopen) => {
                 let mut config = (*reopen.config).clone();
+                // One that is not there any more must not become an empty one.
+                config.image.create = None;
                 if let Some((kind, path)) = image {
-                    (config.image.kind, config.image.path, config.image.create) = (kind, Some(path), None);
+                    (config.image.kind, config.image.path) = (kind, Some(path));
                 }
                 self.open_again(config)?;
             }
