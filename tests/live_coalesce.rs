@@ -209,6 +209,33 @@ fn an_operators_pause_stays() {
 }
 
 #[test]
+fn a_chain_that_cannot_be_opened_again_is_tried_again() {
+    let (served, folder) = made(3);
+    let (leaf, away) = (image(folder.path(), 2), folder.path().join("away"));
+    for paused in [false, true] {
+        run(served.tap_ctl().args(["coalesce", "--rate", "1 MiB"]));
+        std::fs::rename(&leaf, &away).unwrap();
+        let report = wait_stage(&served, "failed");
+        assert!(report["error"].as_str().unwrap().contains("2.vhd: "), "{report}");
+        assert_eq!(state(&served), "0x2a");
+        if paused {
+            pause(&served);
+        }
+        std::fs::rename(&away, &leaf).unwrap();
+        if paused {
+            std::thread::sleep(Duration::from_millis(1500));
+            assert_eq!(state(&served), "0x2a", "it is somebody's now");
+            unpause(&served);
+        }
+        wait_for(|| (state(&served) == "0").then_some(()));
+        intact(&served, 3);
+    }
+    coalesce(&served, &image(folder.path(), 1));
+    intact(&served, 3);
+    stop(served, &leaf);
+}
+
+#[test]
 fn an_exit_ends_a_merge() {
     let (served, folder) = made(4);
     begin_slowly(&served, &image(folder.path(), 2));

@@ -476,7 +476,7 @@ impl Disk {
             (State::Draining, After::Pause) => {}
             (State::Flushing, After::Pause) => self.frontends.iter_mut().for_each(|frontend| frontend.close()),
             (State::Paused, _) => {
-                self.state = State::Closed;
+                (self.state, self.lease_until) = (State::Closed, None);
                 self.frontends.iter_mut().for_each(|frontend| frontend.close());
             }
             _ => return,
