@@ -133,6 +133,7 @@ fn an_image_that_is_not_what_the_guest_has_is_refused() {
     unanswered(&mut guest);
     refused(&served, &["engine", "--name", "threads"], libc::EBUSY, "paused");
     refused(&served, &["coalesce"], libc::EBUSY, "it is paused");
+    refused(&served, &["resize"], libc::EBUSY, "it is paused, and takes on its image's size when it goes on");
     unpause(&served);
     assert_eq!(guest.response().status, 0);
     assert_eq!(guest.read(0, 4096), Ok(vec![6; 4096]));
