@@ -176,6 +176,8 @@ impl MainLoop {
                 frontend => self.disk.event(frontend - FRONTENDS, index, event),
             }
         }
+        // Who waits for a pause is told that there will be none, though the disk has nothing to do.
+        self.control.settle(&mut self.disk);
         self.control.expire();
         Ok(slept)
     }

@@ -2,16 +2,14 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::guest::{Guest, page};
+use common::guest::Guest;
+use common::killed::{Numbered, kill_after};
 use common::served::{Served, folder, tool};
 use common::vhd_made as vhd;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tapdisk::frontend::blkif::wire::{OP_FLUSH_DISKCACHE, OP_WRITE, Segment};
+use nix::sys::signal::Signal;
 
 const FRONTENDS: &str = "[frontend.local]\nsocket = '{s}/ring'\n[frontend.nbd]\nsocket = '{s}/nbd'\n";
 
@@ -66,77 +64,20 @@ struct Load<'a> {
     seed: u64,
 }
 
-/// Writes numbers to sectors, sixteen at a time and then a flush, until the server is gone. Gives for each sector the number
-/// that was acknowledged as flushed last, and the last one that was sent.
-fn write_until_it_is_gone(
-    load: &Load,
-    guest: &mut Guest,
-    random: &mut fastrand::Rng,
-    number: &mut u64,
-) -> HashMap<u64, (u64, u64)> {
-    let mut sectors: HashMap<u64, (u64, u64)> = HashMap::new();
-    let segment = |gref| Segment { last_sect: 0, ..page(gref) };
-    loop {
-        let chosen: std::collections::HashSet<u64> = (0..16).map(|_| random.u64(..load.sectors)).collect();
-        let mut written = Vec::new();
-        for (i, &sector) in (0u32..).zip(&chosen) {
-            *number += 1;
-            guest.queue.memory().write(guest.queue.page_at(i), &number.to_le_bytes().repeat(64));
-            let entry = guest.entry(OP_WRITE).with_sector(sector * load.apart).with_segments(1, &[segment(i)]);
-            guest.queue.ring.push(&entry);
-            sectors.entry(sector).or_default().1 = *number;
-            written.push((sector, *number));
-        }
-        let all = |guest: &mut Guest, count| {
-            (0..count).all(|_| matches!(guest.try_response(Duration::from_secs(20)), Some(r) if r.status == 0))
-        };
-        if guest.queue.publish().is_err() || !all(guest, written.len()) {
-            return sectors;
-        }
-        let flush = guest.entry(OP_FLUSH_DISKCACHE);
-        guest.queue.ring.push(&flush);
-        if guest.queue.publish().is_err() || !all(guest, 1) {
-            return sectors;
-        }
-        for (sector, number) in written {
-            sectors.entry(sector).or_default().0 = number;
-        }
-    }
-}
-
 fn killed_again_and_again(load: &Load) {
     let Load { image, rest, .. } = load;
     let mut random = fastrand::Rng::with_seed(load.seed);
-    let (mut number, mut rounds, mut acknowledged) = (0, 0, 0);
-    let mut flushed: HashMap<u64, (u64, u64)> = HashMap::new();
-    while rounds < load.kills {
+    let mut numbered = Numbered::new(load.sectors, load.apart, load.seed);
+    for round in 0..load.kills {
         let served = Served::start(image, &format!("{FRONTENDS}{rest}"));
         let mut guest = Guest::connect(&served.ring());
-        for (&sector, &(least, most)) in &flushed {
-            let data = guest.read(sector * load.apart, 512).unwrap();
-            let numbers: Vec<_> = data.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
-            assert!(numbers.iter().all(|n| *n == numbers[0]), "sector {sector} is torn: {numbers:?}");
-            assert!(
-                (least..=most).contains(&numbers[0]),
-                "{image}, {rest}, round {rounds}: sector {sector} has {}, {least} was flushed and {most} written",
-                numbers[0]
-            );
-        }
-        let pid = Pid::from_raw(served.pid());
-        let pause = Duration::from_millis(random.u64(5..150));
-        let killer = std::thread::spawn(move || {
-            std::thread::sleep(pause);
-            kill(pid, Signal::SIGKILL).unwrap();
-        });
-        for (sector, (least, most)) in write_until_it_is_gone(load, &mut guest, &mut random, &mut number) {
-            let entry = flushed.entry(sector).or_default();
-            *entry = (entry.0.max(least), most);
-            acknowledged += usize::from(least > 0);
-        }
+        numbered.check(&mut guest, &format!("{image}, {rest}, round {round}"));
+        let killer = kill_after(&served, Duration::from_millis(random.u64(5..150)));
+        numbered.write_until_it_is_gone(&mut guest);
         killer.join().unwrap();
-        rounds += 1;
     }
-    assert!(acknowledged > 20, "only {acknowledged} writes were acknowledged as flushed in {rounds} rounds");
+    let acknowledged = numbered.acknowledged;
+    assert!(acknowledged > 20, "only {acknowledged} writes were acknowledged as flushed in {} rounds", load.kills);
 }
 
 #[test]

@@ -159,11 +159,12 @@ impl Disk {
     /// Begins to merge an image of the chain, by default the one below the leaf, into the one below it, at most so many bytes
     /// a second; 0: as fast as can be.
     pub fn coalesce(&mut self, image: Option<&Path>, rate: u64) -> Result<(), CoalesceError> {
-        if self.state != State::Running {
-            return Err(CoalesceError::NotRunning);
-        }
+        // First: the disk pauses by itself at the end of one.
         if self.coalescing.as_ref().is_some_and(|coalescing| coalescing.is_under_way()) {
             return Err(CoalesceError::Busy);
+        }
+        if self.state != State::Running {
+            return Err(CoalesceError::NotRunning);
         }
         let index = match image {
             None => 1,

@@ -152,6 +152,9 @@ pub enum ResizeError {
     /// Its image is no file.
     #[error("it has no file that could grow")]
     NoFile,
+    /// Its image is closed.
+    #[error("it is paused, and takes on its image's size when it goes on")]
+    Paused,
     /// The system says no.
     #[error("cannot see its size: {0}")]
     Io(#[from] std::io::Error),
@@ -165,6 +168,7 @@ impl ResizeError {
     pub fn errno(&self) -> Errno {
         match self {
             ResizeError::NoFile => Errno::EOPNOTSUPP,
+            ResizeError::Paused => Errno::EBUSY,
             ResizeError::Io(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
             ResizeError::Format(_) => Errno::EINVAL,
         }
@@ -481,7 +485,7 @@ impl Disk {
             (State::Draining, After::Pause) => {}
             (State::Flushing, After::Pause) => self.frontends.iter_mut().for_each(|frontend| frontend.close()),
             (State::Paused, _) => {
-                self.state = State::Closed;
+                (self.state, self.lease_until) = (State::Closed, None);
                 self.frontends.iter_mut().for_each(|frontend| frontend.close());
             }
             _ => return,
@@ -555,7 +559,8 @@ impl Disk {
     /// Looks whether the image's file has grown, and if so, takes requests for all of it from now on, and tells the
     /// frontends. Gives the disk's size before and now, in bytes. What it asks the kernel needs no I/O on a local disk.
     pub fn resize(&mut self) -> Result<(u64, u64), ResizeError> {
-        let file_size = geometry(self.locks.first().ok_or(ResizeError::NoFile)?)?.size;
+        let file = self.locks.first().ok_or(if self.is_paused() { ResizeError::Paused } else { ResizeError::NoFile });
+        let file_size = geometry(file?)?.size;
         let new = self.stack.file_grown(file_size)?;
         let old = std::mem::replace(&mut self.info.size, new);
         if new != old {

@@ -95,7 +95,16 @@ impl Disk {
     pub fn pause_for_client(&mut self) -> Result<(), PauseError> {
         // If the disk pauses for itself, it stays paused.
         self.pauses_for_itself = false;
+        if self.is_paused() {
+            // Nor does it try again to go on, where it could not.
+            self.begin_lease();
+        }
         self.pause()
+    }
+
+    fn begin_lease(&mut self) {
+        let lease = self.reopen.as_ref().and_then(|reopen| reopen.lease);
+        self.lease_until = lease.map(|lease| now() + lease.as_nanos() as u64);
     }
 
     pub(super) fn pause(&mut self) -> Result<(), PauseError> {
@@ -135,8 +144,7 @@ impl Disk {
     /// Nothing is under way any more, and the image is closed.
     pub(super) fn paused(&mut self) {
         self.state = State::Paused;
-        let lease = self.reopen.as_ref().and_then(|reopen| reopen.lease);
-        self.lease_until = lease.map(|lease| now() + lease.as_nanos() as u64);
+        self.begin_lease();
         if self.opener.is_some() {
             // Files that nobody has open can be taken apart by whoever paused the disk.
             match engine::memory::idle(self.queue.engine()) {
@@ -150,6 +158,7 @@ impl Disk {
             }
             self.locks.clear();
         }
+        let lease = self.reopen.as_ref().and_then(|reopen| reopen.lease);
         info!(self.log, "paused"; "image" => &self.info.name, "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
         self.leave_out_merged();
     }
@@ -181,8 +190,10 @@ impl Disk {
         match reopen {
             Some(reopen) => {
                 let mut config = (*reopen.config).clone();
+                // One that is not there any more must not become an empty one.
+                config.image.create = None;
                 if let Some((kind, path)) = image {
-                    (config.image.kind, config.image.path, config.image.create) = (kind, Some(path), None);
+                    (config.image.kind, config.image.path) = (kind, Some(path));
                 }
                 self.open_again(config)?;
             }

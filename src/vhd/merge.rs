@@ -1,7 +1,7 @@
 //! Merges a differencing image into its parent.
 //!
-//! The child is not changed, and hides what is changed in its parent. So a merge that was interrupted is done again, and
-//! until then the disk is what it was. The parent is a good image at each moment: data is written first, then the bitmaps
+//! The child is not changed, beyond what it says of a raw parent's time, and hides what is changed in its parent. So a merge that
+//! was interrupted is done again, and until then the disk is what it was. The parent is a good image at each moment: data is written first, then the bitmaps
 //! that say that it is there, then the table that says where new blocks are, and each is safe before the next begins. Where
 //! new blocks are put the footer was; its copy at the beginning is used until it is written again.
 
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use drivers::vhd::layout::{self, batmap_pieces};
 use drivers::vhd::{Header, Image, KeyHash, Kind, SECTORS_MAX, Source, Uuid, bitmap};
 use nix::errno::Errno;
+use zerocopy::IntoBytes;
 
 use super::file::{
     ImageFile, Medium, ReadFile, cut_footer, end_of_data, footer_place, table_piece, write_footers, write_pieces,
@@ -80,6 +81,24 @@ fn key_hash(image: Option<&Image>) -> Option<KeyHash> {
     image?.batmap.as_ref()?.key_hash
 }
 
+/// A raw parent's time, which is its file's, tells that it has changed. It is about to, so its child does not go by that any more:
+/// a merge may be interrupted, and the child is to be opened again. Time and checksum are in one sector, which is written at once.
+fn forget_time(path: &Path, child: &Image) -> Result<(), Error> {
+    let Some((mut header, at)) = child.header.zip(child.footer.header_at()) else { return Ok(()) };
+    if header.parent_timestamp.get() == 0 {
+        return Ok(());
+    }
+    header.parent_timestamp = 0.into();
+    header.seal();
+    let file = ImageFile::open(path)?;
+    let sector = &header.as_bytes()[..SECTOR as usize];
+    file.write_at(at, sector).and_then(|()| file.sync()).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action: "write its header",
+        source,
+    })
+}
+
 /// Merges all that an image holds into its parent, and says how many sectors that are. `progress` is told of each run: how much is
 /// done, from 0 to 1, and how many bytes were merged since it was asked last; an error of its ends the merge.
 pub fn merge(path: &Path, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> Result<u64, Error> {
@@ -108,13 +127,10 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) 
     if end > target.size {
         return Err(Error::Small { path: parent_path.clone(), size: target.size, end });
     }
-    // For its children nothing changes, and so its time, by which they know a raw parent, does not.
-    let time = parent.file.metadata().and_then(|metadata| metadata.modified()).ok().filter(|_| nil);
-    let merged = target.merge(&from, progress).map_err(io(parent_path, "merge into it"));
-    if let Some(time) = time {
-        parent.file.set_modified(time).map_err(io(parent_path, "set its time"))?;
+    if nil && !parent.is_device() {
+        forget_time(path, &child)?;
     }
-    merged
+    target.merge(&from, progress).map_err(io(parent_path, "merge into it"))
 }
 
 /// What is merged.

@@ -3,6 +3,8 @@
 
 pub mod double;
 pub mod guest;
+pub mod killed;
+pub mod live;
 pub mod model;
 pub mod served;
 pub mod small_fs;

@@ -89,7 +89,8 @@ impl Served {
     }
 
     fn spawn(mut command: Command, top: &str, image: &str, rest: &str, sockets: &Path) -> Child {
-        let text = format!("{top}\n[image]\n{image}\n{rest}\n[control]\ndirectory = '{{s}}'\n");
+        let text = format!("{top}\n[image]\n{image}\n{rest}\n");
+        let text = if text.contains("[control]") { text } else { format!("{text}[control]\ndirectory = '{{s}}'\n") };
         let text =
             if text.contains("[log]") { text } else { format!("{text}[log]\nfile = '{{s}}/log'\nlevel='debug'\n") };
         let config = sockets.join("disk.toml");
