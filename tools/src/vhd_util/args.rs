@@ -323,7 +323,7 @@ pub struct Scan {
     /// Goes on after an image that is no good
     #[arg(short = 'c')]
     pub go_on: bool,
-    /// Images in volumes of this group, active or not: not possible
+    /// Images in logical volumes of this group, active or not; the pattern is for the volumes' names. It runs lvs and pvs (lvm2)
     #[arg(short = 'l', value_name = "GROUP")]
     pub group: Option<String>,
     /// Prints images below their parents

@@ -19,6 +19,7 @@ mod set;
 mod show;
 #[cfg(test)]
 mod testing;
+mod volumes;
 
 use std::io::{self, Write};
 use std::path::Path;

@@ -6,13 +6,13 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Uuid};
-use nix::errno::Errno;
+use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Source, Uuid};
 use tapdisk::chain::{self, Error};
 use tapdisk::sys::file::geometry;
 
 use super::Scan;
-use super::failure::{Failure, Result, errno_of};
+use super::failure::{Failure, Result, errno_of, read};
+use super::volumes::{Volume, volumes};
 
 /// What a line says of an image.
 struct Found {
@@ -34,15 +34,12 @@ struct Bad {
 
 /// Lists images.
 pub(super) fn scan(args: &Scan, out: &mut dyn Write) -> Result<()> {
-    if let Some(group) = &args.group {
-        let text = "volumes are not looked for here, because that needs LVM's own metadata: activate them, and name their \
-                    devices";
-        return Err(Failure::new(Errno::ENOSYS, Path::new(group), text));
-    }
+    let volumes = args.group.as_deref().map_or(Ok(HashMap::new()), volumes)?;
     let mut images = Vec::new();
     let mut failed = None;
-    let mut targets = targets(args);
+    let mut targets = if args.group.is_some() { of_group(args, &volumes) } else { targets(args) };
     if targets.is_empty()
+        && args.group.is_none()
         && let Some(error) = args.pattern.as_deref().and_then(unreadable)
     {
         let pattern = args.pattern.as_deref().unwrap_or_default();
@@ -54,7 +51,7 @@ pub(super) fn scan(args: &Scan, out: &mut dyn Write) -> Result<()> {
     while next < targets.len() {
         let (path, raw) = targets[next].clone();
         next += 1;
-        match look(args, &path, raw) {
+        match look(args, &path, raw, &volumes) {
             Ok((found, parent_raw)) => {
                 if let Some(parent) = found.parent.as_ref().filter(|_| args.parents) {
                     let parent = beside(&found.path, parent);
@@ -99,6 +96,19 @@ fn targets(args: &Scan) -> Vec<(PathBuf, bool)> {
     matching.chain(args.images.iter().cloned()).map(|path| (path, false)).collect()
 }
 
+/// The volumes of a group to list, in the order of their names.
+fn of_group(args: &Scan, volumes: &HashMap<PathBuf, Volume>) -> Vec<(PathBuf, bool)> {
+    let patterns = args.pattern.iter().flat_map(|pattern| braces(pattern));
+    let patterns: Vec<_> = patterns.filter_map(|pattern| glob::Pattern::new(&pattern).ok()).collect();
+    let wanted = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        patterns.iter().any(|pattern| pattern.matches(&name)) || args.images.contains(path)
+    };
+    let mut found: Vec<_> = volumes.keys().filter(|path| wanted(path)).cloned().collect();
+    found.sort();
+    found.into_iter().map(|path| (path, false)).collect()
+}
+
 /// Why the folder can't be read whose files a pattern is about.
 fn unreadable(pattern: &str) -> Option<std::io::Error> {
     let plain = pattern.split(['*', '?', '[', '{']).next().unwrap_or_default();
@@ -135,26 +145,39 @@ fn beside(child: &Path, parent: &Path) -> PathBuf {
 }
 
 /// What is to be said of an image, and whether its parent is raw.
-fn look(args: &Scan, path: &Path, raw: bool) -> std::result::Result<(Found, bool), Bad> {
+fn look(
+    args: &Scan,
+    path: &Path,
+    raw: bool,
+    volumes: &HashMap<PathBuf, Volume>,
+) -> std::result::Result<(Found, bool), Bad> {
     let bad = |message| {
         let path = path.to_owned();
         move |failure| Bad { path, message, failure }
     };
     let io = |error: std::io::Error| Failure::new(errno_of(&error), path, format!("cannot open it: {error}"));
-    let path_shown = if args.pretty {
+    let volume = volumes.get(path);
+    let path_shown = if args.pretty && volume.is_none() {
         path.canonicalize().map_err(|error| bad("resolving name")(io(error)))?
     } else {
         path.to_owned()
     };
-    let file = File::open(path).map_err(|error| bad("opening file")(io(error)))?;
-    let size = geometry(&file).map_err(|error| bad("getting physical size")(io(error)))?.size;
+    let source: Box<dyn Source> = match volume {
+        Some(volume) => Box::new(volume.open().map_err(|error| bad("opening file")(io(error)))?),
+        None => {
+            let file = File::open(path).map_err(|error| bad("opening file")(io(error)))?;
+            let size = geometry(&file).map_err(|error| bad("getting physical size")(io(error)))?.size;
+            Box::new(Sized { file, size })
+        }
+    };
+    let size = source.size();
     let mut found =
         Found { path: path_shown, capacity: size, size, hidden: true, marker: 0, key_hash: None, parent: None };
     if raw {
         return Ok((found, false));
     }
     let fast = args.fast && !args.pretty && !args.markers;
-    if let Some((footer, header)) = fast.then(|| headers(&file)).flatten() {
+    if let Some((footer, header)) = fast.then(|| headers(&*source)).flatten() {
         (found.capacity, found.hidden) = (footer.size(), footer.is_hidden());
         if footer.kind() == Ok(Kind::Differencing) {
             found.parent = header.parent_name().map(PathBuf::from);
@@ -165,22 +188,48 @@ fn look(args: &Scan, path: &Path, raw: bool) -> std::result::Result<(Found, bool
             return Ok((found, false));
         }
     }
-    let layer = chain::layer(path).map_err(|error| bad("opening file")(error.into()))?;
-    let Some(image) = &layer.image else { return Ok((found, false)) };
+    let image = Image::read(&*source, &mut Vec::new()).map_err(|error| bad("opening file")(read(path)(error)))?;
     (found.capacity, found.hidden) = (image.footer.size(), image.footer.is_hidden());
     if let Some(batmap) = &image.batmap {
         (found.marker, found.key_hash) = (batmap.marker, batmap.key_hash);
     }
     if image.kind == Kind::Differencing {
-        found.parent = Some(parent(path, image).map_err(|error| bad("getting parent")(error.into()))?);
+        let parent = if volume.is_some() { volume_parent(path, &image) } else { parent(path, &image) };
+        found.parent = Some(parent.map_err(|error| bad("getting parent")(error.into()))?);
     }
     Ok((found, image.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL)))
 }
 
+/// A file and its size.
+struct Sized {
+    file: File,
+    size: u64,
+}
+
+impl Source for Sized {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
+        self.file.read_exact_at(to, at)
+    }
+}
+
+/// The parent of a volume: one of the same group, which may not be active, and so has no device to be found by.
+fn volume_parent(path: &Path, image: &Image) -> std::result::Result<PathBuf, Error> {
+    let name = image.parents.first().map(|(_, name)| PathBuf::from(name));
+    let name = name.as_deref().and_then(Path::file_name).map(|name| path.with_file_name(name));
+    name.ok_or_else(|| Error::NoParent { path: path.to_owned(), tried: Vec::new() })
+}
+
 /// The footer's copy and the header that follows it, of an image that is as blktap makes them.
-fn headers(file: &File) -> Option<(Footer, Header)> {
+fn headers(source: &dyn Source) -> Option<(Footer, Header)> {
     let mut bytes = [0; FOOTER_SIZE + HEADER_SIZE];
-    file.read_exact_at(&mut bytes, 0).ok()?;
+    if source.size() < bytes.len() as u64 {
+        return None;
+    }
+    source.read_at(0, &mut bytes).ok()?;
     let footer = Footer::parse(&bytes[..FOOTER_SIZE]).ok()?;
     let follows = footer.header_at() == Some(FOOTER_SIZE as u64);
     follows.then(|| Some((footer, Header::parse(&bytes[FOOTER_SIZE..]).ok()?)))?
