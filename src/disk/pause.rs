@@ -145,7 +145,10 @@ impl Disk {
     pub(super) fn paused(&mut self) {
         self.state = State::Paused;
         self.begin_lease();
-        if self.opener.is_some() {
+        if let Some(opener) = &self.opener {
+            if let Some(reopen) = &mut self.reopen {
+                opener.keep_in(Arc::make_mut(&mut reopen.config));
+            }
             // Files that nobody has open can be taken apart by whoever paused the disk.
             match engine::memory::idle(self.queue.engine()) {
                 Ok(idle) => {

@@ -67,6 +67,13 @@ impl Opener {
         (self.setup.threads.min, self.setup.threads.max) = (min, max);
     }
 
+    /// What was set since the start, for another one to begin with.
+    pub fn keep_in(&self, config: &mut Config) {
+        let threads = &self.setup.threads;
+        config.engine.name = self.name;
+        (config.engine.threads_min, config.engine.threads_max) = (threads.min as u32, threads.max as u32);
+    }
+
     fn best(&self) -> io::Result<Engine> {
         let candidates = candidates(&self.setup.files);
         let (last, others) = candidates.split_last().expect("there is always one");
