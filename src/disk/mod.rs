@@ -108,6 +108,8 @@ pub struct Disk {
     coalescing: Option<Coalescing>,
     /// An error of the last flush.
     flush_error: Option<Errno>,
+    /// An error of a flush for a pause, which the next flush of a client's gets: what it is about may be lost.
+    owed_error: Option<Errno>,
     /// Held as long as the disk can write; the first is also the file whose size is asked for. None: there is no file.
     locks: Vec<Flock<File>>,
     log: Logger,
@@ -201,6 +203,7 @@ impl Disk {
             pauses_for_itself: false,
             coalescing: None,
             flush_error: None,
+            owed_error: None,
             locks,
             log,
             limiter: Limiter::default(),
@@ -295,6 +298,7 @@ impl Disk {
             }
         }
         while let Some(&id) = self.started.front() {
+            self.pay_error(id);
             if self.slots.get(id).error.is_none() {
                 if self.barrier == Some(id) && !self.barrier_may_write(id) {
                     break;
@@ -317,6 +321,14 @@ impl Disk {
             worked = true;
         }
         worked | self.stack.move_metadata(&mut self.slots, &mut self.queue)
+    }
+
+    /// Fails a client's flush that would say of what was lost that it is durable.
+    fn pay_error(&mut self, id: RequestId) {
+        let request = self.slots.get_mut(id);
+        if request.frontend != INTERNAL && matches!(request.op, Op::Flush | Op::Barrier) {
+            request.error = request.error.or_else(|| self.owed_error.take());
+        }
     }
 
     /// Whether all that came before the barrier is on stable storage; sees to it if not.
@@ -436,6 +448,11 @@ impl Disk {
 
     /// What was written is durable, or an error says that it may not be.
     fn flushed(&mut self, error: Option<Errno>) {
+        if self.state != State::Flushing {
+            // It was for a pause that was called off.
+            self.owed_error = self.owed_error.or(error);
+            return;
+        }
         self.flush_error = error;
         if let Err(error) = self.stack.close() {
             error!(self.log, "the image's last footer could not be written: vhd-util repair makes it anew";

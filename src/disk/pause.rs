@@ -182,8 +182,8 @@ impl Disk {
     pub fn resume(&mut self, image: Option<(ImageType, PathBuf)>) -> Result<(), PauseError> {
         match self.state {
             State::Paused => {}
-            // The pause has not begun, and does not.
-            State::Draining if self.after == After::Pause && image.is_none() => {
+            // The pause has not begun, and does not. A flush for it may be under way, whose end is of no account.
+            State::Draining | State::Flushing if self.after == After::Pause && image.is_none() => {
                 (self.state, self.after) = (State::Running, After::Close);
                 return Ok(());
             }
@@ -203,7 +203,9 @@ impl Disk {
             None if image.is_some() => return Err(PauseError::OnlyOne),
             None => {}
         }
-        (self.state, self.after, self.lease_until, self.flush_error) = (State::Running, After::Close, None, None);
+        (self.state, self.after, self.lease_until) = (State::Running, After::Close, None);
+        // The guest has not been told.
+        self.owed_error = self.flush_error.take();
         info!(self.log, "resumed"; "image" => &self.info.name);
         Ok(())
     }
