@@ -133,10 +133,10 @@ pub fn unpause_with(served: &Served, image: &Path) {
     wait_for(|| run(served.tap_ctl().arg("list")).contains(&line).then_some(()));
 }
 
-/// Puts a new image on top of the one that is served.
+/// Puts a new image on top of the one that is served, whether that holds anything yet or not.
 pub fn snapshot(served: &Served, new: &Path, top: &Path) {
     pause(served);
-    good("snapshot -n {} -p {}", &[new, top]);
+    good("snapshot -e -n {} -p {}", &[new, top]);
     unpause_with(served, new);
 }
 
