@@ -172,3 +172,44 @@ fn debug_queue_shows_who_holds_what() {
     assert_eq!(by_offset(512).tiocbs[0].io, head.io);
     assert_eq!(by_offset(64 * 512).tiocbs[0].merged_into, None);
 }
+
+#[test]
+fn a_pause_is_called_off_in_its_flush_and_an_error_of_that_is_the_next_flushs() {
+    let (double, mut world) = world();
+    push(&mut world, OP_WRITE, 1, 0, 1);
+    turns(&mut world);
+    double.complete(None);
+    turns(&mut world);
+    world.disk.pause_for_client().unwrap();
+    turns(&mut world);
+    assert_eq!(double.wait_seen(2)[1], seen(IoOp::Flush, 0), "that is all it waits for");
+    push(&mut world, OP_WRITE, 2, 8, 1);
+    turns(&mut world);
+    assert!(world.disk.is_pausing() && world.disk.pause_outcome().is_none());
+    world.disk.resume(None).unwrap();
+    turns(&mut world);
+    assert_eq!(double.wait_seen(3)[2], seen(WRITE, 8 * 512), "it goes on");
+    // The flush fails, which nobody is told of who could know what that means; then the write is done.
+    double.complete(Some(Err(Errno::EIO)));
+    double.complete(None);
+    turns(&mut world);
+    for (id, status) in [(3, -1), (4, 0)] {
+        push(&mut world, OP_FLUSH_DISKCACHE, id, 0, 0);
+        turns(&mut world);
+        if status == 0 {
+            double.complete(None);
+            turns(&mut world);
+        }
+    }
+    assert_eq!(answers(&mut world), [(1, 0), (2, 0), (3, -1), (4, 0)]);
+    // The same with one that is not called off.
+    world.disk.pause_for_client().unwrap();
+    turns(&mut world);
+    double.complete(Some(Err(Errno::EIO)));
+    turns(&mut world);
+    assert!(matches!(world.disk.pause_outcome(), Some(Err(_))) && world.disk.is_paused());
+    world.disk.resume(None).unwrap();
+    push(&mut world, OP_FLUSH_DISKCACHE, 5, 0, 0);
+    turns(&mut world);
+    assert_eq!(answers(&mut world), [(5, -1)]);
+}
