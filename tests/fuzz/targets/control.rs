@@ -1,10 +1,10 @@
-//! Any bytes as a control message: always an answer, of whole messages; at once, as this disk has no other engine.
+//! Any bytes as a control message: always an answer, of whole messages; at once, as this disk has no other engine, but for a pause.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use slog::{Discard, Logger, o};
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, text};
-use tapdisk::control::respond;
+use tapdisk::control::{Late, respond};
 use tapdisk::frontend::blkif::wire::Abi;
 use tapdisk::polling::{POLL_US_MAX, Polling, Settings};
 use tapdisk_fuzz::world::ram;
@@ -19,7 +19,10 @@ fuzz_target!(|data: &[u8]| {
     let mut world = ram(Abi::Native, 512, false);
     let mut polling = Polling::new(Settings::default());
     let answer = respond(&message, 0, &mut world.disk, &mut polling, &Logger::root(Discard, o!()));
-    assert!(answer.is_some_and(|answer| answer.len() >= MESSAGE_SIZE));
+    match answer {
+        Ok(answer) => assert!(answer.len() >= MESSAGE_SIZE),
+        Err(late) => assert_eq!(late, Late::Pause),
+    }
     let Settings { poll_us, poll_idle_percent } = polling.settings();
     assert!(poll_us <= POLL_US_MAX && poll_idle_percent <= 100);
 });
