@@ -213,3 +213,18 @@ fn a_pause_is_called_off_in_its_flush_and_an_error_of_that_is_the_next_flushs() 
     turns(&mut world);
     assert_eq!(answers(&mut world), [(5, -1)]);
 }
+
+#[test]
+fn an_error_that_is_owed_outlives_a_pause_without_one() {
+    let (double, mut world) = world();
+    for result in [Some(Err(Errno::EIO)), None] {
+        world.disk.pause_for_client().unwrap();
+        turns(&mut world);
+        double.complete(result);
+        turns(&mut world);
+        world.disk.resume(None).unwrap();
+    }
+    push(&mut world, OP_FLUSH_DISKCACHE, 1, 0, 0);
+    turns(&mut world);
+    assert_eq!(answers(&mut world), [(1, -1)]);
+}

@@ -102,9 +102,11 @@ impl Disk {
         self.pause()
     }
 
-    fn begin_lease(&mut self) {
+    /// Begins the time that a pause may last, and says how long that is.
+    fn begin_lease(&mut self) -> Option<Duration> {
         let lease = self.reopen.as_ref().and_then(|reopen| reopen.lease);
         self.lease_until = lease.map(|lease| now() + lease.as_nanos() as u64);
+        lease
     }
 
     pub(super) fn pause(&mut self) -> Result<(), PauseError> {
@@ -144,7 +146,7 @@ impl Disk {
     /// Nothing is under way any more, and the image is closed.
     pub(super) fn paused(&mut self) {
         self.state = State::Paused;
-        self.begin_lease();
+        let lease = self.begin_lease();
         if let Some(opener) = &self.opener {
             if let Some(reopen) = &mut self.reopen {
                 opener.keep_in(Arc::make_mut(&mut reopen.config));
@@ -161,7 +163,6 @@ impl Disk {
             }
             self.locks.clear();
         }
-        let lease = self.reopen.as_ref().and_then(|reopen| reopen.lease);
         info!(self.log, "paused"; "image" => &self.info.name, "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
         self.leave_out_merged();
     }
@@ -205,7 +206,7 @@ impl Disk {
         }
         (self.state, self.after, self.lease_until) = (State::Running, After::Close, None);
         // The guest has not been told.
-        self.owed_error = self.flush_error.take();
+        self.owed_error = self.flush_error.take().or(self.owed_error);
         info!(self.log, "resumed"; "image" => &self.info.name);
         Ok(())
     }
