@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, Image, Problem, Settings};
+use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, IN_USE, Image, Problem, Settings};
 use drivers::{Format, OddSize, Raw};
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
@@ -19,9 +19,6 @@ use crate::sys::file::{Backing, geometry};
 
 /// Sectors of every VHD.
 const SECTOR: u32 = 512;
-
-/// What an image in use has instead of a footer at its end; blktap's.
-const IN_USE: u8 = 0xc7;
 
 /// Bytes that a file grows by if nothing is set apart ahead.
 const STEP: u64 = 64 << 20;
@@ -171,7 +168,7 @@ fn mark_in_use(file: &File, image: &Image, problems: &[Problem], footer_at: Opti
         file.sync_data()?;
     }
     match footer_at {
-        Some(at) => file.write_all_at(&[IN_USE; FOOTER_SIZE], at)?,
+        Some(at) => file.write_all_at(&IN_USE, at)?,
         None => file.set_len(image.end().next_multiple_of(u64::from(SECTOR)))?,
     }
     file.sync_all()

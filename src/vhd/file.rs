@@ -165,11 +165,6 @@ pub fn footer_place(of: &dyn Medium, end: u64) -> u64 {
     if of.is_device() { of.size() - FOOTER_SIZE as u64 } else { end }
 }
 
-/// Where an image's data ends.
-pub fn end_of_data(image: &Image) -> u64 {
-    (image.physical_size() - FOOTER_SIZE as u64).max(image.metadata_end)
-}
-
 /// A table as it is in the file.
 pub fn table_piece(at: u64, table: &Table) -> Piece {
     let mut bytes = vec![0; Table::bytes(table.blocks()) as usize];

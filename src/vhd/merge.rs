@@ -14,9 +14,7 @@ use drivers::vhd::{Header, Image, KeyHash, Kind, SECTORS_MAX, Source, Uuid, bitm
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
-use super::file::{
-    ImageFile, Medium, ReadFile, cut_footer, end_of_data, footer_place, table_piece, write_footers, write_pieces,
-};
+use super::file::{ImageFile, Medium, ReadFile, cut_footer, footer_place, table_piece, write_footers, write_pieces};
 use crate::chain::{self, Layer, Rules};
 use crate::image;
 
@@ -203,7 +201,7 @@ impl<'a> Target<'a> {
 
     /// An image in a file.
     pub fn image(to: &'a dyn Medium, image: Image) -> Target<'a> {
-        let (size, end) = (image.footer.size(), end_of_data(&image));
+        let (size, end) = (image.footer.size(), image.end());
         Target { to, image: Some(image), size, end, added: false }
     }
 
@@ -214,7 +212,7 @@ impl<'a> Target<'a> {
             // Blocks that the table does not have are lost, and there is room again for the footer. If it can't be written,
             // its copy is used.
             if let Ok(image) = Image::read(self.to, &mut Vec::new()) {
-                let _ = write_footers(self.to, &image.footer, end_of_data(&image));
+                let _ = write_footers(self.to, &image.footer, image.end());
             }
         }
         done

@@ -55,7 +55,7 @@ pub fn write(path: &Path, at: u64, len: u64, byte: u8) {
         let (block, within) = ((now / block_size) as u32, now % block_size);
         let len = (block_size - within).min(end - now);
         let place = image.table.get(block).unwrap_or_else(|| {
-            let place = block_place((image.physical_size() - 512).max(image.metadata_end), &header);
+            let place = block_place(image.end(), &header);
             file.set_len(place).unwrap();
             file.set_len(place + header.block_len()).unwrap();
             image.table.set(block, place);

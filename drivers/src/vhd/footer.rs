@@ -11,6 +11,9 @@ pub const FOOTER_SIZE: usize = 512;
 /// Virtual PC before 2004 left out the last byte, which is reserved (specification, ibid.).
 pub const OLD_FOOTER_SIZE: usize = 511;
 
+/// What an image in use has in the place of its last footer on a device, as blktap has it.
+pub const IN_USE: [u8; FOOTER_SIZE] = [0xc7; FOOTER_SIZE];
+
 const COOKIE: [u8; 8] = *b"conectix";
 /// blktap's, while an image must not be used by anybody.
 const POISON: [u8; 8] = *b"v_poison";

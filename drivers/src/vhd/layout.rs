@@ -156,7 +156,11 @@ pub fn batmap_pieces(batmap: &Batmap) -> [Piece; 2] {
 
 /// Where the bitmap of a block goes that is put after byte `end`, so that its data is aligned.
 pub fn block_place(end: u64, header: &Header) -> u64 {
-    let bitmap = header.bitmap_size();
+    aligned(end, header.bitmap_size())
+}
+
+/// The same for a bitmap of that many bytes.
+pub(super) fn aligned(end: u64, bitmap: u64) -> u64 {
     (end + bitmap).next_multiple_of(DATA_ALIGN) - bitmap
 }
 

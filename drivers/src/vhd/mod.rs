@@ -31,7 +31,7 @@ mod table;
 
 pub use disk::{Disk, Settings};
 pub use fixed::Fixed;
-pub use footer::{FOOTER_SIZE, Footer, Geometry, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
+pub use footer::{FOOTER_SIZE, Footer, Geometry, IN_USE, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
 pub use image::{Image, Problem, ReadError, Source};
 pub use relink::relink;

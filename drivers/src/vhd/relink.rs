@@ -7,11 +7,8 @@
 use zerocopy::IntoBytes;
 
 use super::layout::{LayoutError, NewParent, Piece, name_parent};
-use super::{FOOTER_SIZE, HEADER_SIZE, Image};
+use super::{HEADER_SIZE, IN_USE, Image};
 use crate::SECTOR_SIZE;
-
-/// What blktap puts in the place of the last footer of an image in use.
-const IN_USE: u8 = 0xc7;
 
 /// What is to be written of a differencing image that nobody has open. Each step is safe before the next begins; afterwards a file ends
 /// with the last piece.
@@ -38,7 +35,7 @@ pub fn relink(image: &Image, parent: &NewParent, device_end: Option<u64>) -> Res
     // As it is, in case that only the last footer was good.
     steps.push(vec![footer(0, header_at)]);
     if let Some(at) = device_end {
-        steps.push(vec![Piece { at, bytes: vec![IN_USE; FOOTER_SIZE] }]);
+        steps.push(vec![Piece { at, bytes: IN_USE.to_vec() }]);
     }
     names.push(Piece { at: other_at, bytes: header.as_bytes().to_vec() });
     steps.push(names);
@@ -52,7 +49,7 @@ pub fn relink(image: &Image, parent: &NewParent, device_end: Option<u64>) -> Res
 #[cfg(test)]
 mod tests {
     use super::super::layout::{Layout, NewImage};
-    use super::super::{Source, Uuid};
+    use super::super::{FOOTER_SIZE, Source, Uuid};
     use super::*;
 
     #[derive(Clone)]

@@ -7,7 +7,7 @@ use drivers::vhd::{Corrupt, ReadError};
 use super::Repair;
 use super::create::now;
 use super::failure::{self, Failure, Result};
-use super::file::{ImageFile, Medium, cut_footer, end_of_data, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, cut_footer, write_footers, write_pieces};
 
 /// Mends an image, and says what it did.
 pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
@@ -21,7 +21,7 @@ pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
         opening(Failure { text: format!("{}: {remedy}", failure.text), ..failure })
     })?;
     let say = |out: &mut dyn Write, text: &str| writeln!(out, "{}: {text}", path.display()).map_err(Failure::output);
-    let end = end_of_data(&plan.image);
+    let end = plan.image.end();
     if !file.is_device() && plan.pieces.iter().any(|piece| piece.at + piece.bytes.len() as u64 > plan.image.footer_at)
     {
         cut_footer(&file, &plan.image.footer, plan.image.footer_at).map_err(Failure::io(&file.path, "write it"))?;

@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 use super::create::{mebibytes, whole_blocks};
 use super::failure::{Failure, Result};
 use super::file::table_piece;
-use super::file::{ImageFile, Medium, NewFile, end_of_data, footer_place, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, NewFile, footer_place, write_footers, write_pieces};
 use super::journal::{Journal, State};
 use super::set::open;
 use super::{Resize, Revert};
@@ -114,7 +114,7 @@ fn grow_in_place(file: &dyn Medium, image: &Image, size: u64) -> io::Result<()> 
     }
     let mut footer = image.footer;
     footer.set_size(size);
-    write_footers(file, &footer, end_of_data(image))
+    write_footers(file, &footer, image.end())
 }
 
 /// The batmap, changed if the disk ends within a block: that is not full any more when the disk has more of it.
@@ -190,7 +190,7 @@ impl Plan {
         if let Some(batmap) = with_open_end(&image) {
             image.batmap = Some(batmap);
         }
-        let old_end = end_of_data(&image);
+        let old_end = image.end();
         let old_size = image.footer.size();
         image.footer.set_size(size);
         let mut plan =

@@ -13,9 +13,7 @@ use tapdisk::vhd::parent::new_parent;
 
 use super::create::raw;
 use super::failure::{self, Failure, Result, errno_of};
-use super::file::{
-    ImageFile, Medium, cut_footer, end_of_data, footer_place, table_piece, write_footers, write_pieces,
-};
+use super::file::{ImageFile, Medium, cut_footer, footer_place, table_piece, write_footers, write_pieces};
 use super::{Field, Modify, Set};
 
 /// Opens an image for writing, and says so as storage managers know it if that can't be.
@@ -32,7 +30,7 @@ pub(super) fn set(args: &Set) -> Result<()> {
     match args.field {
         Field::Hidden => {
             image.footer.set_hidden_value(args.value);
-            let written = write_footers(&file, &image.footer, end_of_data(&image));
+            let written = write_footers(&file, &image.footer, image.end());
             written.or_else(|error| match errno_of(&error) {
                 // The copy is written by now, and a full disk is no reason not to hide what is to be deleted.
                 Errno::ENOSPC if args.value != 0 && image.kind != Kind::Fixed => Ok(()),
@@ -85,7 +83,7 @@ fn zero(to: &dyn Medium, image: &mut Image) -> io::Result<()> {
         (0..image.table.blocks()).for_each(|block| batmap.set(block, false));
         write_pieces(to, &batmap_pieces(batmap))?;
     }
-    write_footers(to, &image.footer, end_of_data(image))
+    write_footers(to, &image.footer, image.end())
 }
 
 /// Puts the footer where it belongs in a file of so many bytes; making the file so large is for others to do.
@@ -146,7 +144,7 @@ fn write_parent(to: &dyn Medium, image: &mut Image, names: &[Piece]) -> io::Resu
     to.sync()?;
     image.metadata_end = image.metadata_end.max(end);
     // Also after an interruption, when there was no footer any more.
-    write_footers(to, &image.footer, end_of_data(image))
+    write_footers(to, &image.footer, image.end())
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ const MOST: usize = 64;
 enum Phase {
     /// Free for another.
     Free,
-    /// No data is down.
+    /// No data is down; a bitmap of ones is.
     Data,
     /// Its bitmap is to be written.
     Bitmap,
@@ -48,10 +48,8 @@ pub(super) struct New {
     /// Where its bitmap begins in the file, bytes.
     pub(super) at: u64,
     /// Where its bitmap will be; none if that is all ones.
-    slot: Option<u32>,
+    pub(super) slot: Option<u32>,
     phase: Phase,
-    /// Whether the bitmap of ones is down.
-    bitmap: bool,
     /// Writes whose data is not down.
     writing: u32,
     /// Writes whose data is down and that go with the block.
@@ -91,7 +89,7 @@ impl Blocks {
         let count = tickets.min(MOST);
         let list = List::default();
         let (block, phase) = (NONE, Phase::Free);
-        let new = New { block, at: 0, slot: None, phase, bitmap: false, writing: 0, ready: list, later: list };
+        let new = New { block, at: 0, slot: None, phase, writing: 0, ready: list, later: list };
         Blocks {
             news: vec![new; count],
             waiting: [0; 3],
@@ -242,8 +240,7 @@ impl Disk {
         }
         let list = List::default();
         let phase = Phase::Data;
-        *self.blocks.get_mut(new) =
-            New { block, at, slot, phase, bitmap: false, writing: 0, ready: list, later: list };
+        *self.blocks.get_mut(new) = New { block, at, slot, phase, writing: 0, ready: list, later: list };
         self.blocks.used += 1;
         if self.ones {
             // It does not depend on what is written.
@@ -258,36 +255,24 @@ impl Disk {
         place.writing -= 1;
         let phase = place.phase;
         match phase {
-            _ if !done => self.settle_new(new, ticket, false),
-            Phase::Failed => self.settle_new(new, ticket, false),
+            _ if !done || phase == Phase::Failed => self.settle(ticket, false),
             Phase::Mapped => self.join(new, ticket),
-            Phase::Data if self.ones => {
-                self.tickets.push(&mut place.ready, ticket);
-                self.blocks.go(new, Phase::Table);
-            }
             Phase::Data => {
                 self.tickets.push(&mut place.ready, ticket);
-                self.blocks.go(new, Phase::Bitmap);
+                // A bitmap of ones is down already.
+                self.blocks.go(new, if self.ones { Phase::Table } else { Phase::Bitmap });
             }
-            Phase::Bitmap | Phase::BitmapNow if self.ones => self.tickets.push(&mut place.ready, ticket),
             Phase::Bitmap => self.tickets.push(&mut place.ready, ticket),
+            Phase::BitmapNow if self.ones => self.tickets.push(&mut place.ready, ticket),
             _ => self.tickets.push(&mut place.later, ticket),
         }
         self.tidy(new);
     }
 
-    /// Settles a write to a new block.
-    fn settle_new(&mut self, new: u32, ticket: Ticket, done: bool) {
-        if let Some(slot) = self.blocks.get(new).slot {
-            self.bitmaps.slot(slot).pins -= 1;
-        }
-        self.tickets.settle(ticket, done);
-    }
-
     /// Goes on with a write to a block that was new when it was planned, and is there now.
     fn join(&mut self, new: u32, ticket: Ticket) {
         match self.blocks.get(new).slot {
-            None => self.tickets.settle(ticket, true),
+            None => self.settle(ticket, true),
             Some(slot) => {
                 self.tickets.get(ticket).needs = Needs::Bits { slot };
                 self.mark(slot, ticket);
@@ -297,8 +282,7 @@ impl Disk {
 
     /// The bitmap of a new block is down, or could not be written.
     pub(super) fn block_bitmap_written(&mut self, new: u32, done: bool) {
-        let place = self.blocks.get_mut(new);
-        place.bitmap = done;
+        let place = self.blocks.get(new);
         let next = match self.durability {
             _ if !done => return self.fail(new),
             // Of a bitmap of ones the rest of the block is zeros in any case, as is what is not there.
@@ -345,7 +329,7 @@ impl Disk {
             if let Some(slot) = slot {
                 mark(self.bitmaps.bits_mut(slot), self.tickets.get(ticket));
             }
-            self.settle_new(new, ticket, true);
+            self.settle(ticket, true);
         }
         while let Some(ticket) = self.tickets.pop(&mut later) {
             self.join(new, ticket);
@@ -368,7 +352,7 @@ impl Disk {
         let place = self.blocks.get_mut(new);
         let (mut ready, mut later) = (std::mem::take(&mut place.ready), std::mem::take(&mut place.later));
         while let Some(ticket) = self.tickets.pop(&mut ready).or_else(|| self.tickets.pop(&mut later)) {
-            self.settle_new(new, ticket, false);
+            self.settle(ticket, false);
         }
         self.tidy(new);
     }
@@ -376,7 +360,7 @@ impl Disk {
     /// Forgets a new block that nobody writes any more, if it is there, or came to nothing.
     fn tidy(&mut self, new: u32) {
         let place = *self.blocks.get(new);
-        let nothing = place.phase == Phase::Data && place.ready.is_empty() && (place.bitmap || !self.ones);
+        let nothing = place.phase == Phase::Data && place.ready.is_empty();
         let over = nothing || matches!(place.phase, Phase::Mapped | Phase::Failed);
         if place.writing > 0 || !over {
             return;

@@ -29,6 +29,7 @@ use self::blocks::Blocks;
 use self::pages::Pages;
 use self::space::Space;
 use self::tickets::{List, Needs, Tickets};
+use super::layout::batmap_pieces;
 use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table, bitmap};
 use crate::{Durability, Extent, Fail, Format, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket};
 
@@ -236,25 +237,23 @@ impl Disk {
 
     fn write(&mut self, block: u32, first: u32, count: u32) -> Plan {
         let Some(at) = self.table.get(block) else { return self.write_new(block, first, count) };
-        let data =
-            |count, ticket| Plan::Data { at: at + self.bitmap_len + bytes(first), count: bytes(count), ticket };
+        let at = at + self.bitmap_len + bytes(first);
+        let data = |ticket| Plan::Data { at, count: bytes(count), ticket };
         if self.full.is_full(block) {
-            return data(count, None);
+            return data(None);
         }
-        let here = data(count, None);
         let slot = match self.bitmap(block) {
             Ok(slot) => slot,
             Err(plan) => return plan,
         };
         if self.run(slot, first, count) == (true, count) {
-            return here;
+            return data(None);
         }
         if !self.tickets.room() {
             return Plan::Wait;
         }
         self.bitmaps.slot(slot).pins += 1;
-        let ticket = self.tickets.take(Needs::Bits { slot }, first, count);
-        Plan::Data { at: at + self.bitmap_len + bytes(first), count: bytes(count), ticket: Some(ticket) }
+        data(Some(self.tickets.take(Needs::Bits { slot }, first, count)))
     }
 
     /// The data of a write is down; its sectors have to be marked in the bitmap of a slot.
@@ -273,8 +272,13 @@ impl Disk {
         }
     }
 
+    /// A write is done, or has failed. It holds on to its bitmap no longer.
     fn settle(&mut self, ticket: Ticket, done: bool) {
-        if let Needs::Bits { slot } = self.tickets.get(ticket).needs {
+        let slot = match self.tickets.get(ticket).needs {
+            Needs::Bits { slot } => Some(slot),
+            Needs::Block { new } => self.blocks.get(new).slot,
+        };
+        if let Some(slot) = slot {
             self.bitmaps.slot(slot).pins -= 1;
         }
         self.tickets.settle(ticket, done);
@@ -477,8 +481,7 @@ impl Format for Disk {
 
     fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(u64, &[u8])) -> Option<u64> {
         if self.full.at != 0 {
-            write(self.full.at, &self.full.header());
-            write(self.full.bits_at, self.full.bits());
+            batmap_pieces(&self.full).iter().for_each(|piece| write(piece.at, &piece.bytes));
         }
         if self.written {
             self.footer.set_time(unix_seconds);

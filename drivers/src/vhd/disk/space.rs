@@ -1,10 +1,8 @@
 //! Room for new blocks, at the end of the file.
 
 use crate::vhd::SECTORS_MAX;
+use crate::vhd::layout::{DATA_ALIGN, aligned};
 use crate::{Durability, SECTOR_SIZE};
-
-/// What a block's data is aligned to in the file: a page, which every device writes at once.
-const ALIGN: u64 = 4096;
 
 /// What is being done about the file's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +63,7 @@ impl Space {
 
     /// Takes room for a bitmap and its block, `len` bytes together.
     pub(super) fn take(&mut self, bitmap_len: u64, len: u64) -> Room {
-        let at = (self.end + bitmap_len).next_multiple_of(ALIGN) - bitmap_len;
+        let at = aligned(self.end, bitmap_len);
         let end = at + len;
         if end > self.limit || at / SECTOR_SIZE >= SECTORS_MAX {
             return Room::None;
@@ -88,7 +86,7 @@ impl Space {
 
     fn want(&mut self, least: u64) {
         if self.growing == Growing::No {
-            let size = (least.max(self.usable) + self.step).next_multiple_of(ALIGN);
+            let size = (least.max(self.usable) + self.step).next_multiple_of(DATA_ALIGN);
             self.growing = Growing::Wanted(size.min(self.limit));
         }
     }
@@ -98,7 +96,7 @@ impl Space {
         let Growing::Wanted(size) = self.growing else { return None };
         self.growing = Growing::Extending(size);
         // Without preallocation a hole, with something at its end that makes the file as large.
-        let from = if self.preallocate { self.usable } else { self.usable.max(size.saturating_sub(ALIGN)) };
+        let from = if self.preallocate { self.usable } else { self.usable.max(size.saturating_sub(DATA_ALIGN)) };
         Some((from, size - from))
     }
 
