@@ -6,7 +6,6 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::{self, Image, Kind, Platform, Problem, ReadError, Source, Uuid};
-
 use nix::errno::Errno;
 
 use crate::sys::file::geometry;
@@ -243,22 +242,34 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
         if !rules.allow(leaf.parent().unwrap_or(Path::new("")), &next) {
             return Err(Error::Folder { path: path.clone(), parent: next });
         }
-        let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
-        let below = if expected == Uuid::NIL {
-            let file_size = open(&next)?.size;
-            Layer { path: next, file_size, image: None, problems: Vec::new() }
-        } else {
-            layer(&next)?
-        };
-        if let Some(found) = below.image.as_ref().map(|image| image.footer.uuid).filter(|found| *found != expected) {
-            return Err(Error::OtherParent { path: path.clone(), parent: below.path, expected, found });
-        }
+        let below = identified(path, image, next)?;
         if !rules.changed {
             unchanged(path, image, &below)?;
         }
         seen.push(id);
         layers.push(below);
     }
+}
+
+/// What is in the place of an image's parent, if it is that.
+fn identified(path: &Path, image: &Image, parent: PathBuf) -> Result<Layer, Error> {
+    let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
+    if expected == Uuid::NIL {
+        let file_size = open(&parent)?.size;
+        return Ok(Layer { path: parent, file_size, image: None, problems: Vec::new() });
+    }
+    let layer = layer(&parent)?;
+    match layer.image.as_ref().map(|image| image.footer.uuid) {
+        Some(found) if found != expected => {
+            Err(Error::OtherParent { path: path.to_owned(), parent, expected, found })
+        }
+        _ => Ok(layer),
+    }
+}
+
+/// The parent of an image, without its own parents. None: it has none.
+pub fn below(path: &Path, image: &Image) -> Result<Option<Layer>, Error> {
+    parent(path, image)?.map(|parent| identified(path, image, parent)).transpose()
 }
 
 /// Looks whether a parent was written after its child was made, as far as they say: its footer has the time when it was written

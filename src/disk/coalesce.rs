@@ -303,14 +303,15 @@ impl Coalescing {
 /// Gives the image above `merged` the one below as its parent.
 fn leave_out(chain: &[PathBuf], merged: &Path) -> Result<(), String> {
     let index = chain.iter().position(|path| path == merged);
-    let (child, parent) = match index {
-        Some(index) if index > 0 && index + 1 < chain.len() => (&chain[index - 1], &chain[index + 1]),
+    let child = match index {
+        Some(index) if index > 0 && index + 1 < chain.len() => &chain[index - 1],
         _ => return Err(format!("{} is not within the chain any more", merged.display())),
     };
     let explain = |error: &dyn std::fmt::Display| error.to_string();
-    let below = chain::chain(merged, &chain::Rules::ANY).map_err(|error| explain(&error))?.into_iter().nth(1);
+    let layer = chain::layer(merged).map_err(|error| explain(&error))?;
+    let below = layer.image.as_ref().map(|image| chain::below(merged, image)).transpose();
+    let below = below.map_err(|error| explain(&error))?.flatten();
     let below = below.ok_or_else(|| format!("{} has no parent", merged.display()))?;
-    debug_assert_eq!(below.path.file_name(), parent.file_name());
     let file = ImageFile::open(child).map_err(|error| explain(&error))?;
     let image = file.image().map_err(|error| explain(&error))?;
     let named = new_parent(child, &below).map_err(|error| explain(&error))?;

@@ -21,9 +21,11 @@ pub(super) struct Opened {
     pub(super) direct: bool,
     pub(super) geometry: Geometry,
     pub(super) sector_size: u32,
+    /// On the file itself: the engine's descriptor shares it.
+    pub(super) lock: Flock<File>,
 }
 
-/// Opens a file as the configuration says, in sectors of `sector_size` or, if that is not given, of its own.
+/// Opens a file as the configuration says and takes its lock, in sectors of `sector_size` or, if that is not given, of its own.
 pub(super) fn open(
     image: &Image,
     path: &Path,
@@ -60,7 +62,8 @@ pub(super) fn open(
              to \"off\""
         )));
     }
-    Ok(Opened { file, direct, geometry, sector_size })
+    let lock = lock(file.try_clone().map_err(io("lock it"))?, path, read_only)?;
+    Ok(Opened { file, direct, geometry, sector_size, lock })
 }
 
 pub(super) fn options(read_only: bool, direct: bool) -> OpenOptions {

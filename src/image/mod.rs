@@ -142,10 +142,8 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
     if let Some(size) = image.create {
         file::create(path, size).map_err(io("create it"))?;
     }
-    let Opened { file, direct, geometry, sector_size } =
+    let Opened { file, direct, geometry, sector_size, lock } =
         file::open(image, path, image.read_only, image.sector_size, log)?;
-    // The engine's own descriptor shares the lock.
-    let lock = lock(file.try_clone().map_err(io("lock it"))?, path, image.read_only)?;
     let odd = match image.odd_size {
         OddSize::Refuse => drivers::OddSize::Refuse,
         OddSize::RoundUp => drivers::OddSize::RoundUp,

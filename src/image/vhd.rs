@@ -29,56 +29,34 @@ const CACHE_MIN: usize = 96 << 10;
 /// Opens an image whose leaf is in the file `path`.
 pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
     let image = &config.image;
-    let leaf = opened(config, path, image.read_only, log)?;
-    // Nobody changes it from here on.
-    let mut locks = vec![leaf.1];
+    let open = |path: &Path, read_only| file::open(image, path, read_only, Some(SECTOR), log);
+    // It is locked, and nobody changes it from here on.
+    let leaf = open(path, image.read_only)?;
     let rules = Rules { folders: Some(&image.parents), changed: image.changed_parent == ChangedParent::Serve };
     let layers = chain::chain(path, &rules)?;
-    let tickets = if image.read_only { 0 } else { 2 * config.requests as usize };
-    let mut chain = Chain {
-        info: DiskInfo {
-            size: layers[0].image.as_ref().map_or(0, |image| image.footer.size()),
-            sector_size: SECTOR,
-            physical_sector_size: leaf.0.geometry.physical.max(SECTOR),
-            read_only: image.read_only,
-            name: format!("vhd:{}", path.display()),
-        },
-        layers: Vec::new(),
-        files: Vec::new(),
-        locks: Vec::new(),
-        tickets,
-    };
     let depth = layers.len();
-    let mut next = Some(leaf.0);
+    let tickets = if image.read_only { 0 } else { 2 * config.requests as usize };
+    let info = DiskInfo {
+        size: layers[0].image.as_ref().map_or(0, |image| image.footer.size()),
+        sector_size: SECTOR,
+        physical_sector_size: leaf.geometry.physical.max(SECTOR),
+        read_only: image.read_only,
+        name: format!("vhd:{}", path.display()),
+    };
+    let mut chain = Chain { info, layers: Vec::new(), files: Vec::new(), locks: Vec::new(), tickets };
+    let mut leaf = Some(leaf);
     for found in layers {
-        let opened = match next.take() {
-            Some(leaf) => leaf,
-            None => {
-                let (opened, lock) = opened(config, &found.path, true, log)?;
-                locks.push(lock);
-                opened
-            }
+        // Only the leaf is written.
+        let (opened, tickets) = match leaf.take() {
+            Some(leaf) => (leaf, tickets),
+            None => (open(&found.path, true)?, 0),
         };
-        let writable = chain.layers.is_empty() && !image.read_only;
-        chain.layers.push(layer(config, found, &opened, writable, depth, log)?);
-        let Opened { file, direct, geometry, .. } = opened;
+        chain.layers.push(layer(config, found, &opened, tickets, depth, log)?);
+        let Opened { file, direct, geometry, lock, .. } = opened;
         chain.files.push(Backing { file, direct, block_device: geometry.block_device });
+        chain.locks.push(lock);
     }
-    chain.locks = locks;
     Ok(chain)
-}
-
-/// A file of the chain, and its lock.
-fn opened(
-    config: &Config,
-    path: &Path,
-    read_only: bool,
-    log: &Logger,
-) -> Result<(Opened, nix::fcntl::Flock<File>), Error> {
-    let opened = file::open(&config.image, path, read_only, Some(SECTOR), log)?;
-    let explain = |source| Error::Io { path: path.to_owned(), action: "lock it", source };
-    let lock = file::lock(opened.file.try_clone().map_err(explain)?, path, read_only)?;
-    Ok((opened, lock))
 }
 
 /// What an image of the chain is served by.
@@ -86,7 +64,7 @@ fn layer(
     config: &Config,
     found: chain::Layer,
     opened: &Opened,
-    writable: bool,
+    tickets: usize,
     depth: usize,
     log: &Logger,
 ) -> Result<Layer, Error> {
@@ -102,20 +80,20 @@ fn layer(
         }
         Some(image) => match Fixed::new(image) {
             Some(fixed) => Box::new(fixed),
-            None => return blocks(config, &path, image, &found.problems, opened, writable, depth),
+            None => return blocks(config, &path, image, &found.problems, opened, tickets, depth),
         },
     };
     Ok(Layer { format, path, plain: None })
 }
 
-/// An image with blocks. One that is written is marked as in use.
+/// An image with blocks. One that is written, with so many writes at a time that take metadata, is marked as in use.
 fn blocks(
     config: &Config,
     path: &Path,
     image: &Image,
     problems: &[Problem],
     opened: &Opened,
-    writable: bool,
+    tickets: usize,
     depth: usize,
 ) -> Result<Layer, Error> {
     if image.batmap.as_ref().is_some_and(|batmap| batmap.key_hash.is_some()) {
@@ -123,7 +101,7 @@ fn blocks(
             "it is encrypted, which is not supported: its data would be shown as it is, and not as it is meant";
         return Err(Error::Unfit { path: path.to_owned(), message: message.into() });
     }
-    let device = opened.geometry.block_device;
+    let (device, writable) = (opened.geometry.block_device, tickets > 0);
     let explain = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let unfit = |message: &str| Error::Unfit { path: path.to_owned(), message: message.to_owned() };
     // One that was in use when the host stopped has none, and on a device its place is the end all the same.
@@ -142,7 +120,7 @@ fn blocks(
         step: if config.image.preallocate.0 > 0 { config.image.preallocate.0 } else { STEP },
         preallocate: config.image.preallocate.0 > 0,
         bitmap_cache: (config.image.bitmap_cache.0 as usize / depth).max(CACHE_MIN),
-        tickets: 0,
+        tickets,
         footer_at: device.then_some(footer_at),
     };
     let mut plain = None;
@@ -152,7 +130,6 @@ fn blocks(
         if !device {
             settings.usable = geometry(&file).map_err(explain("serve it"))?.size;
         }
-        settings.tickets = 2 * config.requests as usize;
         plain = Some(file);
     }
     let disk = Disk::new(image, &settings).ok_or_else(|| unfit("it has no header"))?;
