@@ -112,9 +112,11 @@ fn list(paths: &[PathBuf]) -> String {
 }
 
 /// A file of which metadata is read.
-struct Opened {
-    file: File,
-    size: u64,
+pub struct Opened {
+    /// The file.
+    pub file: File,
+    /// Its bytes, or the device's.
+    pub size: u64,
 }
 
 impl Source for Opened {

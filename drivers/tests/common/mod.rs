@@ -1,6 +1,6 @@
 //! A file on a medium that can lose power, and an image in it that is written at random.
 
-#![allow(dead_code)]
+#![allow(dead_code)] // each test uses its part
 
 pub(crate) mod guest;
 pub(crate) mod medium;

@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Source, Uuid};
-use tapdisk::chain::{self, Error};
+use tapdisk::chain::{self, Error, Opened};
 use tapdisk::sys::file::geometry;
 
 use super::Scan;
@@ -167,7 +166,7 @@ fn look(
         None => {
             let file = File::open(path).map_err(|error| bad("opening file")(io(error)))?;
             let size = geometry(&file).map_err(|error| bad("getting physical size")(io(error)))?.size;
-            Box::new(Sized { file, size })
+            Box::new(Opened { file, size })
         }
     };
     let size = source.size();
@@ -198,22 +197,6 @@ fn look(
         found.parent = Some(parent.map_err(|error| bad("getting parent")(error.into()))?);
     }
     Ok((found, image.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL)))
-}
-
-/// A file and its size.
-struct Sized {
-    file: File,
-    size: u64,
-}
-
-impl Source for Sized {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
-        self.file.read_exact_at(to, at)
-    }
 }
 
 /// The parent of a volume: one of the same group, which may not be active, and so has no device to be found by.

@@ -2,10 +2,18 @@
 
 use super::tickets::List;
 
-/// Bitmaps that a block's number can be among.
-const WAYS: usize = 8;
+/// Places of a cache that a block can be in.
+pub(super) const WAYS: usize = 8;
 
-const NONE: u32 = u32::MAX;
+/// No block's number.
+pub(super) const NONE: u32 = u32::MAX;
+
+/// Those that a block can be in, of `places`, a multiple of [`WAYS`].
+pub(super) fn places_of(block: u32, places: usize) -> std::ops::Range<usize> {
+    // Neighbours are in different sets, and so are blocks that are a power of two apart.
+    let set = (block.wrapping_mul(0x9e37_79b1) >> 8) as usize % (places / WAYS);
+    set * WAYS..(set + 1) * WAYS
+}
 
 /// What is known of a slot's bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,16 +92,9 @@ impl Bitmaps {
         self.bits.len() + self.slots.len() * size_of::<Slot>()
     }
 
-    fn set_of(&self, block: u32) -> std::ops::Range<usize> {
-        let sets = self.slots.len() / WAYS;
-        // Neighbours are in different sets, and so are blocks that are a power of two apart.
-        let set = (block.wrapping_mul(0x9e37_79b1) >> 8) as usize % sets;
-        set * WAYS..(set + 1) * WAYS
-    }
-
     /// A block's bitmap, or where it is to go.
     pub(super) fn find(&mut self, block: u32) -> Found {
-        let set = self.set_of(block);
+        let set = places_of(block, self.slots.len());
         if let Some(index) = set.clone().find(|index| self.slots[*index].block == block) {
             let slot = &mut self.slots[index];
             slot.recent = true;

@@ -1,11 +1,7 @@
 //! Small copies of bitmaps: a bit for each page of eight sectors, where all eight are there or none, as most guests write them.
 
+use super::bitmaps::{NONE, WAYS, places_of};
 use crate::vhd::bitmap;
-
-/// Copies that a block's number can be among.
-const WAYS: usize = 8;
-
-const NONE: u32 = u32::MAX;
 
 /// Sectors of a page: those of a byte of a bitmap.
 const SECTORS: u32 = 8;
@@ -38,13 +34,8 @@ impl Pages {
         self.maps.len() + self.blocks.len() * (size_of::<u32>() + size_of::<bool>())
     }
 
-    fn set_of(&self, block: u32) -> std::ops::Range<usize> {
-        let set = (block.wrapping_mul(0x9e37_79b1) >> 8) as usize % (self.blocks.len() / WAYS);
-        set * WAYS..(set + 1) * WAYS
-    }
-
     fn find(&self, block: u32) -> Option<usize> {
-        self.set_of(block).find(|index| self.blocks[*index] == block)
+        places_of(block, self.blocks.len()).find(|index| self.blocks[*index] == block)
     }
 
     fn map(&self, index: usize) -> &[u8] {
@@ -90,7 +81,7 @@ impl Pages {
 
     /// A place that is free, or was not used lately.
     fn room(&mut self, block: u32) -> usize {
-        let set = self.set_of(block);
+        let set = places_of(block, self.blocks.len());
         if let Some(free) = set.clone().find(|index| self.blocks[*index] == NONE) {
             return free;
         }
