@@ -43,7 +43,9 @@ fn start_without(calls: &[(i64, i32)], engine: &str, image: &Path) -> (i32, Stri
     let rules: Vec<_> = calls.iter().map(|(number, errno)| format!("{number}={errno}")).collect();
     let tapdisk = tool("tapdisk");
     let mut command = Command::new("timeout");
-    command.args(["--preserve-status", "-s", "TERM", "2", "python3", "-c", WITHOUT, &rules.join(",")]);
+    // In the foreground: timeout would also signal its group, and a second signal cancels what still waits.
+    command.args(["--foreground", "--preserve-status", "-s", "TERM", "2"]);
+    command.args(["python3", "-c", WITHOUT, &rules.join(",")]);
     let output = output(command.arg(tapdisk.get_program()).arg(&config));
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
 }
