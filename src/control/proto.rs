@@ -10,22 +10,55 @@ pub const MESSAGE_SIZE: usize = 544;
 /// `cookie` that means no disk, or all.
 pub const NO_MINOR: u16 = u16::MAX;
 
-/// Message types.
+/// Message types. An answer's is its request's plus one, or ERROR.
 pub mod kind {
     #![allow(missing_docs)]
     pub const ERROR: u16 = 1;
     pub const PID: u16 = 3;
     pub const PID_RSP: u16 = 4;
+    pub const ATTACH: u16 = 5;
+    pub const ATTACH_RSP: u16 = 6;
+    /// With [`Params`](super::Params); answered with [`Image`](super::Image).
+    pub const OPEN: u16 = 7;
+    pub const OPEN_RSP: u16 = 8;
     /// Answered once the disk is paused.
     pub const PAUSE: u16 = 9;
     pub const PAUSE_RSP: u16 = 10;
+    /// With [`Params`](super::Params).
     pub const RESUME: u16 = 11;
     pub const RESUME_RSP: u16 = 12;
+    /// Answered once the disk is drained, flushed and closed.
+    pub const CLOSE: u16 = 13;
+    pub const CLOSE_RSP: u16 = 14;
+    pub const DETACH: u16 = 15;
+    pub const DETACH_RSP: u16 = 16;
+    pub const LIST_MINORS: u16 = 17;
+    pub const LIST_MINORS_RSP: u16 = 18;
     pub const LIST: u16 = 19;
     pub const LIST_RSP: u16 = 20;
     pub const STATS: u16 = 21;
     pub const STATS_RSP: u16 = 22;
+    /// CLOSE that gives up what has not reached the engine. Answered with CLOSE_RSP.
+    pub const FORCE_SHUTDOWN: u16 = 23;
+    /// With [`Blkif`](super::Blkif).
+    pub const XENBLKIF_CONNECT: u16 = 24;
+    pub const XENBLKIF_CONNECT_RSP: u16 = 25;
+    /// With [`Blkif`](super::Blkif), of which only the domain and the device count. Answered once the guest's requests are finished.
+    pub const XENBLKIF_DISCONNECT: u16 = 26;
+    pub const XENBLKIF_DISCONNECT_RSP: u16 = 27;
+    /// Answered with [`Image`](super::Image).
+    pub const DISK_INFO: u16 = 28;
+    pub const DISK_INFO_RSP: u16 = 29;
     pub const EXIT: u16 = 30;
+    /// XCP-ng's: merges the image at the path of [`Params`](super::Params) into its parent.
+    pub const COMMIT: u16 = 31;
+    pub const COMMIT_RSP: u16 = 32;
+    /// XCP-ng's: answered with [`Query`](super::Query).
+    pub const QUERY_COMMIT: u16 = 33;
+    pub const QUERY_COMMIT_RSP: u16 = 34;
+    /// XCP-ng's: with [`Params`](super::Params), whose flags are 1 if the answer is to come when the merge has ended.
+    pub const CANCEL_COMMIT: u16 = 35;
+    pub const CANCEL_COMMIT_RSP: u16 = 36;
     /// Ours: answered like STATS, with the JSON of [`DebugQueue`](crate::disk::DebugQueue).
     pub const DEBUG_QUEUE: u16 = 0x100;
     pub const DEBUG_QUEUE_RSP: u16 = 0x101;
@@ -47,10 +80,41 @@ pub mod kind {
     /// [`CoalesceReport`](crate::disk::CoalesceReport), at once.
     pub const COALESCE: u16 = 0x10a;
     pub const COALESCE_RSP: u16 = 0x10b;
+    /// Ours: all disks of the process, or one. Answered like STATS, with OpenMetrics text.
+    pub const METRICS: u16 = 0x10c;
+    pub const METRICS_RSP: u16 = 0x10d;
+}
+
+/// Flags of OPEN and RESUME, in [`Params`].
+pub mod open {
+    /// Read-only, and others may have the image too. Implied by [`RDONLY`] here.
+    pub const SHARED: u32 = 1;
+    /// Writes are refused.
+    pub const RDONLY: u32 = 2;
+    /// A cache of blocks in memory.
+    pub const ADD_CACHE: u32 = 4;
+    /// An index beside the VHD.
+    pub const VHD_INDEX: u32 = 8;
+    /// A log of changed blocks, whose path follows the message in 256 bytes.
+    pub const ADD_LOG: u32 = 0x10;
+    /// A cache of the parent on local storage.
+    pub const ADD_LCACHE: u32 = 0x20;
+    /// The parent is the image of another minor of this process, `prt_devnum`.
+    pub const REUSE_PRT: u32 = 0x40;
+    /// A second image, `secondary`.
+    pub const SECONDARY: u32 = 0x80;
+    /// The second image takes over where the first has no space.
+    pub const STANDBY: u32 = 0x100;
+    /// Through the page cache.
+    pub const NO_O_DIRECT: u32 = 0x200;
+    /// A key follows the message: a byte that says its length, and then that many.
+    pub const OPEN_ENCRYPTED: u32 = 0x400;
 }
 
 /// State bits of LIST.
 pub mod state {
+    /// It was open, and is closed.
+    pub const CLOSED: i32 = 2;
     /// It is being drained.
     pub const QUIESCE_REQUESTED: i32 = 4;
     /// It will be paused when nothing is under way.
@@ -112,6 +176,74 @@ impl Params {
         let fits = name.len() < 256 && !name.contains('\0');
         fits.then(|| Params { path: string(name), ..Params::new_zeroed() })
     }
+}
+
+/// Union member `image`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Image {
+    /// 512-byte sectors.
+    pub sectors: u64,
+    /// Logical sector in bytes.
+    pub sector_size: u32,
+    /// As a backend writes it to XenStore's `info`: 4 if writes are refused, otherwise 0.
+    pub info: u32,
+}
+
+/// Union member `minors`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MinorList {
+    /// Those that there are.
+    pub count: i32,
+    /// The first 63 of them.
+    pub list: [i32; 63],
+}
+
+/// Union member `blkif`: a guest's ring, as tapback reads it from XenStore.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Blkif {
+    /// The guest.
+    pub domid: u32,
+    /// Its device.
+    pub devid: u32,
+    /// Grant references of the ring's pages; the first `1 << order` count.
+    pub gref: [u32; 8],
+    /// log2 of the ring's pages.
+    pub order: u32,
+    /// The layout of its entries: [`blkif`].
+    pub proto: u32,
+    /// A pool of pages, ended by NUL. Every disk has its own here.
+    pub pool: [u8; 256],
+    /// The guest's event channel.
+    pub port: u32,
+    /// How long to look at the ring after the last request, µs; 0: not at all.
+    pub poll_duration: u32,
+    /// How much of the host's CPUs must be idle for that, per cent.
+    pub poll_idle_threshold: u32,
+}
+
+/// Layouts of a ring's entries.
+pub mod blkif {
+    /// That of the host.
+    pub const NATIVE: u32 = 1;
+    /// That of a 32-bit x86 guest.
+    pub const X86_32: u32 = 2;
+    /// That of a 64-bit x86 guest.
+    pub const X86_64: u32 = 3;
+}
+
+/// Union member `query` of XCP-ng.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Query {
+    /// Bytes that are merged.
+    pub current_progress: u64,
+    /// Bytes in all.
+    pub total_progress: u64,
+    /// In a word, ended by NUL.
+    pub status: [u8; 256],
 }
 
 /// Union member `stat`.
@@ -259,6 +391,19 @@ const _: () = {
     assert!(size_of::<List>() == 268 && std::mem::offset_of!(List, path) == 12);
     assert!(size_of::<Params>() == 532 && std::mem::offset_of!(Params, secondary) == 274);
     assert!(std::mem::offset_of!(Params, path) == 12 && std::mem::offset_of!(Params, req_timeout) == 272);
+    assert!(std::mem::offset_of!(Params, prt_devnum) == 268 && std::mem::offset_of!(Params, domid) == 8);
+    assert!(size_of::<Image>() == 16 && std::mem::offset_of!(Image, sector_size) == 8);
+    assert!(std::mem::offset_of!(Image, info) == 12);
+    assert!(size_of::<MinorList>() == 256 && std::mem::offset_of!(MinorList, list) == 4);
+    assert!(size_of::<Blkif>() == 316 && std::mem::offset_of!(Blkif, gref) == 8);
+    assert!(std::mem::offset_of!(Blkif, order) == 40 && std::mem::offset_of!(Blkif, proto) == 44);
+    assert!(std::mem::offset_of!(Blkif, pool) == 48 && std::mem::offset_of!(Blkif, port) == 304);
+    assert!(std::mem::offset_of!(Blkif, poll_duration) == 308);
+    assert!(std::mem::offset_of!(Blkif, poll_idle_threshold) == 312);
+    assert!(size_of::<Query>() == 272 && std::mem::offset_of!(Query, status) == 16);
+    assert!(std::mem::offset_of!(Message, kind) == 0 && std::mem::offset_of!(Message, cookie) == 2);
+    assert!(std::mem::offset_of!(List, minor) == 4 && std::mem::offset_of!(List, state) == 8);
+    assert!(std::mem::offset_of!(Stat, cookie) == 2);
     assert!(size_of::<Stat>() == 16 && std::mem::offset_of!(Stat, length) == 8);
     assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
     assert!(size_of::<EngineChange>() == 20 && std::mem::offset_of!(EngineChange, threads_max) == 16);
