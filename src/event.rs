@@ -2,8 +2,9 @@
 //! their lower half.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mio::unix::SourceFd;
@@ -12,18 +13,21 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use slog::{Logger, error, info, warn};
 
-use crate::config;
+use crate::config::{self, Config};
 use crate::control::Control;
-use crate::disk::{Disk, Turn};
+use crate::disk::Turn;
 use crate::log::Log;
+use crate::metrics::text::Exposition;
+use crate::metrics::{self, ProcessMetrics};
+use crate::minors::{Minor, Minors};
 use crate::polling::{Look, Polling, Settings, watch};
 use crate::stats::now;
 
-const ENGINE: usize = 0;
-const SIGNALS: usize = 1;
-const CONTROL: usize = 2;
-/// The first frontend.
-const FRONTENDS: usize = 3;
+const SIGNALS: usize = 0;
+const CONTROL: usize = 1;
+const METRICS: usize = 2;
+/// The first of the disks'.
+const MINORS: usize = 3;
 
 const fn token(source: usize, index: usize) -> usize {
     source << 32 | index
@@ -37,11 +41,12 @@ pub fn signals() -> SigSet {
     SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP])
 }
 
-/// The main loop of one disk.
+/// The main loop of a process.
 pub struct MainLoop {
     poll: Poll,
-    disk: Disk,
+    minors: Minors,
     control: Control,
+    metrics: Option<metrics::http::Server>,
     signals: SignalFd,
     /// After answers: for the requests that follow them.
     after_answer: Spin,
@@ -54,28 +59,23 @@ pub struct MainLoop {
 }
 
 impl MainLoop {
-    /// A loop for `disk`. `settings` are in range.
-    pub fn new(
-        mut disk: Disk,
-        control: (&Path, u16),
-        settings: &config::MainLoop,
-        logging: Log,
-        log: Logger,
-    ) -> io::Result<MainLoop> {
+    /// A loop without disks.
+    pub fn new(config: Arc<Config>, logging: Log, log: Logger) -> io::Result<MainLoop> {
         let poll = Poll::new()?;
         let registry = poll.registry();
         let signals = SignalFd::with_flags(&signals(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        let watch =
-            |fd: i32, source| registry.register(&mut SourceFd(&fd), Token(token(source, 0)), Interest::READABLE);
-        watch(signals.as_raw_fd(), SIGNALS)?;
-        watch(disk.engine().submit.event().as_fd().as_raw_fd(), ENGINE)?;
-        disk.register(registry, |i| token(FRONTENDS + i, 0))?;
-        let control = Control::bind(control.0, control.1, registry.try_clone()?, token(CONTROL, 0), log.clone())?;
-        let &config::MainLoop { spin_us, poll_us, poll_idle_percent } = settings;
+        registry.register(&mut SourceFd(&signals.as_raw_fd()), Token(token(SIGNALS, 0)), Interest::READABLE)?;
+        let control = Control::bind(&config.control, registry.try_clone()?, token(CONTROL, 0), log.clone())?;
+        let bind = |socket: &PathBuf| {
+            metrics::http::Server::bind(socket, registry.try_clone()?, token(METRICS, 0), log.clone())
+        };
+        let metrics = config.metrics.socket.as_ref().map(bind).transpose()?;
+        let &config::MainLoop { spin_us, poll_us, poll_idle_percent } = &config.main_loop;
         Ok(MainLoop {
+            minors: Minors::new(config, registry.try_clone()?, MINORS, log.clone())?,
             poll,
-            disk,
             control,
+            metrics,
             signals,
             after_answer: Spin::new(spin_us),
             after_submit: Spin::new(spin_us),
@@ -85,9 +85,9 @@ impl MainLoop {
         })
     }
 
-    /// The disk that it serves.
-    pub fn disk(&self) -> &Disk {
-        &self.disk
+    /// The disks that it serves.
+    pub fn minors(&mut self) -> &mut Minors {
+        &mut self.minors
     }
 
     /// Where the control socket is.
@@ -95,21 +95,21 @@ impl MainLoop {
         self.control.path()
     }
 
-    /// Serves until the disk is drained. An error is one of the last flush.
+    /// Serves until the last minor is detached. An error is one of a last flush.
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut turns = 0;
         let mut last = Turn::Nothing;
         loop {
-            let turn = self.disk.turn();
+            let turn = self.minors.turn();
             let worked = turn != Turn::Nothing;
             if worked {
                 last = turn;
                 self.polling.worked();
-                self.control.settle(&mut self.disk);
+                self.control.settle(&mut self.minors);
             }
-            if let Some(result) = self.disk.closed() {
-                return self.end(result.map_err(io::Error::from));
+            if let Some(result) = self.minors.over() {
+                return result.map_err(io::Error::from);
             }
             turns += 1;
             let sleep = if turns >= TURNS_MAX {
@@ -137,8 +137,8 @@ impl MainLoop {
 
     /// The last turn found nothing: looks at memory, and if it still shows nothing, says whether to sleep.
     fn look(&mut self, last: Turn) -> Look {
-        match self.polling.look(self.disk.last_in_memory(), || self.disk.ready()) {
-            Look::Over if self.spin(last) || self.disk.arm() => Look::Found,
+        match self.polling.look(self.minors.last_in_memory(), || self.minors.ready()) {
+            Look::Over if self.spin(last) || self.minors.arm() => Look::Found,
             look => look,
         }
     }
@@ -146,8 +146,8 @@ impl MainLoop {
     /// Looks at memory for a while, if that may pay after such a turn. True: there is something.
     fn spin(&self, last: Turn) -> bool {
         match last {
-            Turn::Answered => self.after_answer.run(|| self.disk.ready()),
-            Turn::Submitted => self.after_submit.run(|| self.disk.ready()),
+            Turn::Answered => self.after_answer.run(|| self.minors.ready()),
+            Turn::Submitted => self.after_submit.run(|| self.minors.ready()),
             Turn::Worked | Turn::Nothing => false,
         }
     }
@@ -155,7 +155,8 @@ impl MainLoop {
     /// Waits for events if there are none, and handles them. Gives the time it waited, in ns.
     fn wait(&mut self, events: &mut Events, sleep: bool) -> io::Result<u64> {
         let begin = now();
-        let deadline = self.disk.deadline().into_iter().chain(self.control.deadline()).min();
+        let deadline = self.minors.deadline().into_iter().chain(self.control.deadline());
+        let deadline = deadline.chain(self.metrics.as_ref().and_then(|metrics| metrics.deadline())).min();
         let timeout = match deadline {
             _ if !sleep => Some(Duration::ZERO),
             Some(deadline) => Some(Duration::from_nanos(deadline.saturating_sub(begin))),
@@ -169,16 +170,20 @@ impl MainLoop {
         for event in &*events {
             let (source, index) = (event.token().0 >> 32, event.token().0 & 0xffff_ffff);
             match source {
-                // Its next turn reaps.
-                ENGINE => {}
                 SIGNALS => self.signal(),
-                CONTROL => self.control.event(index, &mut self.disk, &mut self.polling),
-                frontend => self.disk.event(frontend - FRONTENDS, index, event),
+                CONTROL => self.control.event(index, &mut self.minors, &mut self.polling),
+                METRICS => {
+                    let disks = || self.minors.iter().filter_map(Minor::with_disk);
+                    let text = || Exposition(&[ProcessMetrics::here(disks())]).to_string();
+                    self.metrics.iter_mut().for_each(|metrics| metrics.event(index, text));
+                }
+                source => self.minors.event(source, index, event),
             }
         }
         // Who waits for a pause is told that there will be none, though the disk has nothing to do.
-        self.control.settle(&mut self.disk);
+        self.control.settle(&mut self.minors);
         self.control.expire();
+        self.metrics.iter_mut().for_each(|metrics| metrics.expire());
         Ok(slept)
     }
 
@@ -186,37 +191,36 @@ impl MainLoop {
         // An error means that there is no signal, after all.
         while let Ok(Some(received)) = self.signals.read_signal() {
             match Signal::try_from(received.ssi_signo as i32) {
-                Ok(Signal::SIGUSR1) => match serde_json::to_string(&self.disk.inspect(&self.polling)) {
-                    Ok(dump) => {
-                        info!(self.log, "debug-queue"; "dump" => dump, "log_dropped" => self.logging.dropped());
-                    }
-                    Err(error) => error!(self.log, "debug-queue"; "error" => %error),
-                },
+                Ok(Signal::SIGUSR1) => self.dump(),
                 Ok(Signal::SIGHUP) => {
                     self.logging.reopen();
                     info!(self.log, "log reopened");
                 }
-                Ok(signal) if self.disk.is_draining() => {
+                Ok(signal) if self.minors.is_ending() => {
                     warn!(self.log, "second signal: cancelling what still waits"; "signal" => %signal);
-                    self.disk.cancel();
+                    self.minors.cancel();
                 }
                 Ok(signal) => {
                     info!(self.log, "signal"; "signal" => %signal);
-                    self.disk.drain();
+                    self.minors.end();
                 }
                 Err(_) => {}
             }
         }
     }
 
-    fn end(self, result: io::Result<()>) -> io::Result<()> {
-        match &result {
-            Ok(()) => info!(self.log, "drained and flushed; the end"),
-            Err(error) => error!(self.log, "drained, but the last flush failed"; "error" => %error),
+    /// Writes to the log what debug-queue shows of each disk.
+    fn dump(&self) {
+        for minor in self.minors.iter() {
+            let Some(disk) = minor.disk() else { continue };
+            match serde_json::to_string(&disk.inspect(&self.polling)) {
+                Ok(dump) => {
+                    info!(self.log, "debug-queue"; "minor" => minor.number(), "dump" => dump,
+                        "log_dropped" => self.logging.dropped());
+                }
+                Err(error) => error!(self.log, "debug-queue"; "error" => %error),
+            }
         }
-        // The disk, and with it the engine, goes before the log.
-        drop((self.control, self.disk));
-        result
     }
 }
 

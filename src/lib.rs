@@ -1,6 +1,6 @@
 //! # Architecture
 //!
-//! One process serves one disk. Data goes this way, and the modules are listed in that order:
+//! A process serves a disk, or, driven by tap-ctl, a few. The data of each goes this way, and the modules are listed in that order:
 //!
 //! ```text
 //! ring -> Request -> stack (plan) -> queue (merge) -> submit thread -> engine -> kernel
@@ -22,6 +22,15 @@
 //! 2. **Nothing is allocated on the data path.** Slots, tiocbs, I/Os and their iovecs are made at the start, a client's
 //!    memory when it connects. Where slots run out, the loop stops pulling, and the ring or socket holds the client back.
 //!    [`memory`] says what is promised, and what a disk takes.
+//!
+//! ## A process and its disks
+//!
+//! A disk has a [minor](minors), whose [marker] on the host says that it is taken. A configuration takes
+//! one, opens the image that it names, and lets both go at the end; through the [control socket](control) a toolstack does the same in steps:
+//! ATTACH, OPEN, CLOSE, DETACH. Whatever waits for files, opening an image above all, is done by a [thread of its own](image::Opening),
+//! and whoever asked for it is answered later. All disks share the main loop, and nothing else.
+//!
+//! [marker]: minors::marker
 //!
 //! ## Boundaries
 //!
@@ -46,6 +55,8 @@
 //! through [`xenstore`]: an asynchronous function, polled by the main loop, that looks at both sides' nodes whenever one has
 //! changed and does what [`decide`](frontend::xen::handshake::decide) says. A guest that goes leaves its requests behind: they
 //! are finished in memory of ours before the next guest is let in, and before the toolstack is told that the disk is closed.
+//! Where blktap's tapback shakes hands, [`tapback`](frontend::xen::tapback) is the second half: it has a vbd for each ring that
+//! the control socket names.
 //!
 //! ## Live operations
 //!
@@ -53,6 +64,11 @@
 //! closed, and an engine without files takes the place of the other. [Resume](disk::Disk::resume) opens the image again, or another.
 //! [Coalesce](disk::Disk::coalesce) merges two images of the chain in a thread of its own, with the files alone ([`vhd`]): what
 //! changes is hidden by the image above. Then a pause leaves the merged one out.
+//!
+//! ## What is seen from outside
+//!
+//! [`stats`] counts requests and the transfers of each layer in fixed memory. [`metrics`] shows that to monitoring, `debug-queue`
+//! every request in flight, and [shared memory](stats::shm) to xentop what a guest's disk does.
 //!
 //! ## Ownership
 //!
@@ -72,10 +88,13 @@
 
 pub mod args;
 pub mod config;
+pub mod daemon;
 pub mod serve;
 
 pub mod event;
 pub mod polling;
+
+pub mod minors;
 
 pub mod disk;
 
@@ -104,6 +123,8 @@ pub mod vhd;
 
 pub mod client;
 pub mod control;
+pub mod listen;
 pub mod log;
+pub mod metrics;
 pub mod stats;
 pub mod sys;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 
+use nix::syslog::{Facility, LogFlags, Severity, openlog, syslog};
 use serde::{Deserialize, Serialize};
 use slog::{Drain, Level, Logger, OwnedKVList, Record, o};
 
@@ -29,6 +30,17 @@ pub enum Format {
     Json,
 }
 
+/// Where it goes.
+#[derive(Clone, Debug)]
+pub enum Sink {
+    /// Standard error.
+    Stderr,
+    /// A file, which is appended to.
+    File(PathBuf),
+    /// The system's log, syslog(3), as `daemon`.
+    Syslog,
+}
+
 /// Keeps the log open. Dropping it writes what still waits.
 pub struct Log {
     queue: Option<SyncSender<Vec<u8>>>,
@@ -43,9 +55,19 @@ struct Shared {
 }
 
 impl Log {
-    /// Opens the log: `file`, or standard error.
-    pub fn open(format: Format, level: Level, file: Option<&Path>) -> io::Result<(Log, Logger)> {
-        let sink = file.map(|path| Ok::<_, io::Error>((path.to_owned(), append(path)?))).transpose()?;
+    /// Opens the log.
+    pub fn open(format: Format, level: Level, sink: Sink) -> io::Result<(Log, Logger)> {
+        let sink = match sink {
+            Sink::Stderr => Open::Stderr,
+            Sink::File(path) => {
+                let file = append(&path)?;
+                Open::File(path, file)
+            }
+            Sink::Syslog => {
+                openlog(Some(c"tapdisk"), LogFlags::LOG_PID, Facility::LOG_DAEMON)?;
+                Open::Syslog
+            }
+        };
         let shared = Arc::new(Shared::default());
         let (sender, receiver) = sync_channel(BACKLOG);
         let mine = Arc::clone(&shared);
@@ -96,10 +118,17 @@ fn append(path: &Path) -> io::Result<File> {
         .map_err(|error| io::Error::new(error.kind(), format!("log file {}: {error}", path.display())))
 }
 
-fn write_all(queue: &Receiver<Vec<u8>>, mut sink: Option<(PathBuf, File)>, shared: &Shared) {
+/// A sink that is open.
+enum Open {
+    Stderr,
+    File(PathBuf, File),
+    Syslog,
+}
+
+fn write_all(queue: &Receiver<Vec<u8>>, mut sink: Open, shared: &Shared) {
     while let Ok(record) = queue.recv() {
         if shared.reopen.swap(false, Ordering::AcqRel)
-            && let Some((path, file)) = &mut sink
+            && let Open::File(path, file) = &mut sink
         {
             // If it can't be opened, the old file is better than none.
             match append(path) {
@@ -112,10 +141,31 @@ fn write_all(queue: &Receiver<Vec<u8>>, mut sink: Option<(PathBuf, File)>, share
         }
         // A log that can't be written is no reason to stop serving the disk.
         let _ = match &mut sink {
-            Some((_, file)) => file.write_all(&record),
-            None => io::stderr().write_all(&record),
+            Open::File(_, file) => file.write_all(&record),
+            Open::Stderr => io::stderr().write_all(&record),
+            Open::Syslog => {
+                syslog(severity(&record), String::from_utf8_lossy(&record).trim_end()).map_err(Into::into)
+            }
         };
     }
+}
+
+/// How severe a record is, by the level that it names.
+fn severity(record: &[u8]) -> Severity {
+    let levels = [
+        (Level::Critical, Severity::LOG_CRIT),
+        (Level::Error, Severity::LOG_ERR),
+        (Level::Warning, Severity::LOG_WARNING),
+        (Level::Debug, Severity::LOG_DEBUG),
+        (Level::Trace, Severity::LOG_DEBUG),
+    ];
+    // What a record says comes behind it.
+    let head = String::from_utf8_lossy(&record[..record.len().min(100)]);
+    let named = levels.into_iter().filter_map(|(level, severity)| {
+        let at = head.find(&format!(" {} ", level.as_short_str()))?;
+        Some((at, severity))
+    });
+    named.min_by_key(|(at, _)| *at).map_or(Severity::LOG_INFO, |(_, severity)| severity)
 }
 
 struct Formatter {

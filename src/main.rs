@@ -1,6 +1,7 @@
-//! `tapdisk`: arguments, configuration, log, and the main loop of one disk.
+//! `tapdisk`: arguments, configuration, log, and the main loop.
 
-use std::io::Write;
+use std::error::Error;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -8,12 +9,15 @@ use clap::Parser;
 use slog::Level;
 use tapdisk::args::Args;
 use tapdisk::config::Config;
-use tapdisk::log::Log;
+use tapdisk::control::client::errno;
+use tapdisk::daemon::Daemon;
+use tapdisk::event::MainLoop;
+use tapdisk::log::{Log, Sink};
 use tapdisk::{event, memory, serve};
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let config = match Config::load(&args.config) {
+    let config = match args.configuration() {
         Ok(config) => config,
         Err(error) => {
             eprintln!("tapdisk: {error}");
@@ -24,24 +28,56 @@ fn main() -> ExitCode {
         print!("{}", config.to_toml());
         return ExitCode::SUCCESS;
     }
-    match run(&config) {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(&args, &config) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("tapdisk: {error}");
-            ExitCode::FAILURE
+            ExitCode::from(code(&args, &*error))
         }
     }
 }
 
-fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
+/// tap-ctl spawn hands on the errno.
+fn code(args: &Args, error: &(dyn Error + 'static)) -> u8 {
+    let errno = error.downcast_ref::<io::Error>().map(|error| errno(error) as i32);
+    if args.config.is_none() { errno.and_then(|errno| u8::try_from(errno).ok()).unwrap_or(1) } else { 1 }
+}
+
+fn run(args: &Args, config: &Config) -> Result<ExitCode, Box<dyn Error>> {
     // Every thread inherits the mask, and so only the main loop sees these signals.
     event::signals().thread_block()?;
+    if !args.in_background() {
+        let main_loop = open(args, config)?;
+        return Ok(main_loop.run().map(|()| ExitCode::SUCCESS)?);
+    }
+    let daemon = match Daemon::start()? {
+        Ok(daemon) => daemon,
+        Err(code) => return Ok(ExitCode::from(code)),
+    };
+    let main_loop = match open(args, config) {
+        Ok(main_loop) => main_loop,
+        Err(error) => {
+            daemon.failed(code(args, &*error));
+            return Err(error);
+        }
+    };
+    daemon.serves()?;
+    Ok(main_loop.run().map(|()| ExitCode::SUCCESS)?)
+}
+
+fn open(args: &Args, config: &Config) -> Result<MainLoop, Box<dyn Error>> {
     let level = Level::from_str(&config.log.level).unwrap_or(Level::Info);
     let denied = memory::announce(&config.memory);
-    let (logging, log) = Log::open(config.log.format, level, config.log.file.as_deref())?;
+    let sink = match &config.log.file {
+        Some(path) => Sink::File(path.clone()),
+        None if args.in_background() => Sink::Syslog,
+        None => Sink::Stderr,
+    };
+    let (logging, log) = Log::open(config.log.format, level, sink)?;
     denied.iter().for_each(|denied| denied.log(&log));
-    let main_loop = serve::open(config, logging, &log)?;
+    let open = if args.config.is_some() { serve::open } else { serve::wait };
+    let main_loop = open(config, logging, &log)?;
     // Whoever started us reads this line to learn that we serve, and where. It may have gone.
-    let _ = writeln!(std::io::stdout(), "{}", main_loop.control_path().display());
-    Ok(main_loop.run()?)
+    let _ = writeln!(io::stdout(), "{}", main_loop.control_path().display());
+    Ok(main_loop)
 }

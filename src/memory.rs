@@ -89,12 +89,8 @@ impl Budget {
     pub fn new(parts: Vec<Part>) -> Budget {
         let fixed = parts.iter().filter(|part| part.most == 0).map(|part| part.bytes).sum();
         let clients_max = parts.iter().map(|part| part.bytes * u64::from(part.most)).sum();
-        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let of = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10
-        };
-        Budget { fixed, clients_max, parts, resident: of("VmRSS"), locked: of("VmLck") }
+        let (resident, locked) = of_process();
+        Budget { fixed, clients_max, parts, resident, locked }
     }
 
     /// Says so at the start.
@@ -103,6 +99,16 @@ impl Budget {
         info!(log, "memory"; "fixed" => self.fixed, "clients_max" => self.clients_max, "parts" => parts.join(", "),
             "resident" => self.resident, "locked" => self.locked);
     }
+}
+
+/// Resident and locked memory of this process, bytes.
+pub fn of_process() -> (u64, u64) {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10
+    };
+    (of("VmRSS"), of("VmLck"))
 }
 
 /// What the system did not let, for the log.

@@ -1,9 +1,11 @@
 //! From a configuration to a main loop that is ready to run.
 
+use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use slog::{Logger, info, warn};
+use slog::{Logger, info, o};
 
 use crate::config::{self, Config, OnClose};
 use crate::disk::{Disk, Parts, Reopen, Watchdog};
@@ -11,19 +13,55 @@ use crate::event::MainLoop;
 use crate::frontend::local::Local;
 use crate::frontend::nbd::Nbd;
 use crate::frontend::xen::Xen;
+use crate::frontend::xen::tapback::{self, Tapback};
 use crate::frontend::{DiskInfo, Frontend, local, nbd, xen};
-use crate::image;
+use crate::image::{self, Image};
 use crate::log::Log;
 use crate::memory;
+use crate::minors::marker::Marker;
 use crate::queue::{Limits, Queue};
 use crate::request::Slots;
 use crate::retry::Retry;
 use crate::stack::{METAS, Stack};
 use crate::sys::memory::PAGE_SIZE;
 
-/// Opens everything that the configuration names.
+/// Opens everything that the configuration names, and serves its image until the client is gone or it is told to end.
 pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
-    let image = image::open(config, None, log)?;
+    let config = Arc::new(config.clone());
+    let mut main_loop = MainLoop::new(Arc::clone(&config), logging, log.clone())?;
+    let marker = take_minor(&config.control)?;
+    let mut placed = (*config).clone();
+    place_sockets(&mut placed, marker.minor());
+    let image = image::open(&placed, None, log)?;
+    let disk = disk(placed.into(), image, &log.new(o!("minor" => marker.minor())))?;
+    main_loop.minors().add(marker, Some(disk), true)?;
+    info!(log, "serving"; "control" => %main_loop.control_path().display());
+    Ok(main_loop)
+}
+
+fn take_minor(control: &config::Control) -> Result<Marker, String> {
+    let directory = control.directory.display();
+    Marker::take(&control.directory, control.minor.map(|minor| minor as u16)).map_err(|error| match control.minor {
+        Some(minor) if error.kind() == ErrorKind::WouldBlock => {
+            format!("control.minor: another tapdisk has minor {minor} in {directory}; without the key it is one that is free")
+        }
+        _ => format!("control.directory: cannot take a minor in {directory}: {error}"),
+    })
+}
+
+/// Opens nothing, and waits for clients of the control socket to attach minors and open images, with what `config` says of
+/// everything else.
+pub fn wait(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
+    let main_loop = MainLoop::new(Arc::new(config.clone()), logging, log.clone())?;
+    if config.memory.lock {
+        memory::lock(log);
+    }
+    info!(log, "waiting for tap-ctl"; "control" => %main_loop.control_path().display());
+    Ok(main_loop)
+}
+
+/// A disk with an image that is open.
+pub fn disk(config: Arc<Config>, image: Image, log: &Logger) -> Result<Disk, Box<dyn std::error::Error>> {
     let requests = config.requests as usize;
     // A raw image makes one transfer of each request; others, which may take its place, cut it where their blocks end, and
     // have some of their own.
@@ -35,10 +73,13 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
         retry: Retry { limit: u64::from(config.retry.limit_s) * 1_000_000_000, no_space: config.retry.no_space },
     };
     let queue = Queue::new(image.engine, config.engine.submit, limits)?;
-    let frontends = frontends(config, &image.info, log)?;
+    let frontends = frontends(&config, &image.info, log)?;
     // Each segment of an indirect request may be apart from the others.
     let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
     let slots = Slots::new(requests, segments, own);
+    let lease = Some(Duration::from_secs(config.control.pause_lease_s.into())).filter(|lease| !lease.is_zero());
+    let watchdog = Watchdog::new(config.watchdog.stuck_s);
+    let lock = config.memory.lock;
     let disk = Disk::new(Parts {
         info: image.info,
         frontends,
@@ -47,21 +88,28 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
         queue,
         locks: image.locks,
         opener: image.opener,
-        reopen: Some(Reopen {
-            config: Arc::new(config.clone()),
-            lease: Some(Duration::from_secs(config.control.pause_lease_s.into())).filter(|lease| !lease.is_zero()),
-        }),
-        watchdog: Watchdog::new(config.watchdog.stuck_s),
+        reopen: Some(Reopen { config, lease }),
+        watchdog,
         log: log.clone(),
     });
-    let control = (config.control.directory.as_path(), config.control.minor as u16);
-    let main_loop = MainLoop::new(disk, control, &config.main_loop, logging, log.clone())?;
-    if config.memory.lock {
+    if lock {
         memory::lock(log);
     }
-    main_loop.disk().budget().log(log);
-    info!(log, "serving"; "control" => %main_loop.control_path().display());
-    Ok(main_loop)
+    disk.budget().log(log);
+    Ok(disk)
+}
+
+/// Puts the process id and the minor into the sockets' names.
+pub fn place_sockets(config: &mut Config, minor: u16) {
+    let pid = std::process::id();
+    let place = |path: &mut PathBuf| {
+        let named = path.to_string_lossy().replace("{pid}", &pid.to_string()).replace("{minor}", &minor.to_string());
+        *path = named.into();
+    };
+    let frontend = &mut config.frontend;
+    let local = frontend.local.as_mut().map(|local| &mut local.socket);
+    let nbd = frontend.nbd.iter_mut().flat_map(|nbd| [&mut nbd.socket, &mut nbd.old_socket]);
+    local.into_iter().chain(nbd.flatten()).for_each(place);
 }
 
 fn frontends(
@@ -88,6 +136,7 @@ fn frontends(
     if let Some(nbd) = &config.frontend.nbd {
         let config = nbd::Config {
             socket: nbd.socket.clone(),
+            old_socket: nbd.old_socket.clone(),
             listen: nbd.listen,
             export: nbd.export.clone(),
             max_connections: nbd.max_connections as usize,
@@ -96,7 +145,15 @@ fn frontends(
         frontends.push(Box::new(Nbd::bind(&config, disk.clone(), log.clone())?));
     }
     if frontends.is_empty() {
-        warn!(log, "no frontend is configured: nobody can reach the disk");
+        info!(log, "no frontend is configured: the disk waits for tapback to connect a guest");
+    }
+    if config.frontend.xen.is_none() {
+        let settings = tapback::Settings {
+            requests: config.requests as usize,
+            lock_memory: config.memory.lock,
+            statistics: config.statistics.directory.clone(),
+        };
+        frontends.push(Box::new(Tapback::new(settings, log.clone())));
     }
     Ok(frontends)
 }
@@ -120,6 +177,7 @@ fn xen_config(config: &Config, table: &config::Xen) -> xen::Config {
             gather_ns: u64::from(table.gather_us) * 1000,
         },
         store: table.store.clone(),
+        statistics: config.statistics.directory.clone(),
         lock_memory: config.memory.lock,
     }
 }

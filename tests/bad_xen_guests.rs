@@ -8,9 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::served::{Served, folder, run, tool};
-use common::xen_guest::{Nodes, PAGES, XenGuest};
-use common::xenstored::rig;
+use common::served::{Served, folder, run};
+use common::xen_guest::{Nodes, PAGES, XenGuest, pass_in_dom0};
 use tapdisk::frontend::blkif::wire::*;
 use tapdisk::sys::evtchn::Evtchn;
 use tapdisk::sys::gntalloc::Granted;
@@ -20,19 +19,7 @@ const SIZE: u64 = 8 << 20;
 
 #[test]
 fn under_a_real_xen() {
-    let share = tempfile::tempdir().unwrap();
-    std::fs::copy(std::env::current_exe().unwrap(), share.path().join("test")).unwrap();
-    for name in ["tapdisk", "tap-ctl"] {
-        std::fs::copy(tool(name).get_program(), share.path().join(name)).unwrap();
-    }
-    let mut boot = rig("run");
-    boot.args(["-t", "550", "-s"]).arg(share.path()).args(["--", "env", "TAPDISK_TEST_BIN=/share"]);
-    boot.args(["TAPDISK_TEST_FOLDER=/scratch", "./test", "--ignored", "--test-threads=1"]);
-    let output = boot.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && text.contains("test result: ok. 1"), "{}\n{errors}", output.status);
+    pass_in_dom0(15);
 }
 
 /// A disk of 8 MiB in a file of 0x11s, for device `device`, and its nodes.

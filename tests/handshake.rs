@@ -168,11 +168,12 @@ impl World {
 
     /// Turns until nothing has happened for a while.
     fn settle(&mut self) {
-        let mut looks = usize::MAX;
-        let mut quiet = 0;
-        while quiet < 20 {
-            quiet = if self.rings.looks.get() == looks { quiet + 1 } else { 0 };
-            looks = self.rings.looks.get();
+        let (mut looks, mut since) = (usize::MAX, Instant::now());
+        // In time, not in turns: each node that is written is one.
+        while since.elapsed() < Duration::from_millis(150) {
+            if self.rings.looks.get() != looks {
+                (looks, since) = (self.rings.looks.get(), Instant::now());
+            }
             self.turn();
         }
     }

@@ -125,7 +125,7 @@ fn an_image_that_is_not_what_the_guest_has_is_refused() {
         ("vhd:".into(), libc::EINVAL, "is no type:path"),
         (name("vhd", folder.path()), libc::EISDIR, "Is a directory"),
     ] {
-        let said = ctl(&served, &["unpause", "-a", &image]);
+        let said = ctl(&served, &["unpause", "-a", &image, "--debug"]);
         assert!(said.code == errno && said.err.contains(words), "{image}: {} {}", said.code, said.err);
         assert_eq!(state(&served), "0x2a", "{image}");
         assert_eq!(open_files(&served, folder.path()), Vec::<PathBuf>::new(), "{image}");

@@ -7,7 +7,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use common::guest::Guest;
-use common::killed::{Numbered, kill_after};
+use common::killed::{Numbered, kill_after, seed};
 use common::live::*;
 use common::served::{Served, folder, output, run};
 use common::vhd::{good, vhd_util};
@@ -17,11 +17,6 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tapdisk::chain;
 use tapdisk::frontend::blkif::wire::{OP_DISCARD, OP_FLUSH_DISKCACHE};
-
-/// The seed that somebody wants.
-fn seed() -> Option<u64> {
-    std::env::var("TAPDISK_TEST_SEED").ok().map(|seed| seed.parse().unwrap())
-}
 
 /// Images of a chain, the leaf first.
 fn images(top: &Path) -> Vec<PathBuf> {

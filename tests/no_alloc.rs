@@ -71,7 +71,7 @@ fn none_with(image: &str, engine: &str) {
         s = s.display()
     );
     let config = Config::parse(&text, Path::new("test")).unwrap();
-    let (logging, log) = Log::open(config.log.format, slog::Level::Error, None).unwrap();
+    let (logging, log) = Log::open(config.log.format, slog::Level::Error, tapdisk::log::Sink::Stderr).unwrap();
     let (ready, serving) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
         let main_loop = serve::open(&config, logging, &log).unwrap();

@@ -2,8 +2,7 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::Read;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -153,62 +152,38 @@ fn tap_ctl_prints_what_storage_managers_parse() {
 }
 
 #[test]
-fn broken_control_clients_disturb_nobody() {
-    let mut served = Served::start(RAM, LOCAL);
-    let path = served.sockets().join(format!("ctl{}", served.pid()));
-    // Half a message, and a hang-up.
-    let mut half = UnixStream::connect(&path).unwrap();
-    half.write_all(&[3, 0, 0, 0, 9]).unwrap();
-    half.shutdown(std::net::Shutdown::Write).unwrap();
-    let mut answer = Vec::new();
-    half.read_to_end(&mut answer).unwrap();
-    assert_eq!((answer.len(), answer[0], answer[8]), (544, 1, 22), "ERROR, EINVAL");
-    // An unknown type.
-    let mut unknown = UnixStream::connect(&path).unwrap();
-    unknown.write_all(&[77; 544]).unwrap();
-    answer.clear();
-    unknown.read_to_end(&mut answer).unwrap();
-    assert_eq!((answer[0], answer[8]), (1, 95), "ERROR, EOPNOTSUPP");
-    // PID, and more than was asked for.
-    let mut long = UnixStream::connect(&path).unwrap();
-    let mut message = vec![0; 600];
-    message[0] = 3;
-    long.write_all(&message).unwrap();
-    let mut pid = [0; 544];
-    long.read_exact(&mut pid).unwrap();
-    assert_eq!((pid[0], i32::from_ne_bytes(pid[8..12].try_into().unwrap())), (4, served.pid()));
-    // One that asks and never reads, many that connect and say nothing.
-    let mut deaf = UnixStream::connect(&path).unwrap();
-    message[0] = 19;
-    deaf.write_all(&message[..544]).unwrap();
-    drop((half, unknown, long));
-    let before = served.descriptors();
-    for _ in 0..500 {
-        drop(UnixStream::connect(&path).unwrap());
-    }
-    let silent: Vec<_> = (0..8).map(|_| UnixStream::connect(&path).unwrap()).collect();
-    assert!(run(served.tap_ctl().arg("list")).starts_with("pid="), "one place is left");
-    let more: Vec<_> = (0..5).map(|_| UnixStream::connect(&path).unwrap()).collect();
-    let mut guest = Guest::connect(&served.ring());
-    assert_eq!(guest.write(0, &[1; 512]), 0);
-    drop((silent, more, deaf, guest));
-    let end = Instant::now() + Duration::from_secs(10);
-    while served.descriptors() > before {
-        assert!(Instant::now() < end, "{} descriptors, {before} before", served.descriptors());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    assert!(served.alive());
-}
-
-#[test]
 fn man_pages_and_completions_are_made_of_the_command_lines() {
     let folder = tempfile::tempdir().unwrap();
     run(tool("docs").arg(folder.path()));
     let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
-    assert!(read("man1/tapdisk.1").contains("SIGUSR1"));
-    assert!(read("man1/tap-ctl-debug-queue.1").contains("stuck in I/O"));
-    assert!(read("man1/ring-load-run.1").contains("depth"));
-    assert!(read("completions/tap-ctl.bash").contains("debug-queue"));
+    assert!(read("man8/tapdisk.8").contains("SIGUSR1"));
+    let pages = [("tap-ctl", "man8/tap-ctl.8"), ("vhd-util", "man8/vhd-util.8"), ("ring-load", "man1/ring-load.1")];
+    for (program, page) in pages {
+        let (text, completions) = (read(page), read(&format!("completions/{program}.bash")));
+        let help = run(tool(program).arg("--help"));
+        let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+        let commands = listed.take_while(|line| !line.is_empty()).filter_map(|line| line.strip_prefix("  "));
+        let commands: Vec<_> =
+            commands.filter_map(|line| line.split(' ').next()).filter(|name| !name.is_empty()).collect();
+        assert!(commands.len() >= 4, "{help}");
+        for command in commands.into_iter().filter(|name| *name != "help") {
+            assert!(text.contains(&format!("\n.SS {program} {command}\n")), "{page} has no {command}");
+            assert!(completions.contains(command), "{program}: {command}");
+            if program == "tap-ctl" {
+                let help = run(tool(program).args([command, "--help"]));
+                assert!(help.contains("Example") && help.contains(&format!("\n  tap-ctl {command}")), "{help}");
+            }
+        }
+    }
+    let text = read("man8/tap-ctl.8");
+    assert!(text.contains("stuck in I/O") && text.contains("debug\\-queue \\-p 4711 \\-m 0 \\-\\-json"), "{text}");
+    assert!(text.contains("\\fBtap\\-ctl attach\\fR \\-p PID \\-m MINOR\n"), "{text}");
+    // Nothing that troff would complain of.
+    for (_, page) in pages {
+        let mut groff = Command::new("groff");
+        let said = output(groff.args(["-man", "-Kutf8", "-Tutf8", "-ww", "-z"]).arg(folder.path().join(page)));
+        assert_eq!((said.status.code(), String::from_utf8_lossy(&said.stderr).as_ref()), (Some(0), ""), "{page}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 mod engine;
 mod fault;
+mod statistics;
 mod units;
 mod xen;
 
@@ -15,13 +16,16 @@ use serde::{Deserialize, Serialize};
 
 pub use self::engine::{Engine, EngineName, NoSpace, Retry, THREADS_MAX, Watchdog};
 pub use self::fault::{Distribution, ErrnoName, Fault, FaultKind, FaultOp};
+pub use self::statistics::{Metrics, Statistics};
 pub use self::units::Size;
-use self::units::{in_range, log_level, sector_size};
+use self::units::{in_range, log_level, minor, sector_size};
 pub use self::xen::{Device, OnClose, Xen};
 use crate::log;
 pub use crate::queue::SubmitMode;
 
 /// All of a configuration file.
+///
+/// [`Config::default`] is for disks whose images are named later.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -29,6 +33,7 @@ pub struct Config {
     #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 32768, _, _>")]
     pub requests: u32,
     /// The disk's content.
+    #[serde(default)]
     pub image: Image,
     /// What moves the data.
     #[serde(default)]
@@ -54,6 +59,12 @@ pub struct Config {
     /// Memory.
     #[serde(default)]
     pub memory: Memory,
+    /// What is shown in shared memory of Xen guests' disks.
+    #[serde(default)]
+    pub statistics: Statistics,
+    /// OpenMetrics.
+    #[serde(default)]
+    pub metrics: Metrics,
     /// Disturbances, in the order in which they are asked.
     #[serde(default, rename = "fault", skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<Fault>,
@@ -241,12 +252,15 @@ pub struct Local {
 }
 
 /// `[frontend.nbd]`
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nbd {
     /// Unix socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// Unix socket for clients that do not negotiate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub old_socket: Option<PathBuf>,
     /// Loopback address and port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
@@ -264,9 +278,12 @@ pub struct Nbd {
 pub struct Control {
     /// Where `ctl<pid>` is made.
     pub directory: PathBuf,
-    /// The disk's number.
-    #[serde(deserialize_with = "in_range::<0, 16383, _, _>")]
-    pub minor: u32,
+    /// The disk's number among all of the host. If it is not set: the lowest that is free.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "minor")]
+    pub minor: Option<u32>,
+    /// The group whose members may use the socket, besides root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// A pause that nobody ends is over after so many seconds. 0: never.
     #[serde(deserialize_with = "in_range::<0, 86400, _, _>")]
     pub pause_lease_s: u32,
@@ -321,7 +338,7 @@ mod defaults {
         Size(64 << 20)
     }
     pub(super) fn indirect_segments() -> u32 {
-        256
+        super::Xen::INDIRECT_SEGMENTS
     }
     pub(super) fn clients() -> u32 {
         16
@@ -330,10 +347,28 @@ mod defaults {
         "vbd3".into()
     }
     pub(super) fn gather_us() -> u32 {
-        1000
+        super::Xen::GATHER_US
     }
     pub(super) fn buffers() -> Size {
         Size(16 << 20)
+    }
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        toml::from_str("").expect("no key has to be there")
+    }
+}
+
+impl Default for Nbd {
+    fn default() -> Nbd {
+        Nbd {
+            socket: None,
+            old_socket: None,
+            listen: None,
+            export: String::new(),
+            max_connections: defaults::clients(),
+        }
     }
 }
 
@@ -345,7 +380,7 @@ impl Default for MainLoop {
 
 impl Default for Control {
     fn default() -> Control {
-        Control { directory: PathBuf::from("/run/blktap-control"), minor: 0, pause_lease_s: 0 }
+        Control { directory: PathBuf::from("/run/blktap-control"), minor: None, group: None, pause_lease_s: 0 }
     }
 }
 
@@ -393,8 +428,22 @@ impl Config {
         Config::parse(&text, path)
     }
 
+    /// Reads and checks a file for disks whose images are named later.
+    pub fn load_defaults(path: &Path) -> Result<Config, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Config::parse_with(&text, path, Config::check_defaults)
+    }
+
     /// Checks a text; `path` is for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Config, Error> {
+        Config::parse_with(text, path, Config::check)
+    }
+
+    fn parse_with(
+        text: &str,
+        path: &Path,
+        check: impl Fn(&Config) -> Result<(), (&'static str, String)>,
+    ) -> Result<Config, Error> {
         let error = |offset: usize, key: String, message: String| Error::Key {
             path: path.to_owned(),
             line: text[..offset.min(text.len())].matches('\n').count() + 1,
@@ -410,12 +459,30 @@ impl Config {
             let key = e.path().to_string();
             toml_error(if key == "." { "top level".into() } else { key }, e.inner())
         })?;
-        config.check().map_err(|(key, message)| error(find(text, key), key.into(), message))?;
+        check(&config).map_err(|(key, message)| error(find(text, key), key.into(), message))?;
         Ok(config)
+    }
+
+    /// What no single key shows, of disks whose images are named later. Gives the key and what is wrong.
+    fn check_defaults(&self) -> Result<(), (&'static str, String)> {
+        let named = Image { kind: ImageType::Aio, path: None, size: None, create: None, ..self.image.clone() };
+        if named != self.image {
+            return Err(("image", "type, path, size and create are for tap-ctl open to say".into()));
+        }
+        if self.frontend.xen.is_some() {
+            return Err(("frontend.xen", "the guest is for tapback to say".into()));
+        }
+        self.check_engine()
     }
 
     /// What no single key shows. Gives the key and what is wrong.
     fn check(&self) -> Result<(), (&'static str, String)> {
+        self.check_image()?;
+        self.check_engine()?;
+        self.check_frontends()
+    }
+
+    fn check_image(&self) -> Result<(), (&'static str, String)> {
         let image = &self.image;
         let wrong = |key, message: &str| Err((key, message.to_owned()));
         match (image.kind, &image.path, image.size) {
@@ -448,6 +515,11 @@ impl Config {
                 return Err((key, format!("expected a multiple of the {sector}-byte sector, not 0")));
             }
         }
+        Ok(())
+    }
+
+    fn check_engine(&self) -> Result<(), (&'static str, String)> {
+        let wrong = |key, message: &str| Err((key, message.to_owned()));
         if self.engine.threads_max < self.engine.threads_min {
             return wrong("engine.threads_max", "expected at least threads_min");
         }
@@ -460,8 +532,13 @@ impl Config {
         if self.engine.merge_bytes.0 > 1 << 30 {
             return wrong("engine.merge_bytes", "expected at most 1 GiB");
         }
+        Ok(())
+    }
+
+    fn check_frontends(&self) -> Result<(), (&'static str, String)> {
+        let wrong = |key, message: &str| Err((key, message.to_owned()));
         if let Some(nbd) = &self.frontend.nbd {
-            if nbd.socket.is_none() && nbd.listen.is_none() {
+            if nbd.socket.is_none() && nbd.old_socket.is_none() && nbd.listen.is_none() {
                 return wrong("frontend.nbd", "expected a socket, or an address to listen on, or both");
             }
             if nbd.listen.is_some_and(|address| !address.ip().is_loopback()) {

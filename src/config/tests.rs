@@ -59,7 +59,7 @@ fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
         ),
         ("[image]\npath = \"a\"\n[[fault]]\ntype = \"delay\"", "disk.toml:3: fault: ", "a delay needs us"),
         ("[image\n", "disk.toml:1: syntax: ", "expected"),
-        ("requests = 1", "disk.toml:1: top level: ", "missing field `image`"),
+        ("requests = 1", "disk.toml:1: image.path: ", "missing"),
     ];
     for (text, place, expected) in cases {
         let message = error(text);

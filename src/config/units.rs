@@ -101,6 +101,11 @@ pub(super) fn sector_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     }
 }
 
+/// A disk's number.
+pub(super) fn minor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    in_range::<0, 16383, _, _>(deserializer).map(Some)
+}
+
 /// One of slog's levels, by name.
 pub(super) fn log_level<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let name = String::deserialize(deserializer)?;

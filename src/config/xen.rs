@@ -59,6 +59,13 @@ pub struct Xen {
     pub buffers: Size,
 }
 
+impl Xen {
+    /// The default of `max_indirect_segments`.
+    pub const INDIRECT_SEGMENTS: u32 = 256;
+    /// The default of `gather_us`.
+    pub const GATHER_US: u32 = 1000;
+}
+
 /// A block device of a guest: its number, as in XenStore (Xen's documentation, xen-vbd-interface(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(transparent)]

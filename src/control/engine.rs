@@ -4,8 +4,8 @@ use nix::errno::Errno;
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
 
+use super::answer::with_json;
 use super::proto::{EngineChange, FaultChange, Message, engine, fault, kind};
-use super::with_json;
 use crate::disk::{Disk, SwitchError, Wanted};
 
 /// The answer to ENGINE. None: it comes when the disk has changed, by [`switched`].

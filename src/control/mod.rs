@@ -1,64 +1,72 @@
 //! The control socket, `ctl<pid>` in the control directory: blktap's protocol, on the main loop.
 //!
-//! It never waits for the disk, so that it answers while the disk is stuck in I/O.
+//! It never waits for a disk, so that it answers while one is stuck in I/O; nor for a client. Who may connect is root, who runs the
+//! tapdisk, and a group, if one is configured.
 
+mod answer;
+mod blkif;
 pub mod client;
 mod engine;
+mod life;
 mod pause;
 pub mod proto;
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use mio::net::{UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
-use serde::Serialize;
-use serde_json::json;
-use slog::{Logger, info, warn};
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::{Gid, Group, geteuid};
+use slog::{Logger, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
-use self::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
-use crate::disk::Disk;
+pub use self::answer::{Late, respond};
+use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, Params, kind, open};
+use crate::config;
+use crate::minors::Minors;
 use crate::polling::Polling;
 use crate::stats::now;
+use crate::sys::socket::peer_groups;
 
-/// Connections at a time, as in blktap.
-const CONNECTIONS_MAX: usize = 10;
-/// How long a client may take, in ns.
+/// Connections at a time. One more takes the place of the one that is missed least.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a client may take to say what it wants, and to take the answer, in ns.
 const TIMEOUT: u64 = 10_000_000_000;
+
+/// What a connection does; whoever comes first is let go first, if there are too many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// It is answered, and what it may still send is of no account.
+    Lingering,
+    /// It has not said all of what it wants.
+    Receiving,
+    /// It has not taken all of the answer.
+    Sending,
+    /// The answer comes when a disk has done that.
+    Waiting(Late),
+}
 
 struct Connection {
     socket: UnixStream,
-    request: [u8; MESSAGE_SIZE],
+    stage: Stage,
+    /// A message, and a byte that shows that there is more.
+    request: [u8; MESSAGE_SIZE + 1],
     received: usize,
     response: Vec<u8>,
     sent: usize,
-    until: u64,
-    /// The answer comes when the disk has done that.
-    waits: Option<Late>,
-}
-
-/// What a disk does not do at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Late {
-    /// It changes its engine.
-    Engine,
-    /// It is paused.
-    Pause,
-}
-
-/// What a connection is at after it did what it could.
-enum Progress {
-    Waiting,
-    Done,
+    /// When its time is over. None: a disk has it.
+    until: Option<u64>,
 }
 
 /// The control socket.
 pub struct Control {
     path: PathBuf,
-    minor: u16,
+    /// Whose members may connect too.
+    group: Option<Gid>,
     listener: UnixListener,
     registry: Registry,
     base: usize,
@@ -68,8 +76,8 @@ pub struct Control {
 
 impl Control {
     /// Makes the directory and the socket. Tokens are `base` and up.
-    pub fn bind(directory: &Path, minor: u16, registry: Registry, base: usize, log: Logger) -> io::Result<Control> {
-        let path = directory.join(format!("ctl{}", std::process::id()));
+    pub fn bind(config: &config::Control, registry: Registry, base: usize, log: Logger) -> io::Result<Control> {
+        let path = client::path(&config.directory, std::process::id() as i32);
         let explain = |error: io::Error| {
             let path = path.display();
             io::Error::new(
@@ -77,17 +85,22 @@ impl Control {
                 format!("control socket {path}: {error}; control.directory says where it is"),
             )
         };
-        std::fs::create_dir_all(directory).map_err(explain)?;
+        let group = config.group.as_deref().map(find_group).transpose()?;
+        std::fs::create_dir_all(&config.directory).map_err(explain)?;
         // Only a process that had our id can have left it.
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(explain(error)),
             _ => {}
         }
         let mut listener = UnixListener::bind(&path).map_err(explain)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(explain)?;
+        if let Some(group) = group {
+            nix::unistd::chown(&path, None, Some(group)).map_err(|errno| explain(errno.into()))?;
+        }
+        let mode = if group.is_some() { 0o660 } else { 0o600 };
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).map_err(explain)?;
         registry.register(&mut listener, Token(base), Interest::READABLE)?;
         let connections = std::iter::repeat_with(|| None).take(CONNECTIONS_MAX).collect();
-        Ok(Control { path, minor, listener, registry, base, connections, log })
+        Ok(Control { path, group, listener, registry, base, connections, log })
     }
 
     /// The socket's path.
@@ -96,14 +109,14 @@ impl Control {
     }
 
     /// An event for token `base + index`.
-    pub fn event(&mut self, index: usize, disk: &mut Disk, polling: &mut Polling) {
+    pub fn event(&mut self, index: usize, minors: &mut Minors, polling: &mut Polling) {
         match index.checked_sub(1) {
-            None => self.accept(disk, polling),
-            Some(index) => self.advance(index, disk, polling),
+            None => self.accept(minors, polling),
+            Some(index) => self.advance(index, minors, polling),
         }
     }
 
-    fn accept(&mut self, disk: &mut Disk, polling: &mut Polling) {
+    fn accept(&mut self, minors: &mut Minors, polling: &mut Polling) {
         loop {
             let mut socket = match self.listener.accept() {
                 Ok((socket, _)) => socket,
@@ -113,43 +126,57 @@ impl Control {
                 }
                 Err(error) => return warn!(self.log, "cannot accept a control connection"; "error" => %error),
             };
-            // One too many is closed at once: it can try again.
-            let Some(index) = self.connections.iter().position(Option::is_none) else { continue };
+            let index = self.place();
             let token = Token(self.base + 1 + index);
             if let Err(error) = self.registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE) {
                 warn!(self.log, "cannot watch a control connection"; "error" => %error);
                 continue;
             }
-            let (request, response) = ([0; MESSAGE_SIZE], Vec::new());
-            let until = now() + TIMEOUT;
-            self.connections[index] =
-                Some(Connection { socket, request, received: 0, response, sent: 0, until, waits: None });
-            self.advance(index, disk, polling);
+            let mut connection = Connection::new(socket);
+            if !self.may(&connection.socket) {
+                warn!(self.log, "a client may not use the control socket");
+                let text = "only root may use this socket, and the group that control.group names";
+                let refusal = Message::error(NO_MINOR, Errno::EACCES as i32, text);
+                connection.answer(refusal.as_bytes().to_vec());
+            }
+            self.connections[index] = Some(connection);
+            self.advance(index, minors, polling);
         }
     }
 
-    fn advance(&mut self, index: usize, disk: &mut Disk, polling: &mut Polling) {
+    /// A place for a connection.
+    fn place(&mut self) -> usize {
+        let free = self.connections.iter().position(Option::is_none);
+        let order = |place: &Option<Connection>| place.as_ref().map(|place| (place.stage, place.until));
+        let missed_least = || (0..CONNECTIONS_MAX).min_by_key(|&index| order(&self.connections[index]));
+        free.or_else(missed_least).unwrap_or(0)
+    }
+
+    /// Whether the peer may say something (SO_PEERCRED, unix(7)).
+    fn may(&self, socket: &UnixStream) -> bool {
+        let Ok(peer) = getsockopt(&socket.as_fd(), sockopt::PeerCredentials) else { return false };
+        let in_group = |group: Gid| {
+            group.as_raw() == peer.gid()
+                || peer_groups(socket.as_fd()).is_ok_and(|groups| groups.contains(&group.as_raw()))
+        };
+        peer.uid() == 0 || peer.uid() == geteuid().as_raw() || self.group.is_some_and(in_group)
+    }
+
+    fn advance(&mut self, index: usize, minors: &mut Minors, polling: &mut Polling) {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
-        let respond = |request: &Message| respond(request, self.minor, disk, polling, &self.log);
-        match connection.advance(respond) {
-            Ok(Progress::Waiting) => {}
-            // A client that hung up early is its own affair.
-            Ok(Progress::Done) | Err(_) => self.connections[index] = None,
+        if !connection.advance(|request| respond(request, minors, polling, &self.log)) {
+            self.connections[index] = None;
         }
     }
 
-    /// Answers whoever waits for the disk to do something, if it has.
-    pub fn settle(&mut self, disk: &mut Disk) {
+    /// Answers whoever waits for a disk to do something, if it has.
+    pub fn settle(&mut self, minors: &mut Minors) {
         for place in &mut self.connections {
             let Some(connection) = place else { continue };
-            let response = match connection.waits {
-                None => None,
-                Some(Late::Engine) => disk.switched().map(|outcome| engine::switched(self.minor, disk, &outcome)),
-                Some(Late::Pause) => disk.pause_outcome().map(|outcome| pause::paused(self.minor, disk, &outcome)),
-            };
-            let Some(response) = response else { continue };
-            (connection.waits, connection.response) = (None, response);
-            if !matches!(connection.advance(|_| Err(Late::Engine)), Ok(Progress::Waiting)) {
+            let Stage::Waiting(late) = connection.stage else { continue };
+            let Some(response) = late.answer(minors) else { continue };
+            connection.answer(response);
+            if !connection.advance(|_| Err(late)) {
                 *place = None;
             }
         }
@@ -157,14 +184,14 @@ impl Control {
 
     /// When somebody's time is over.
     pub fn deadline(&self) -> Option<u64> {
-        self.connections.iter().flatten().map(|connection| connection.until).min()
+        self.connections.iter().flatten().filter_map(|connection| connection.until).min()
     }
 
     /// Lets go of those whose time is over.
     pub fn expire(&mut self) {
         let now = now();
         for connection in &mut self.connections {
-            if connection.as_ref().is_some_and(|connection| connection.until <= now) {
+            if connection.as_ref().and_then(|connection| connection.until).is_some_and(|until| until <= now) {
                 *connection = None;
             }
         }
@@ -178,175 +205,113 @@ impl Drop for Control {
     }
 }
 
+fn find_group(name: &str) -> io::Result<Gid> {
+    let wrong = |text: String| io::Error::new(ErrorKind::InvalidInput, format!("control.group: {text}"));
+    match Group::from_name(name) {
+        Ok(Some(group)) => Ok(group.gid),
+        Ok(None) => Err(wrong(format!("there is no group {name:?}"))),
+        Err(errno) => Err(wrong(format!("cannot look for group {name:?}: {errno}"))),
+    }
+}
+
 impl Connection {
-    /// Receives, answers and sends as far as the socket allows.
-    fn advance(&mut self, respond: impl FnOnce(&Message) -> Result<Vec<u8>, Late>) -> io::Result<Progress> {
-        while self.received < MESSAGE_SIZE {
+    fn new(socket: UnixStream) -> Connection {
+        Connection {
+            socket,
+            stage: Stage::Receiving,
+            request: [0; MESSAGE_SIZE + 1],
+            received: 0,
+            response: Vec::new(),
+            sent: 0,
+            until: Some(now() + TIMEOUT),
+        }
+    }
+
+    /// Has an answer to send.
+    fn answer(&mut self, response: Vec<u8>) {
+        (self.stage, self.response, self.until) = (Stage::Sending, response, Some(now() + TIMEOUT));
+    }
+
+    /// Receives, answers and sends as far as the socket allows. False: it is over.
+    fn advance(&mut self, respond: impl FnOnce(&Message) -> Result<Vec<u8>, Late>) -> bool {
+        let done = match self.stage {
+            Stage::Receiving => self.receive(respond).and_then(|()| self.send()),
+            Stage::Waiting(_) => Ok(()),
+            Stage::Sending => self.send(),
+            Stage::Lingering => Ok(()),
+        };
+        // A client that hung up early is its own affair.
+        match done.and_then(|()| self.linger()) {
+            Ok(()) => true,
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        }
+    }
+
+    /// Receives a message, and answers it or begins to wait for the answer. Half a message gets an answer too.
+    fn receive(&mut self, respond: impl FnOnce(&Message) -> Result<Vec<u8>, Late>) -> io::Result<()> {
+        let end = loop {
             match self.socket.read(&mut self.request[self.received..]) {
-                // It says no more: half a message gets an answer too.
-                Ok(0) if self.received > 0 && self.response.is_empty() => {
-                    let text = format!("a message has {MESSAGE_SIZE} bytes, not {}", self.received);
-                    self.response = Message::error(NO_MINOR, Errno::EINVAL as i32, &text).as_bytes().to_vec();
-                    self.received = MESSAGE_SIZE;
-                }
-                Ok(0) => return Ok(Progress::Done),
+                Ok(0) if self.received == 0 => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(0) => break self.received,
                 Ok(n) => self.received += n,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Progress::Waiting),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock && self.received >= MESSAGE_SIZE => {
+                    break self.received;
+                }
                 Err(error) => return Err(error),
             }
-        }
-        if self.waits.is_some() {
-            return Ok(Progress::Waiting);
-        }
-        if self.response.is_empty() {
-            let request = Message::read_from_bytes(&self.request).map_err(|_| ErrorKind::InvalidData)?;
-            match respond(&request) {
-                Ok(response) => self.response = response,
-                Err(late) => {
-                    self.waits = Some(late);
-                    return Ok(Progress::Waiting);
-                }
+            if self.received > MESSAGE_SIZE {
+                break self.received;
             }
+        };
+        let request = Message::read_from_bytes(&self.request[..MESSAGE_SIZE]).map_err(|_| ErrorKind::InvalidData)?;
+        if end == MESSAGE_SIZE || (end > MESSAGE_SIZE && has_more(&request)) {
+            match respond(&request) {
+                Ok(response) => self.answer(response),
+                Err(late) => (self.stage, self.until) = (Stage::Waiting(late), None),
+            }
+        } else {
+            let size = if end > MESSAGE_SIZE { "more".into() } else { end.to_string() };
+            let text = format!("a message has {MESSAGE_SIZE} bytes, not {size}");
+            self.answer(Message::error(NO_MINOR, Errno::EINVAL as i32, &text).as_bytes().to_vec());
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        if self.stage != Stage::Sending {
+            return Ok(());
         }
         while self.sent < self.response.len() {
             match self.socket.write(&self.response[self.sent..]) {
                 Ok(n) => self.sent += n,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Progress::Waiting),
                 Err(error) => return Err(error),
             }
         }
-        Ok(Progress::Done)
+        // Who reads to the end sees it, and who still writes, as what follows a message, is not disturbed.
+        self.socket.shutdown(std::net::Shutdown::Write)?;
+        self.stage = Stage::Lingering;
+        Ok(())
     }
-}
 
-/// The whole answer to a request; or what it waits for.
-pub fn respond(
-    request: &Message,
-    minor: u16,
-    disk: &mut Disk,
-    polling: &mut Polling,
-    log: &Logger,
-) -> Result<Vec<u8>, Late> {
-    let cookie = request.cookie;
-    let ours = cookie == minor;
-    let no_disk = || Message::error(cookie, Errno::ENODEV as i32, "no such disk").as_bytes().to_vec();
-    Ok(match request.kind {
-        kind::ENGINE if ours => engine::change(request, disk).ok_or(Late::Engine)?,
-        kind::PAUSE if ours => pause::pause(cookie, disk).ok_or(Late::Pause)?,
-        kind::RESUME if ours => pause::resume(request, disk),
-        kind::PID => {
-            let pid = std::process::id() as i32;
-            Message::new(kind::PID_RSP, cookie).with(&pid).as_bytes().to_vec()
+    /// Takes what a client says although it is answered, until it hangs up.
+    fn linger(&mut self) -> io::Result<()> {
+        let mut rest = [0; MESSAGE_SIZE];
+        while self.stage == Stage::Lingering {
+            match self.socket.read(&mut rest) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
-        kind::LIST => list(cookie, minor, disk),
-        kind::STATS if ours => with_text(kind::STATS_RSP, cookie, &stats(disk).to_string()),
-        kind::DEBUG_QUEUE if ours => with_json(kind::DEBUG_QUEUE_RSP, cookie, &disk.inspect(polling)),
-        kind::COALESCE if ours => pause::coalesce(request, disk),
-        kind::POLL if ours => set_polling(request, polling, log).as_bytes().to_vec(),
-        kind::RESIZE if ours => resize(cookie, disk).as_bytes().to_vec(),
-        kind::FAULT if ours => engine::faults(request, disk, log),
-        kind::STATS
-        | kind::DEBUG_QUEUE
-        | kind::POLL
-        | kind::RESIZE
-        | kind::ENGINE
-        | kind::FAULT
-        | kind::PAUSE
-        | kind::RESUME
-        | kind::COALESCE => no_disk(),
-        kind::EXIT => {
-            info!(log, "told to exit by a control connection");
-            disk.drain();
-            Message::error(cookie, 0, "").as_bytes().to_vec()
-        }
-        other => {
-            let text = format!("message type {other} is not known here");
-            Message::error(cookie, Errno::EOPNOTSUPP as i32, &text).as_bytes().to_vec()
-        }
-    })
-}
-
-fn set_polling(request: &Message, polling: &mut Polling, log: &Logger) -> Message {
-    let wanted: Poll = request.member();
-    let given = |flag, value| (wanted.flags & flag != 0).then_some(value);
-    let (us, percent) =
-        (given(poll::SET_US, wanted.poll_us), given(poll::SET_IDLE_PERCENT, wanted.poll_idle_percent));
-    let set = match wanted.flags & !(poll::SET_US | poll::SET_IDLE_PERCENT) {
-        0 => polling.set(us, percent),
-        unknown => Err(format!("flags {unknown:#x} are not known here")),
-    };
-    if let Err(text) = set {
-        return Message::error(request.cookie, Errno::EINVAL as i32, &text);
-    }
-    let settings = polling.settings();
-    if us.is_some() || percent.is_some() {
-        info!(log, "polling set"; "poll_us" => settings.poll_us, "poll_idle_percent" => settings.poll_idle_percent);
-    }
-    let answer = Poll { poll_us: settings.poll_us, poll_idle_percent: settings.poll_idle_percent, flags: 0 };
-    Message::new(kind::POLL_RSP, request.cookie).with(&answer)
-}
-
-fn resize(cookie: u16, disk: &mut Disk) -> Message {
-    match disk.resize() {
-        Ok((old, new)) => Message::new(kind::RESIZE_RSP, cookie).with(&Resized { old, new }),
-        Err(error) => {
-            let text = format!("{}: {error}", disk.info().name);
-            Message::error(cookie, error.errno() as i32, &text)
-        }
+        Ok(())
     }
 }
 
-fn list(cookie: u16, minor: u16, disk: &Disk) -> Vec<u8> {
-    let state = match () {
-        () if disk.is_paused() => state::PAUSED,
-        () if disk.is_pausing() => state::PAUSE_REQUESTED,
-        () if disk.is_draining() => state::QUIESCE_REQUESTED,
-        () => 0,
-    };
-    let shown = List { count: 1, minor: minor.into(), state, path: string(&disk.info().name) };
-    let end = List { count: 0, minor: -1, state: 0, path: [0; 256] };
-    let wanted = cookie == NO_MINOR || cookie == minor;
-    let messages = wanted.then_some(shown).into_iter().chain([end]);
-    messages.flat_map(|list| Message::new(kind::LIST_RSP, cookie).with(&list).as_bytes().to_vec()).collect()
-}
-
-fn with_text(kind: u16, cookie: u16, text: &str) -> Vec<u8> {
-    let mut bytes = Message::new(kind, cookie).with(&Stat::new(kind, cookie, text.len())).as_bytes().to_vec();
-    bytes.extend_from_slice(text.as_bytes());
-    bytes
-}
-
-fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u8> {
-    match serde_json::to_string(shown) {
-        Ok(text) => with_text(kind, cookie, &text),
-        Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
-    }
-}
-
-/// STATS, in blktap's words.
-fn stats(disk: &Disk) -> serde_json::Value {
-    let sectors = disk.stats().sectors();
-    let name = &disk.info().name;
-    let (driver, path) = name.split_once(':').unwrap_or(("", name));
-    let mut stats = json!({
-        "name": name,
-        "secs": sectors,
-        "images": [{
-            "name": path,
-            "hits": sectors,
-            "fail": disk.stats().failed(),
-            "driver": { "type": 0, "name": driver, "status": null },
-        }],
-        "FIXME_enospc_redirect_count": 0,
-        "nbd_mirror_failed": 0,
-        "reqs_outstanding": disk.outstanding(),
-        "read_caching": false,
-        "memory": disk.budget(),
-    });
-    if let Some(xenbus) = disk.xenbus() {
-        stats["xenbus"] = xenbus;
-    }
-    stats
+/// Whether more bytes follow the message.
+fn has_more(message: &Message) -> bool {
+    matches!(message.kind, kind::OPEN | kind::RESUME)
+        && message.member::<Params>().flags & (open::ADD_LOG | open::OPEN_ENCRYPTED) != 0
 }

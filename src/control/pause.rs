@@ -1,11 +1,15 @@
-//! PAUSE, RESUME and COALESCE.
+//! PAUSE, RESUME and COALESCE, and XCP-ng's names for the latter.
 
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
-use super::proto::{Coalesce, Message, Params, coalesce as flag, kind, text};
-use super::with_json;
-use crate::disk::{Disk, PauseError, parse_name};
+use std::path::Path;
+
+use super::answer::{refused as refuse, with_json};
+use super::life::check_flags;
+use super::proto::{Coalesce, Message, Params, Query, coalesce as flag, kind, string, text};
+use crate::disk::{Disk, PauseError, Stage, parse_name};
+use crate::minors::MinorError;
 
 /// The answer to PAUSE. None: it comes when the disk is paused, by [`paused`].
 pub(super) fn pause(cookie: u16, disk: &mut Disk) -> Option<Vec<u8>> {
@@ -23,30 +27,84 @@ pub(super) fn paused(cookie: u16, disk: &Disk, outcome: &Result<(), PauseError>)
     }
 }
 
-/// The answer to RESUME.
-pub(super) fn resume(request: &Message, disk: &mut Disk) -> Vec<u8> {
+/// The answer to RESUME, if it is refused at once. None: it comes when the disk goes on, by [`resumed`].
+pub(super) fn resume(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
     let cookie = request.cookie;
     let params: Params = request.member();
-    let wrong = |errno: Errno, text: &str| Message::error(cookie, errno as i32, text).as_bytes().to_vec();
-    if params.flags != 0 {
-        let text = format!("flags {:#x} are not known here", params.flags);
-        return wrong(Errno::EOPNOTSUPP, &text);
+    let broken = |what| MinorError::new(Errno::EINVAL, format!("{what} has no end"));
+    let (Some(name), Some(_)) = (text(&params.path), text(&params.secondary)) else {
+        return Some(refuse(cookie, &broken("an image's name")));
+    };
+    if let Err(error) = check_flags(params.flags, 0) {
+        return Some(refuse(cookie, &error));
     }
-    let Some(name) = text(&params.path) else { return wrong(Errno::EINVAL, "the image's name has no end") };
     let image = if name.is_empty() { Ok(None) } else { parse_name(name).map(Some) };
     match image.and_then(|image| disk.resume(image)) {
-        Ok(()) => Message::new(kind::RESUME_RSP, cookie).as_bytes().to_vec(),
-        Err(error) => refused(cookie, disk, &error),
+        Ok(()) => disk.resume_outcome().map(|outcome| resumed(cookie, disk, &outcome)),
+        Err(error) => Some(refused(cookie, disk, &error)),
     }
+}
+
+/// The late answer to RESUME.
+pub(super) fn resumed(cookie: u16, disk: &Disk, outcome: &Result<(), PauseError>) -> Vec<u8> {
+    match outcome {
+        Ok(()) => Message::new(kind::RESUME_RSP, cookie).as_bytes().to_vec(),
+        Err(error) => refused(cookie, disk, error),
+    }
+}
+
+/// The answer to COMMIT: the image of that path is merged into its parent.
+pub(super) fn commit(request: &Message, disk: &mut Disk) -> Vec<u8> {
+    let cookie = request.cookie;
+    let params: Params = request.member();
+    let Some(name) = text(&params.path) else {
+        return refuse(cookie, &MinorError::new(Errno::EINVAL, "the image's name has no end"));
+    };
+    let path = parse_name(name).map_or_else(|_| name.into(), |(_, path)| path);
+    match disk.coalesce((!name.is_empty()).then_some(path.as_path()), 0) {
+        Ok(()) => Message::new(kind::COMMIT_RSP, cookie).as_bytes().to_vec(),
+        Err(error) => {
+            let text = format!("{}: {error}", disk.info().name);
+            refuse(cookie, &MinorError::new(error.errno(), text))
+        }
+    }
+}
+
+/// The answer to QUERY_COMMIT, in the words of QEMU's block jobs (JobStatus, qapi/job.json), as XCP-ng shows them.
+pub(super) fn query(cookie: u16, disk: &Disk) -> Vec<u8> {
+    let report = disk.coalesce_report();
+    let status = match report.stage {
+        Stage::None => "undefined",
+        Stage::Merging | Stage::Relinking => "running",
+        Stage::Done => "concluded",
+        Stage::Failed => "aborting",
+    };
+    let query = Query { current_progress: report.percent, total_progress: 100, status: string(status) };
+    Message::new(kind::QUERY_COMMIT_RSP, cookie).with(&query).as_bytes().to_vec()
+}
+
+/// The answer to CANCEL_COMMIT. None: it comes when the merge has ended, by [`cancelled`].
+pub(super) fn cancel(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
+    let params: Params = request.member();
+    disk.cancel_coalesce();
+    if params.flags & 1 != 0 { cancelled(request.cookie, disk) } else { Some(cancel_response(request.cookie)) }
+}
+
+/// The late answer to CANCEL_COMMIT.
+pub(super) fn cancelled(cookie: u16, disk: &Disk) -> Option<Vec<u8>> {
+    let over = !matches!(disk.coalesce_report().stage, Stage::Merging | Stage::Relinking);
+    over.then(|| cancel_response(cookie))
+}
+
+fn cancel_response(cookie: u16) -> Vec<u8> {
+    Message::new(kind::CANCEL_COMMIT_RSP, cookie).as_bytes().to_vec()
 }
 
 /// The answer to COALESCE.
 pub(super) fn coalesce(request: &Message, disk: &mut Disk) -> Vec<u8> {
     let (cookie, wanted): (u16, Coalesce) = (request.cookie, request.member());
-    let wrong = |errno: Errno, text: &str| {
-        let text = format!("{}: {text}", disk.info().name);
-        Message::error(cookie, errno as i32, &text).as_bytes().to_vec()
-    };
+    let name = disk.info().name.clone();
+    let wrong = |errno, text: &str| refuse(cookie, &MinorError::new(errno, format!("{name}: {text}")));
     let Some(image) = text(&wanted.path) else { return wrong(Errno::EINVAL, "the image's name has no end") };
     if wanted.flags & !flag::ALL != 0 {
         return wrong(Errno::EINVAL, "a flag that is not known here");
@@ -55,16 +113,14 @@ pub(super) fn coalesce(request: &Message, disk: &mut Disk) -> Vec<u8> {
         disk.cancel_coalesce();
     }
     if wanted.flags & flag::START != 0 {
-        let image = (!image.is_empty()).then(|| std::path::Path::new(image));
+        let image = (!image.is_empty()).then(|| Path::new(image));
         if let Err(error) = disk.coalesce(image, wanted.rate) {
-            let text = format!("{}: {error}", disk.info().name);
-            return Message::error(cookie, error.errno() as i32, &text).as_bytes().to_vec();
+            return wrong(error.errno(), &error.to_string());
         }
     }
     with_json(kind::COALESCE_RSP, cookie, &disk.coalesce_report())
 }
 
 fn refused(cookie: u16, disk: &Disk, error: &PauseError) -> Vec<u8> {
-    let text = format!("{}: {error}", disk.info().name);
-    Message::error(cookie, error.errno() as i32, &text).as_bytes().to_vec()
+    refuse(cookie, &MinorError::new(error.errno(), format!("{}: {error}", disk.info().name)))
 }

@@ -80,7 +80,8 @@ pub mod kind {
     /// [`CoalesceReport`](crate::disk::CoalesceReport), at once.
     pub const COALESCE: u16 = 0x10a;
     pub const COALESCE_RSP: u16 = 0x10b;
-    /// Ours: all disks of the process, or one. Answered like STATS, with OpenMetrics text.
+    /// Ours: all disks of the process, or one. Answered like STATS, with the JSON of
+    /// [`ProcessMetrics`](crate::metrics::ProcessMetrics).
     pub const METRICS: u16 = 0x10c;
     pub const METRICS_RSP: u16 = 0x10d;
 }
@@ -170,14 +171,6 @@ pub struct Params {
     padding: [u8; 2],
 }
 
-impl Params {
-    /// An image's `type:path`, and nothing else. None: it is too long.
-    pub fn with_path(name: &str) -> Option<Params> {
-        let fits = name.len() < 256 && !name.contains('\0');
-        fits.then(|| Params { path: string(name), ..Params::new_zeroed() })
-    }
-}
-
 /// Union member `image`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -238,9 +231,9 @@ pub mod blkif {
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Query {
-    /// Bytes that are merged.
+    /// How far it is, of `total_progress`.
     pub current_progress: u64,
-    /// Bytes in all.
+    /// 100.
     pub total_progress: u64,
     /// In a word, ended by NUL.
     pub status: [u8; 256],

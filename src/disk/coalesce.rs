@@ -110,6 +110,8 @@ pub(super) struct Coalescing {
     image: PathBuf,
     parent: PathBuf,
     stage: Stage,
+    /// The merged image is left out, and the disk about to go on.
+    left_out: bool,
     error: Option<String>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -211,7 +213,8 @@ impl Disk {
         })?;
         info!(self.log, "coalescing"; "image" => %image.display(), "parent" => %parent.display(), "rate" => rate);
         let (stage, error) = (Stage::Merging, None);
-        self.coalescing = Some(Coalescing { image, parent, stage, error, shared, thread: Some(thread) });
+        let thread = Some(thread);
+        self.coalescing = Some(Coalescing { image, parent, stage, left_out: false, error, shared, thread });
         Ok(())
     }
 
@@ -261,6 +264,13 @@ impl Disk {
                 }
                 true
             }
+            Stage::Relinking if coalescing.left_out => {
+                let done = self.resuming.is_none();
+                if done {
+                    coalescing.stage = Stage::Done;
+                }
+                done
+            }
             Stage::Relinking if may_pause => {
                 self.pauses_for_itself = true;
                 self.pause().is_ok()
@@ -280,16 +290,18 @@ impl Disk {
         match leave_out(&paths, &coalescing.image) {
             Ok(()) => {
                 info!(self.log, "coalesced"; "image" => %coalescing.image.display());
-                coalescing.stage = Stage::Done;
+                coalescing.left_out = true;
+                if stays {
+                    coalescing.stage = Stage::Done;
+                }
             }
             Err(text) => {
                 error!(self.log, "not coalesced: the chain is as before"; "error" => &text);
                 (coalescing.stage, coalescing.error) = (Stage::Failed, Some(text));
             }
         }
-        if !stays && let Err(error) = self.resume(None) {
-            error!(self.log, "the disk cannot be resumed: it is tried again"; "error" => %error);
-            self.try_again_soon();
+        if !stays {
+            self.resume_by_itself();
         }
     }
 }

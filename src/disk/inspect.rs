@@ -72,6 +72,11 @@ pub struct RequestReport {
 }
 
 impl Disk {
+    /// The state, in a word: one of [`STATES`](crate::metrics::STATES).
+    pub(super) fn state_name(&self) -> String {
+        if self.is_pausing() { "pausing".into() } else { format!("{:?}", self.state).to_lowercase() }
+    }
+
     /// Everything there is to see.
     pub fn inspect(&self, polling: &Polling) -> DebugQueue {
         let now = now();
@@ -100,7 +105,7 @@ impl Disk {
             size: self.info.size,
             sector_size: self.info.sector_size,
             read_only: self.info.read_only,
-            state: if self.is_pausing() { "pausing".into() } else { format!("{:?}", self.state).to_lowercase() },
+            state: self.state_name(),
             slots: self.slots.count(),
             slots_used: self.slots.used(),
             stuck: requests.iter().filter(|request| request.stuck).count(),

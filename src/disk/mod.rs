@@ -1,7 +1,9 @@
 //! One disk: its turn of the main loop, from the rings to the engine and back.
 
 mod coalesce;
+mod guest;
 mod inspect;
+mod metrics;
 mod pause;
 mod switch;
 mod watchdog;
@@ -18,7 +20,7 @@ use slog::{Logger, error, info, o, warn};
 use self::coalesce::Coalescing;
 pub use self::coalesce::{CoalesceError, CoalesceReport, Stage};
 pub use self::inspect::{DebugQueue, RequestReport};
-use self::pause::After;
+use self::pause::{After, Resuming};
 pub use self::pause::{PauseError, Reopen, parse_name};
 use self::switch::Switching;
 pub use self::switch::{EngineReport, SwitchError, Wanted};
@@ -50,7 +52,7 @@ enum State {
 }
 
 /// What a turn did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Turn {
     /// Nothing: there was nothing to do.
     Nothing,
@@ -103,6 +105,10 @@ pub struct Disk {
     /// When a pause is over although nobody ends it, ns of [`now`].
     lease_until: Option<u64>,
     reopen: Option<Reopen>,
+    /// The image that it goes on with is being opened.
+    resuming: Option<Resuming>,
+    /// How the last attempt to go on went.
+    resumed: Result<(), PauseError>,
     /// The pause is not somebody's, but for what the disk does itself.
     pauses_for_itself: bool,
     coalescing: Option<Coalescing>,
@@ -182,7 +188,7 @@ impl Disk {
     pub fn new(parts: Parts) -> Disk {
         let Parts { info, frontends, slots, stack, queue, locks, opener, reopen, watchdog, log } = parts;
         let capacity = slots.capacity();
-        Disk {
+        let mut disk = Disk {
             info,
             frontends,
             first: 0,
@@ -200,6 +206,8 @@ impl Disk {
             after: After::Close,
             lease_until: None,
             reopen,
+            resuming: None,
+            resumed: Ok(()),
             pauses_for_itself: false,
             coalescing: None,
             flush_error: None,
@@ -212,7 +220,9 @@ impl Disk {
             opener,
             switching: None,
             without_space: false,
-        }
+        };
+        disk.count_layers(&[]);
+        disk
     }
 
     /// Registers frontend `i` with tokens from `base(i)` on.
@@ -238,6 +248,7 @@ impl Disk {
     /// Everything that can be done without waiting.
     pub fn turn(&mut self) -> Turn {
         let now = now();
+        self.queue.set_time(now);
         self.queue.plug();
         let mut worked = self.pull(now);
         worked |= self.start();
@@ -246,6 +257,7 @@ impl Disk {
         worked |= self.finish();
         worked |= self.switch_if_drained();
         worked |= self.end_lease(now);
+        worked |= self.advance_resume();
         worked |= self.advance_coalesce();
         self.watch(now);
         self.watch_space();
@@ -374,7 +386,7 @@ impl Disk {
     /// want them together.
     fn holds(&mut self) -> bool {
         let many = gathered(self.queue.in_flight(), 4);
-        let longest = self.frontends.iter().map(|frontend| frontend.gather_ns()).min().unwrap_or(0);
+        let longest = self.frontends.iter().filter_map(|frontend| frontend.gather_ns()).min().unwrap_or(0);
         if longest == 0 || self.done.is_empty() || self.done.len() >= many || self.state != State::Running {
             self.held_until = None;
             return false;
@@ -503,6 +515,7 @@ impl Disk {
             (State::Flushing, After::Pause) => self.frontends.iter_mut().for_each(|frontend| frontend.close()),
             (State::Paused, _) => {
                 (self.state, self.lease_until) = (State::Closed, None);
+                self.end_resuming();
                 self.frontends.iter_mut().for_each(|frontend| frontend.close());
             }
             _ => return,
@@ -515,8 +528,11 @@ impl Disk {
         self.after == After::Close && self.state != State::Running
     }
 
-    /// Finishes what has not reached the engine with ECANCELED.
+    /// Finishes what has not reached the engine with ECANCELED, but for the last flush: without it, all would have been in vain.
     pub fn cancel(&mut self) {
+        if self.state == State::Flushing {
+            return;
+        }
         self.queue.cancel();
         while let Some(id) = self.started.pop_front().or_else(|| self.waiting.pop_front()) {
             let request = self.slots.get_mut(id);
@@ -562,7 +578,7 @@ impl Disk {
         frontends
             .chain(self.queue.deadline())
             .chain(self.held_until)
-            .chain(self.lease_until)
+            .chain(self.lease_until.filter(|_| self.resuming.is_none()))
             .chain(self.switching.as_ref().and_then(Switching::deadline))
             .chain(self.watchdog.deadline(self.slots.used()))
             .min()
@@ -587,8 +603,22 @@ impl Disk {
         Ok((old, new))
     }
 
+    /// The file that is written, as far as there is one and the disk is not paused.
+    pub fn file(&self) -> Option<&File> {
+        self.locks.first().map(|lock| &**lock)
+    }
+
+    /// Whether its image is read and written through the page cache.
+    pub fn is_buffered(&self) -> bool {
+        self.opener.as_ref().is_some_and(Opener::is_buffered)
+    }
+
     /// What it takes.
     pub fn budget(&self) -> Budget {
+        Budget::new(self.memory())
+    }
+
+    fn memory(&self) -> Vec<Part> {
         let mut parts = vec![
             Part::fixed("requests", self.slots.bytes()),
             Part::fixed("statistics", self.stats.bytes()),
@@ -597,7 +627,7 @@ impl Disk {
         ];
         parts.extend(self.queue.memory());
         parts.extend(self.frontends.iter().flat_map(|frontend| frontend.memory()));
-        Budget::new(parts)
+        parts
     }
 
     /// Counters by operation.

@@ -11,7 +11,7 @@ use slog::{error, info, warn};
 use super::{Disk, State};
 use crate::config::{Config, ImageType};
 use crate::engine;
-use crate::image;
+use crate::image::{self, Image, Opening};
 use crate::stack::Stack;
 use crate::stats::now;
 
@@ -34,7 +34,7 @@ pub struct Reopen {
 }
 
 /// Why a disk is not paused, or not resumed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum PauseError {
     /// There is no time for it.
     #[error("it is being closed")]
@@ -54,6 +54,12 @@ pub enum PauseError {
     /// A type of image that is not known here.
     #[error("\"{0}\" is no type:path of an image; types are aio and vhd")]
     Name(String),
+    /// One at a time.
+    #[error("it is being resumed already")]
+    Resuming,
+    /// Somebody was faster.
+    #[error("it was paused or closed again")]
+    PausedAgain,
     /// The image can't be opened.
     #[error("{0}")]
     Open(String, Errno),
@@ -66,7 +72,7 @@ impl PauseError {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
         match self {
-            PauseError::Closing | PauseError::Busy => Errno::EBUSY,
+            PauseError::Closing | PauseError::Busy | PauseError::Resuming | PauseError::PausedAgain => Errno::EBUSY,
             PauseError::Flush(errno) | PauseError::Open(_, errno) => *errno,
             PauseError::OnlyOne => Errno::EOPNOTSUPP,
             PauseError::NotPaused | PauseError::Name(_) | PauseError::Other(_) => Errno::EINVAL,
@@ -87,6 +93,13 @@ pub fn parse_name(name: &str) -> Result<(ImageType, PathBuf), PauseError> {
         Some(("vhd", path)) if !path.is_empty() => Ok((ImageType::Vhd, path.into())),
         _ => Err(PauseError::Name(name.to_owned())),
     }
+}
+
+/// An image that is being opened for a disk that is to go on.
+pub(super) struct Resuming {
+    opening: Opening,
+    /// Nobody has asked for it.
+    by_itself: bool,
 }
 
 impl Disk {
@@ -111,7 +124,10 @@ impl Disk {
 
     pub(super) fn pause(&mut self) -> Result<(), PauseError> {
         match self.state {
-            State::Paused => Ok(()),
+            State::Paused => {
+                self.end_resuming();
+                Ok(())
+            }
             _ if self.is_switching() => Err(PauseError::Busy),
             State::Running => {
                 info!(self.log, "pausing"; "requests" => self.slots.used());
@@ -167,11 +183,6 @@ impl Disk {
         self.leave_out_merged();
     }
 
-    /// Tries to resume again by itself.
-    pub(super) fn try_again_soon(&mut self) {
-        self.lease_until = Some(now() + AGAIN.as_nanos() as u64);
-    }
-
     fn exchange(&mut self, engine: engine::Engine) -> std::io::Result<()> {
         self.queue.plug();
         let done = self.queue.switch(engine, self.queue.mode());
@@ -179,13 +190,15 @@ impl Disk {
         done
     }
 
-    /// Goes on, with another image if one is named. On an error the disk stays paused.
+    /// Begins to go on, with another image if one is named. Whether it does, [`resume_outcome`](Self::resume_outcome) says; on an
+    /// error the disk stays paused.
     pub fn resume(&mut self, image: Option<(ImageType, PathBuf)>) -> Result<(), PauseError> {
         match self.state {
+            State::Paused if self.resuming.is_some() => return Err(PauseError::Resuming),
             State::Paused => {}
             // The pause has not begun, and does not. A flush for it may be under way, whose end is of no account.
             State::Draining | State::Flushing if self.after == After::Pause && image.is_none() => {
-                (self.state, self.after) = (State::Running, After::Close);
+                (self.state, self.after, self.resumed) = (State::Running, After::Close, Ok(()));
                 return Ok(());
             }
             _ => return Err(PauseError::NotPaused),
@@ -199,21 +212,72 @@ impl Disk {
                 if let Some((kind, path)) = image {
                     (config.image.kind, config.image.path) = (kind, Some(path));
                 }
-                self.open_again(config)?;
+                let event = Arc::clone(self.queue.engine().submit.event());
+                let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log);
+                self.resuming = Some(Resuming { opening: opening.map_err(io_error)?, by_itself: false });
             }
             None if image.is_some() => return Err(PauseError::OnlyOne),
-            None => {}
+            None => self.go_on(),
         }
-        (self.state, self.after, self.lease_until) = (State::Running, After::Close, None);
-        // The guest has not been told.
-        self.owed_error = self.flush_error.take().or(self.owed_error);
-        info!(self.log, "resumed"; "image" => &self.info.name);
         Ok(())
     }
 
-    fn open_again(&mut self, config: Config) -> Result<(), PauseError> {
-        let event = Arc::clone(self.queue.engine().submit.event());
-        let image = image::open(&config, Some(event), &self.log)?;
+    /// How the last attempt to go on went, if it is over.
+    pub fn resume_outcome(&self) -> Option<Result<(), PauseError>> {
+        self.resuming.is_none().then(|| self.resumed.clone())
+    }
+
+    /// Goes on without being asked. If it can't, it tries again, until somebody pauses the disk.
+    pub(super) fn resume_by_itself(&mut self) {
+        match self.resume(None) {
+            Ok(()) => {
+                if let Some(resuming) = &mut self.resuming {
+                    resuming.by_itself = true;
+                }
+            }
+            Err(error) => self.try_again_soon(&error),
+        }
+    }
+
+    fn try_again_soon(&mut self, error: &PauseError) {
+        error!(self.log, "the disk cannot be resumed, and stays paused: it is tried again"; "error" => %error);
+        self.lease_until = Some(now() + AGAIN.as_nanos() as u64);
+    }
+
+    /// What is being opened is not wanted any more.
+    pub(super) fn end_resuming(&mut self) {
+        if self.resuming.take().is_some() {
+            self.resumed = Err(PauseError::PausedAgain);
+        }
+    }
+
+    /// Goes on if the image is open, and says whether there was something to do.
+    pub(super) fn advance_resume(&mut self) -> bool {
+        let Some(resuming) = &self.resuming else { return false };
+        let Some(outcome) = resuming.opening.outcome() else { return false };
+        let (config, by_itself) = (Arc::clone(&resuming.opening.config), resuming.by_itself);
+        self.resuming = None;
+        match outcome.map_err(PauseError::from).and_then(|image| self.put_on(image, config)) {
+            Ok(()) => self.go_on(),
+            Err(error) => {
+                if by_itself {
+                    self.try_again_soon(&error);
+                }
+                self.resumed = Err(error);
+            }
+        }
+        true
+    }
+
+    fn go_on(&mut self) {
+        (self.state, self.after, self.lease_until, self.resumed) = (State::Running, After::Close, None, Ok(()));
+        // The guest has not been told.
+        self.owed_error = self.flush_error.take().or(self.owed_error);
+        info!(self.log, "resumed"; "image" => &self.info.name);
+    }
+
+    /// Puts an image in the place of the one that was closed.
+    fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
         let (old, new) = (&self.info, &image.info);
         if new.size < old.size {
             let text =
@@ -224,18 +288,17 @@ impl Disk {
             let (new, old) = (new.sector_size, old.sector_size);
             return Err(PauseError::Other(format!("its sectors have {new} bytes, and the guest's {old}")));
         }
-        let io = |error: std::io::Error| {
-            PauseError::Open(error.to_string(), error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
-        };
-        let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io)?;
-        self.exchange(image.engine).map_err(io)?;
+        let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io_error)?;
+        self.exchange(image.engine).map_err(io_error)?;
         let grown = image.info.size != self.info.size;
-        (self.stack, self.opener, self.locks, self.info) = (stack, image.opener, image.locks, image.info);
+        let old = std::mem::replace(&mut self.stack, stack);
+        self.count_layers(old.layers());
+        (self.opener, self.locks, self.info) = (image.opener, image.locks, image.info);
         if let Some(opener) = &self.opener {
             opener.lock_memory();
         }
         if let Some(reopen) = &mut self.reopen {
-            reopen.config = Arc::new(config);
+            reopen.config = config;
         }
         if grown {
             self.frontends.iter_mut().for_each(|frontend| frontend.resized(&self.info));
@@ -245,14 +308,16 @@ impl Disk {
 
     /// Whoever paused the disk has not come back in time: it goes on with the image that it had.
     pub(super) fn end_lease(&mut self, now: u64) -> bool {
-        if self.state != State::Paused || self.lease_until.is_none_or(|until| now < until) {
+        if self.state != State::Paused || self.resuming.is_some() || self.lease_until.is_none_or(|until| now < until)
+        {
             return false;
         }
         warn!(self.log, "nobody has resumed the disk in time: it goes on with its old image");
-        if let Err(error) = self.resume(None) {
-            error!(self.log, "the disk cannot be resumed, and stays paused"; "error" => %error);
-            self.try_again_soon();
-        }
+        self.resume_by_itself();
         true
     }
+}
+
+fn io_error(error: std::io::Error) -> PauseError {
+    PauseError::Open(error.to_string(), error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }

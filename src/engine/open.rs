@@ -55,6 +55,11 @@ impl Opener {
         if self.faults.is_empty() { Ok(engine) } else { fault::wrap(engine, &self.faults) }
     }
 
+    /// Whether the file that is written is read and written through the page cache.
+    pub fn is_buffered(&self) -> bool {
+        !self.setup.files[0].direct
+    }
+
     /// Keeps what was opened resident, if that is wanted.
     pub fn lock_memory(&self) {
         if self.lock_memory {

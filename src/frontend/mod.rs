@@ -133,9 +133,9 @@ pub trait Frontend {
     /// The disk has grown; requests beyond its old end are taken already.
     fn resized(&mut self, _disk: &DiskInfo) {}
 
-    /// How long answers may wait for more of them, ns. 0: not at all.
-    fn gather_ns(&self) -> u64 {
-        0
+    /// How long answers may wait for more of them, ns. 0: not at all; none: it has no client that could wait.
+    fn gather_ns(&self) -> Option<u64> {
+        Some(0)
     }
 
     /// Lets nobody in any more and says goodbye to those who are.
@@ -149,6 +149,11 @@ pub trait Frontend {
     /// Whether what it serves is gone for good, and the disk with it.
     fn is_gone(&self) -> bool {
         false
+    }
+
+    /// Itself, if it lets in guests that tapback shakes hands with.
+    fn tapback(&mut self) -> Option<&mut xen::tapback::Tapback> {
+        None
     }
 
     /// What its memory is, and what its clients' will be.

@@ -1,6 +1,7 @@
 //! Opens an image: file, lock, geometry, format, engine.
 
 mod file;
+mod opening;
 mod vhd;
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use slog::{Logger, info, warn};
 
 use self::file::Opened;
 pub use self::file::lock;
+pub use self::opening::Opening;
 use crate::chain;
 use crate::config::{Config, ImageType, OddSize, Size};
 use crate::engine::{self, Engine, Opener};

@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize};
 
 pub use self::report::{QueueReport, TiocbReport};
 use crate::engine::{Engine, Inline, Reap};
-use crate::request::{RequestId, Slots};
+use crate::request::{Op, RequestId, Slots};
 use crate::retry::{Failures, Retry, is_no_space};
-use crate::stats::now;
+use crate::stats::{Traffic, now};
 use crate::submit::{Counters, SubmitThread, submit_all};
 use crate::sys::io::{FileId, Io, IoOp};
 
@@ -103,14 +103,17 @@ struct Tiocb {
     /// One of its failures was a lack of space.
     no_space: bool,
     state: State,
+    /// When it was queued, ns of [`now`].
+    queued: u64,
     /// The next in whichever list it is in: free, waiting, or merged into the same I/O.
     next: u32,
 }
 
 impl Tiocb {
-    /// For `transfer`; `next` is the next in the list that it goes to.
-    fn new(transfer: Option<Transfer>, state: State, next: u32) -> Tiocb {
-        Tiocb { transfer, done: 0, alone: false, failures: Failures::default(), due: 0, no_space: false, state, next }
+    /// For `transfer`, that is queued at `queued`; `next` is the next in the list that it goes to.
+    fn new(transfer: Option<Transfer>, state: State, queued: u64, next: u32) -> Tiocb {
+        let failures = Failures::default();
+        Tiocb { transfer, done: 0, alone: false, failures, due: 0, no_space: false, state, queued, next }
     }
 }
 
@@ -131,7 +134,12 @@ pub struct Queue {
     in_flight: usize,
     /// I/Os to be submitted.
     batch: VecDeque<Box<Io>>,
-    finished: VecDeque<Finished>,
+    /// With when it was queued.
+    finished: VecDeque<(Finished, u64)>,
+    /// The time, as of the last look at the clock, ns of [`now`].
+    time: u64,
+    /// Of each file.
+    traffic: Vec<Traffic>,
     /// tiocbs that failed and are tried again.
     parked: Vec<u32>,
     /// tiocbs that have lacked space and are not finished.
@@ -160,7 +168,7 @@ impl Queue {
         let Limits { tiocbs: size, iovecs, merge_bytes, retry } = limits;
         let counters = Arc::new(Counters::default());
         let thread = thread_for(&engine, mode, &counters)?;
-        let mut tiocbs: Vec<_> = (1..=size as u32).map(|next| Tiocb::new(None, State::Free, next)).collect();
+        let mut tiocbs: Vec<_> = (1..=size as u32).map(|next| Tiocb::new(None, State::Free, 0, next)).collect();
         tiocbs[size - 1].next = NONE;
         Ok(Queue {
             tiocbs,
@@ -172,6 +180,8 @@ impl Queue {
             in_flight: 0,
             batch: VecDeque::with_capacity(engine.depth),
             finished: VecDeque::with_capacity(size),
+            time: 0,
+            traffic: Vec::new(),
             parked: Vec::with_capacity(size),
             no_space: 0,
             retried: None,
@@ -211,7 +221,7 @@ impl Queue {
         }
         let tiocb = &mut self.tiocbs[index as usize];
         self.free = tiocb.next;
-        *tiocb = Tiocb::new(Some(transfer), State::Waiting, NONE);
+        *tiocb = Tiocb::new(Some(transfer), State::Waiting, self.time, NONE);
         self.append(index);
         self.report.queued += 1;
         true
@@ -408,6 +418,9 @@ impl Queue {
         while let Some((io, errno)) = refused(self) {
             self.complete(io, Err(errno));
         }
+        if !self.finished.is_empty() {
+            self.time = now();
+        }
         count
     }
 
@@ -558,7 +571,7 @@ impl Queue {
         tiocb.state = State::Free;
         self.no_space -= usize::from(tiocb.no_space);
         self.free = index;
-        self.finished.push_back((transfer, result.unwrap_or(Ok(transfer.len))));
+        self.finished.push_back(((transfer, result.unwrap_or(Ok(transfer.len))), tiocb.queued));
         next
     }
 
@@ -569,7 +582,28 @@ impl Queue {
 
     /// A tiocb that has finished.
     pub fn next_finished(&mut self) -> Option<Finished> {
-        self.finished.pop_front()
+        let (finished, queued) = self.finished.pop_front()?;
+        let (transfer, result) = &finished;
+        if let Some(traffic) = self.traffic.get_mut(usize::from(transfer.file.0)) {
+            let ns = self.time.saturating_sub(queued);
+            traffic.record(kind(transfer.op), transfer.len, result.is_ok(), ns);
+        }
+        Some(finished)
+    }
+
+    /// What is queued from here on counts as queued at `time`, ns of [`now`].
+    pub fn set_time(&mut self, time: u64) {
+        self.time = time;
+    }
+
+    /// Of each file, in the order of their ids: transfers from when they were queued to their end.
+    pub fn traffic(&self) -> &[Traffic] {
+        &self.traffic
+    }
+
+    /// Counts these files from now on.
+    pub fn set_traffic(&mut self, traffic: Vec<Traffic>) {
+        self.traffic = traffic;
     }
 
     /// Finishes all that has not reached the engine with ECANCELED, and asks the engine to end what it has.
@@ -602,6 +636,19 @@ impl Queue {
     pub fn is_idle(&self) -> bool {
         self.waiting_count == 0 && self.in_flight == 0 && self.parked.is_empty() && self.finished.is_empty()
     }
+}
+
+/// The kind of a request that does as much, an index of [`Op::KINDS`].
+fn kind(op: IoOp) -> usize {
+    let like = match op {
+        IoOp::Read => Op::Read,
+        IoOp::Write { fua } => Op::Write { fua },
+        IoOp::Flush => Op::Flush,
+        IoOp::Discard => Op::Discard,
+        IoOp::WriteZeroes { unmap } => Op::WriteZeroes { unmap },
+        IoOp::Status => Op::Status,
+    };
+    like.kind()
 }
 
 /// The submit thread, if one can be needed.

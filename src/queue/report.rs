@@ -106,12 +106,13 @@ impl Queue {
     /// What its memory is.
     pub fn memory(&self) -> Vec<Part> {
         let (size, depth) = (self.tiocbs.len(), self.engine.depth);
-        let tiocb = size_of::<Tiocb>() + size_of::<Finished>() + size_of::<u32>();
+        let tiocb = size_of::<Tiocb>() + size_of::<(Finished, u64)>() + size_of::<u32>();
         // Idle or batched, head; and waiting for the thread, taken by it, or refused.
         let lists = 2 * size_of::<Box<Io>>() + size_of::<u32>();
         let handed_over = if self.thread.is_some() { 4 * size_of::<Box<Io>>() } else { 0 };
         let mut parts = vec![
             Part::fixed("tiocbs", size * tiocb),
+            Part::fixed("statistics of files", size_of_val(&*self.traffic)),
             Part::fixed("I/Os", depth * (Io::bytes(self.iovecs) + lists + handed_over)),
         ];
         if self.thread.is_some() {

@@ -38,6 +38,33 @@ pub struct Layer {
     pub plain: Option<File>,
 }
 
+impl Layer {
+    /// Leaves the image so that others find it whole, if that is still to be done. Blocks.
+    fn close(&mut self) -> io::Result<()> {
+        let Some(file) = self.plain.take() else { return Ok(()) };
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let mut done = Ok(());
+        let size = self.format.close(time, &mut |at, bytes| {
+            if done.is_ok() {
+                done = file.write_all_at(bytes, at);
+            }
+        });
+        done?;
+        if let Some(size) = size {
+            file.set_len(size)?;
+        }
+        file.sync_all()
+    }
+}
+
+impl Drop for Layer {
+    /// One that was opened and never served, or whose process ends by an error.
+    fn drop(&mut self) {
+        // Opening it again mends what could not be written.
+        let _ = self.close();
+    }
+}
+
 /// How far a request could be planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Started {
@@ -326,22 +353,7 @@ impl Stack {
 
     /// Nothing is under way, and nothing more will come: leaves the images so that others find them whole. Blocks.
     pub fn close(&mut self) -> io::Result<()> {
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        for layer in &mut self.layers {
-            let Some(file) = layer.plain.take() else { continue };
-            let mut done = Ok(());
-            let size = layer.format.close(time, &mut |at, bytes| {
-                if done.is_ok() {
-                    done = file.write_all_at(bytes, at);
-                }
-            });
-            done?;
-            if let Some(size) = size {
-                file.set_len(size)?;
-            }
-            file.sync_all()?;
-        }
-        Ok(())
+        self.layers.iter_mut().try_for_each(Layer::close)
     }
 
     /// Counters of the layers that have some, the leaf first.

@@ -53,6 +53,16 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
     Ok(Geometry { block_device: false, size: meta.len(), logical: 512, physical })
 }
 
+/// Whether two are the same file, or the same block device.
+pub fn same_file(one: &File, other: &File) -> bool {
+    let id = |file: &File| {
+        let meta = file.metadata().ok()?;
+        let device = meta.file_type().is_block_device().then(|| meta.rdev());
+        Some(device.map_or((meta.dev(), meta.ino()), |device| (0, device)))
+    };
+    id(one).is_some_and(|one| Some(one) == id(other))
+}
+
 /// What O_DIRECT demands of (memory, offset and length), in bytes, where the kernel says so (statx, since 6.1).
 pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     const STATX_DIOALIGN: u32 = 0x2000;

@@ -51,7 +51,7 @@ impl Memory {
     }
 
     /// The first `len` bytes of `fd`, shared. A file that shrinks under its mapping makes an access a SIGBUS, so a
-    /// server maps only a memfd that it made and sealed itself.
+    /// server maps only a memfd that it made and sealed itself, or a file that it made for root alone to open.
     pub fn shared(fd: impl AsFd, len: usize) -> io::Result<Memory> {
         Self::at_offset(fd, 0, len)
     }
@@ -115,6 +115,13 @@ impl Memory {
         // SAFETY: in bounds, aligned, and lives as long as `self`; everyone else accesses it as an atomic word,
         // and whatever they write is a valid u32.
         unsafe { AtomicU32::from_ptr(self.at(offset, 4).cast()) }
+    }
+
+    /// A word that others read while it is written. `offset` must be a multiple of 8.
+    pub fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8));
+        // SAFETY: as in `atomic_u32`; mappings are aligned to pages, so the word is aligned.
+        unsafe { AtomicU64::from_ptr(self.at(offset, 8).cast()) }
     }
 
     /// Copies `N` bytes (a multiple of 4, at a multiple of 4) out, reading each word exactly once: the copy can't

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use nix::unistd::ForkResult;
+
 /// This thread, and all that it starts, write memory back: the kernel's allocations on its behalf do not wait for I/O
 /// (`PR_SET_IO_FLUSHER`, prctl(2), since Linux 5.6). Needs CAP_SYS_RESOURCE.
 pub fn set_io_flusher() -> io::Result<()> {
@@ -20,5 +22,15 @@ pub fn share_one_arena() {
     // SAFETY: takes integers only. It fails for values that it does not know, and then all stays as it was.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Goes on in a new process; gives None in it, and its id in this one. Nothing else may run in this process yet: of its threads
+/// only the one that calls would go on.
+pub fn fork() -> io::Result<Option<i32>> {
+    // SAFETY: the process has one thread, so no lock is held by one that is not there in the new process.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child.as_raw())),
+        ForkResult::Child => Ok(None),
     }
 }

@@ -84,6 +84,29 @@ pub fn receive(
     bytes_done(unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })
 }
 
+/// The groups of the process at the other end, besides its own, when it connected (SO_PEERGROUPS, unix(7), since Linux 4.13).
+pub fn peer_groups(socket: BorrowedFd) -> io::Result<Vec<libc::gid_t>> {
+    const SO_PEERGROUPS: libc::c_int = 59;
+    // More than that: none of them is known, and the access refused.
+    let mut groups = vec![0; 1024];
+    let mut bytes = size_of_val(groups.as_slice()) as libc::socklen_t;
+    // SAFETY: the kernel stores at most `bytes` bytes of group ids there, and how many these are.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut bytes,
+        )
+    };
+    if result < 0 {
+        return Err(last_error());
+    }
+    groups.truncate(bytes as usize / size_of::<libc::gid_t>());
+    Ok(groups)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;

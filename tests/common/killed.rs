@@ -11,6 +11,11 @@ use tapdisk::frontend::blkif::wire::{OP_FLUSH_DISKCACHE, OP_WRITE, Segment};
 use super::guest::{Guest, page};
 use super::served::Served;
 
+/// The seed that somebody wants.
+pub fn seed() -> Option<u64> {
+    std::env::var("TAPDISK_TEST_SEED").ok().map(|seed| seed.parse().unwrap())
+}
+
 /// Kills a tapdisk after a while.
 pub fn kill_after(served: &Served, pause: Duration) -> JoinHandle<()> {
     let pid = Pid::from_raw(served.pid());

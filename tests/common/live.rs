@@ -100,7 +100,7 @@ pub fn ctl(served: &Served, words: &[&str]) -> Said {
 
 /// The same where it is refused: with that errno, and a text that has these words.
 pub fn refused(served: &Served, words: &[&str], errno: i32, text: &str) {
-    let said = ctl(served, words);
+    let said = ctl(served, &[words, &["--debug"]].concat());
     assert!(said.code == errno && said.err.contains(text), "{words:?}: {}, {}", said.code, said.err);
 }
 

@@ -3,6 +3,7 @@
 
 pub mod double;
 pub mod guest;
+pub mod host;
 pub mod killed;
 pub mod live;
 pub mod model;

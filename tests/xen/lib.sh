@@ -3,7 +3,7 @@ set -eu -o pipefail
 . /rig/lib.sh
 cp bin/* /usr/bin/
 mkdir -p /etc/xen/scripts /run/tapdisk /mnt
-cp bin/block-tapdisk /etc/xen/scripts/
+cp bin/block-tapdisk bin/block-tap /etc/xen/scripts/
 # On the host, so that they are there whatever happens.
 ln -s /share/log /var/log/tapdisk
 set -E

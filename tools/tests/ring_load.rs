@@ -38,7 +38,7 @@ impl Server {
         let thread = thread::spawn(move || {
             let config = Config::load(&path.join("config.toml")).unwrap();
             let level = Level::from_str("warning").unwrap();
-            let (logging, log) = Log::open(config.log.format, level, None).unwrap();
+            let (logging, log) = Log::open(config.log.format, level, tapdisk::log::Sink::Stderr).unwrap();
             let main_loop = serve::open(&config, logging, &log).unwrap();
             started.send(()).unwrap();
             main_loop.run().unwrap();

@@ -218,6 +218,10 @@ impl Frontend for Local {
         self.disk = disk.clone();
     }
 
+    fn gather_ns(&self) -> Option<u64> {
+        self.clients.iter().flatten().next().map(|_| 0)
+    }
+
     fn close(&mut self) {
         if self.listener.take().is_some() {
             // Nothing can be done about a file that is gone already.

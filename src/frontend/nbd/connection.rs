@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use zerocopy::FromBytes;
 
 use super::command::{Command, Part, Table};
+use super::listen::Style;
 use super::negotiate::{Export, MAX_OPTION, Negotiation, Session, Step};
 use super::status;
 use super::transmit::{Sent, Transmit};
@@ -165,9 +166,18 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A client that has just connected. Its tags are `tag` and the low 16 bits.
-    pub(super) fn new(socket: Socket, token: Token, tag: u64, export: &Arc<Export>) -> io::Result<Connection> {
+    pub(super) fn new(
+        socket: Socket,
+        style: Style,
+        token: Token,
+        tag: u64,
+        export: &Arc<Export>,
+    ) -> io::Result<Connection> {
         let mut transmit = Transmit::new(REPLIES);
-        let negotiation = Negotiation::new(Arc::clone(export), &mut transmit.handshake);
+        let negotiation = match style {
+            Style::New => Negotiation::new(Arc::clone(export), &mut transmit.handshake),
+            Style::Old => Negotiation::old(Arc::clone(export), &mut transmit.handshake),
+        };
         Ok(Connection {
             socket,
             token,

@@ -23,7 +23,7 @@ use mio::{Interest, Registry, Token};
 use slog::{Logger, debug, info, warn};
 
 use self::connection::{Connection, Socket};
-use self::listen::Listener;
+use self::listen::{Listener, Style};
 use self::negotiate::Export;
 use super::{DiskInfo, Frontend, Intake};
 use crate::memory::Part;
@@ -39,13 +39,15 @@ const SLOTS_AGAIN: u64 = 1_000_000;
 /// Clients accepted in one turn.
 const ACCEPTS_A_TURN: usize = 16;
 /// Tokens below those of the clients: one for each listener.
-const LISTENERS: usize = 2;
+const LISTENERS: usize = 3;
 
 /// What is served where.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Unix socket to listen on.
     pub socket: Option<PathBuf>,
+    /// Unix socket for clients that do not negotiate.
+    pub old_socket: Option<PathBuf>,
     /// TCP address to listen on, which must be a loopback one.
     pub listen: Option<SocketAddr>,
     /// Name of the export, at most 4096 bytes.
@@ -70,7 +72,7 @@ struct Seat {
 pub struct Nbd {
     log: Logger,
     export: Arc<Export>,
-    listeners: Vec<Listener>,
+    listeners: Vec<(Listener, Style)>,
     lock_memory: bool,
     /// A listener has clients waiting.
     acceptable: bool,
@@ -101,12 +103,15 @@ impl Nbd {
         }
         let mut listeners = Vec::new();
         if let Some(path) = &config.socket {
-            listeners.push(Listener::unix(path)?);
+            listeners.push((Listener::unix(path)?, Style::New));
+        }
+        if let Some(path) = &config.old_socket {
+            listeners.push((Listener::unix(path)?, Style::Old));
         }
         if let Some(address) = config.listen {
-            listeners.push(Listener::tcp(address)?);
+            listeners.push((Listener::tcp(address)?, Style::New));
         }
-        for listener in &listeners {
+        for (listener, _) in &listeners {
             info!(log, "NBD server listens"; "address" => listener.address(), "export" => &config.export);
         }
         Ok(Nbd {
@@ -152,8 +157,9 @@ impl Nbd {
             if self.must_wait() {
                 return true;
             }
-            match self.listeners[index].accept() {
-                Ok(socket) => self.seat(socket),
+            let (listener, style) = &self.listeners[index];
+            match listener.accept() {
+                Ok(socket) => self.seat(socket, *style),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return false,
                     // This client is gone already.
@@ -170,7 +176,7 @@ impl Nbd {
     }
 
     /// Gives a client a place, or hangs up.
-    fn seat(&mut self, socket: Socket) {
+    fn seat(&mut self, socket: Socket, style: Style) {
         let Some((registry, base)) = &self.registry else { return };
         let free = self.seats.iter().position(|seat| seat.connection.is_none() && seat.orphans == 0);
         let Some(index) = free else {
@@ -180,7 +186,7 @@ impl Nbd {
         };
         let seat = &mut self.seats[index];
         let token = Token(base + LISTENERS + index);
-        let connection = Connection::new(socket, token, tag(index, seat.generation, 0), &self.export);
+        let connection = Connection::new(socket, style, token, tag(index, seat.generation, 0), &self.export);
         let connection = connection.and_then(|mut connection| connection.register(registry).map(|()| connection));
         match connection {
             Ok(connection) => {
@@ -235,7 +241,7 @@ impl Nbd {
 
 impl Frontend for Nbd {
     fn register(&mut self, registry: Registry, base: usize) -> io::Result<()> {
-        for (index, listener) in self.listeners.iter_mut().enumerate() {
+        for (index, (listener, _)) in self.listeners.iter_mut().enumerate() {
             registry.register(listener.source(), Token(base + index), Interest::READABLE)?;
         }
         self.registry = Some((registry, base));
@@ -308,11 +314,15 @@ impl Frontend for Nbd {
         self.export = Arc::new(Export { name: self.export.name.clone(), disk: disk.clone() });
     }
 
+    fn gather_ns(&self) -> Option<u64> {
+        self.connections().next().map(|_| 0)
+    }
+
     fn close(&mut self) {
         if let Some((registry, _)) = &self.registry {
             for mut listener in self.listeners.drain(..) {
                 // Closing it does the same; this only comes first.
-                let _ = registry.deregister(listener.source());
+                let _ = registry.deregister(listener.0.source());
             }
         }
         self.listeners.clear();
@@ -333,7 +343,7 @@ impl Frontend for Nbd {
         serde_json::json!({
             "type": "nbd",
             "export": self.export.name,
-            "listen": self.listeners.iter().map(Listener::address).collect::<Vec<_>>(),
+            "listen": self.listeners.iter().map(|(listener, _)| listener.address()).collect::<Vec<_>>(),
             "accepted": self.accepted,
             "refused": self.refused,
             "orphans": self.seats.iter().map(|seat| seat.orphans).sum::<usize>(),

@@ -11,10 +11,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::wire::{
     BASE_ALLOCATION, BASE_ALLOCATION_ID, FLAG_CAN_MULTI_CONN, FLAG_HAS_FLAGS, FLAG_READ_ONLY, FLAG_SEND_DF,
     FLAG_SEND_FLUSH, FLAG_SEND_FUA, FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES, HANDSHAKE_FIXED_NEWSTYLE,
-    HANDSHAKE_NO_ZEROES, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, MAGIC, MAX_STRING, OPT_ABORT,
-    OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHead, OptionReplyHead, REP_ACK, REP_ERR_INVALID, REP_ERR_TOO_BIG,
-    REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
+    HANDSHAKE_NO_ZEROES, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, MAGIC, MAX_STRING, OLD_MAGIC,
+    OPT_ABORT, OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT,
+    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHead, OptionReplyHead, REP_ACK, REP_ERR_INVALID,
+    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
 };
 use crate::frontend::DiskInfo;
 
@@ -123,6 +123,18 @@ impl Negotiation {
         out.extend((HANDSHAKE_FIXED_NEWSTYLE | HANDSHAKE_NO_ZEROES).to_be_bytes());
         let state = State::ClientFlags;
         Negotiation { export, state, session: Session::default(), fixed: false, no_zeroes: false, options: 0 }
+    }
+
+    /// A new client that is told of the export and asked for nothing (oldstyle negotiation); `out` gets all of it.
+    pub fn old(export: Arc<Export>, out: &mut Vec<u8>) -> Negotiation {
+        out.extend(MAGIC);
+        out.extend(OLD_MAGIC);
+        out.extend(export.disk.size.to_be_bytes());
+        out.extend(u32::from(export.flags(false)).to_be_bytes());
+        out.extend([0; EXPORT_NAME_ZEROES]);
+        let session = Session::default();
+        let state = State::Ended(Step::Transmission(session));
+        Negotiation { export, state, session, fixed: false, no_zeroes: false, options: 0 }
     }
 
     /// Takes what is complete of `input` and answers it in `out`. Gives the bytes taken: those behind must come again,

@@ -47,6 +47,7 @@ impl Served {
         };
         let config = Config {
             socket: Some(folder.path().join("nbd")),
+            old_socket: None,
             listen: None,
             export: String::new(),
             max_connections,

@@ -9,6 +9,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const MAGIC: [u8; 8] = *b"NBDMAGIC";
 /// Second half of the greeting, and the first bytes of every option.
 pub const OPTION_MAGIC: [u8; 8] = *b"IHAVEOPT";
+/// Where nothing is negotiated (oldstyle).
+pub const OLD_MAGIC: [u8; 8] = [0, 0, 0x42, 0x02, 0x81, 0x86, 0x12, 0x53];
 /// First bytes of every reply to an option.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// First bytes of every request.

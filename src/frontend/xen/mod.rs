@@ -2,9 +2,11 @@
 //!
 //! [`vbd`] moves requests and data, [`xenbus`] shakes hands by what [`handshake`] decides; here both meet the main
 //! loop. One guest device at a time; when it goes, the process ends or waits for the next one, as configured.
+//! Where another process shakes hands, [`tapback`] takes the place of this frontend.
 
 pub mod handshake;
 pub mod ring;
+pub mod tapback;
 pub mod vbd;
 pub mod xenbus;
 
@@ -26,6 +28,7 @@ use super::{DiskInfo, Frontend, Intake};
 use crate::memory::Part;
 use crate::request::Request;
 use crate::stats::now;
+use crate::stats::shm::Place;
 use crate::xenstore::{Store, Task};
 
 /// Tokens.
@@ -47,6 +50,8 @@ pub struct Config {
     pub limits: Limits,
     /// XenStore's socket or device; none: where it usually is.
     pub store: Option<PathBuf>,
+    /// Where the statistics are in shared memory.
+    pub statistics: PathBuf,
     /// Keep payload memory resident.
     pub lock_memory: bool,
 }
@@ -64,7 +69,7 @@ struct Shared {
 
 impl Backend for Shared {
     fn connect(&self, connection: &Connection) -> Result<(), String> {
-        self.vbd.borrow_mut().connect(connection)
+        self.vbd.borrow_mut().connect(connection).map_err(|error| error.to_string())
     }
     fn disconnect(&self) {
         self.vbd.borrow_mut().disconnect();
@@ -123,7 +128,8 @@ pub struct Xen {
 impl Xen {
     /// Opens Xen's devices and XenStore, and makes all memory.
     pub fn open(config: Config, disk: DiskInfo, log: Logger) -> io::Result<Xen> {
-        let vbd = Vbd::new(config.limits, disk.sector_size, log.clone())?;
+        let mut vbd = Vbd::new(config.limits, disk.sector_size, log.clone()).map_err(io::Error::other)?;
+        vbd.show_statistics(Place { directory: config.statistics.clone(), device: config.device.device });
         if config.lock_memory {
             // The limit is what it is; the log says so when all else is locked.
             let _ = vbd.lock();
@@ -226,7 +232,7 @@ impl Frontend for Xen {
     }
 
     fn pull(&mut self, intake: &mut Intake) {
-        self.shared.vbd.borrow_mut().pull(intake);
+        self.shared.vbd.borrow_mut().pull(intake, 0);
     }
 
     fn answer(&mut self, request: &Request) {
@@ -259,8 +265,8 @@ impl Frontend for Xen {
         vbd.into_iter().chain(self.shared.wake_at.get()).chain(retry).chain(self.goodbye_until).min()
     }
 
-    fn gather_ns(&self) -> u64 {
-        self.config.limits.gather_ns
+    fn gather_ns(&self) -> Option<u64> {
+        Some(self.config.limits.gather_ns)
     }
 
     fn close(&mut self) {
@@ -283,23 +289,12 @@ impl Frontend for Xen {
     }
 
     fn xenbus(&self) -> Option<serde_json::Value> {
-        let vbd = self.shared.vbd.borrow();
-        let (rings, counters) = (vbd.ring_counters(), vbd.counters());
-        let image = rings.errors.saturating_sub(rings.malformed + counters.copy_errors);
-        Some(serde_json::json!({
-            "pool": "",
-            "domid": self.config.device.domain,
-            "devid": self.config.device.device,
-            "reqs": [rings.requests, rings.responses],
-            "kicks": [rings.kicks_in, rings.kicks_out],
-            "errors": {
-                "msg": rings.malformed, "map": counters.copy_errors, "vbd": counters.broken, "img": image,
-            },
-        }))
+        let device = &self.config.device;
+        Some(self.shared.vbd.borrow().xenbus("", device.domain, device.device))
     }
 
     fn memory(&self) -> Vec<Part> {
-        vec![Part::fixed("buffers of the Xen guest", self.shared.vbd.borrow().bytes())]
+        vec![Part::fixed("buffers of the Xen guest", self.config.limits.bytes())]
     }
 
     fn inspect(&self) -> serde_json::Value {

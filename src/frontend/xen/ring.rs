@@ -1,6 +1,9 @@
 //! One ring of a guest: its pages, mapped, and its event channel, bound.
 
+use std::io;
 use std::sync::Arc;
+
+use nix::errno::Errno;
 
 use crate::frontend::blkif::queue::{CountedRing, Doorbell};
 use crate::frontend::blkif::ring::{BackRing, Shared};
@@ -15,6 +18,58 @@ pub struct RingAt {
     pub grefs: Vec<GrantRef>,
     /// `event-channel`: the guest's port.
     pub event_channel: evtchn_port_t,
+}
+
+/// Why a guest's rings are not served. The text is for the guest's administrator.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// There is no Xen, or this domain may have no backends.
+    #[error("{path}: {error}; is this a Xen domain with backends, and is {module} loaded?")]
+    Device {
+        /// What is missing.
+        path: &'static str,
+        /// The kernel's module for it.
+        module: &'static str,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// There is no memory for the guest's data.
+    #[error("no memory for the guest's data: {0}")]
+    Memory(io::Error),
+    /// The guest has not granted what it says, or not to this domain.
+    #[error("cannot map the ring, grant references {grefs:?}: {error}")]
+    Map {
+        /// The ring's pages.
+        grefs: Vec<GrantRef>,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// The guest has no such port, or not for this domain.
+    #[error("cannot bind event channel {port}: {error}")]
+    Bind {
+        /// The guest's port.
+        port: evtchn_port_t,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// What was served by somebody else is not finished.
+    #[error(
+        "the guest has requests in queue {0} of which nobody knows whether they were done; it has to be restarted"
+    )]
+    HalfDone(usize),
+}
+
+impl ConnectError {
+    /// As a client is told.
+    pub fn errno(&self) -> Errno {
+        match self {
+            ConnectError::HalfDone(_) => Errno::EBUSY,
+            ConnectError::Device { error, .. }
+            | ConnectError::Memory(error)
+            | ConnectError::Map { error, .. }
+            | ConnectError::Bind { error, .. } => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        }
+    }
 }
 
 /// A port of ours, given back when it is dropped.
@@ -66,13 +121,11 @@ impl GuestRing {
         domain: domid_t,
         abi: Abi,
         at: &RingAt,
-    ) -> Result<GuestRing, String> {
-        let memory = gntdev
-            .map(domain, &at.grefs)
-            .map_err(|error| format!("cannot map the ring, grant references {:?}: {error}", at.grefs))?;
-        let number = evtchn
-            .bind_interdomain(domain, at.event_channel)
-            .map_err(|error| format!("cannot bind event channel {}: {error}", at.event_channel))?;
+    ) -> Result<GuestRing, ConnectError> {
+        let memory =
+            gntdev.map(domain, &at.grefs).map_err(|error| ConnectError::Map { grefs: at.grefs.clone(), error })?;
+        let port = at.event_channel;
+        let number = evtchn.bind_interdomain(domain, port).map_err(|error| ConnectError::Bind { port, error })?;
         let shared = Shared::new(Arc::new(memory), 0, abi, at.grefs.len().ilog2());
         Ok(GuestRing {
             ring: CountedRing::new(BackRing::attach(shared)),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use slog::{Logger, warn};
 
-use super::ring::{GuestRing, RingAt};
+use super::ring::{ConnectError, GuestRing, RingAt};
 use crate::frontend::blkif::queue::{Counters, MUTE};
 use crate::frontend::blkif::wire::{
     Abi, Entry, GrantRef, MAX_SEGMENTS, OP_INDIRECT, OP_READ, OP_WRITE, OP_WRITE_BARRIER, RSP_ERROR, Response,
@@ -22,6 +22,7 @@ use crate::log::Limiter;
 use crate::payload::{Arena, Run};
 use crate::request::{Op, Request};
 use crate::stats::now;
+use crate::stats::shm::{GuestStatistics, Place};
 use crate::sys::evtchn::{Evtchn, evtchn_port_t};
 use crate::sys::gntdev::{CopyBatch, Gntdev, domid_t};
 use crate::sys::memory::PAGE_SIZE;
@@ -40,6 +41,14 @@ pub struct Limits {
     pub requests: usize,
     /// How long requests and answers may wait for more of them, where many are in flight; ns.
     pub gather_ns: u64,
+}
+
+impl Limits {
+    /// Memory that a vbd has from the start, bytes.
+    pub fn bytes(&self) -> usize {
+        let segments = self.indirect_segments.max(MAX_SEGMENTS) * size_of::<Segment>();
+        self.buffers + INDIRECT_MAX * PAGE_SIZE + self.requests * (size_of::<Flight>() + segments)
+    }
 }
 
 /// What a guest says of its rings, and the toolstack of the disk.
@@ -152,6 +161,8 @@ pub struct Vbd {
     past: Counters,
     /// When the rings are to be looked at though no event comes, ns of [`now`].
     wake_at: Option<u64>,
+    /// Of the guest, for xentop.
+    statistics: GuestStatistics,
     limiter: Limiter,
     log: Logger,
 }
@@ -168,18 +179,14 @@ fn pages(entry: &Entry, limits: &Limits) -> usize {
 
 impl Vbd {
     /// Opens Xen's devices and makes all memory.
-    pub fn new(limits: Limits, sector_size: u32, log: Logger) -> io::Result<Vbd> {
-        let explain = |path: &'static str, module: &'static str| {
-            move |error: io::Error| {
-                let text = format!("{path}: {error}; is this a Xen domain with backends, and is {module} loaded?");
-                io::Error::new(error.kind(), text)
-            }
-        };
+    pub fn new(limits: Limits, sector_size: u32, log: Logger) -> Result<Vbd, ConnectError> {
+        let explain = |path, module| move |error| ConnectError::Device { path, module, error };
         let gntdev = Gntdev::open().map_err(explain(crate::sys::gntdev::PATH, "xen-gntdev"))?;
         let evtchn = Evtchn::open().map_err(explain(crate::sys::evtchn::PATH, "xen-evtchn"))?;
         let descriptor_bytes = INDIRECT_MAX * PAGE_SIZE;
-        let mut arena = Arena::new(limits.buffers + descriptor_bytes)?;
-        let descriptors = arena.alloc(descriptor_bytes as u32).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mut arena = Arena::new(limits.buffers + descriptor_bytes).map_err(ConnectError::Memory)?;
+        let none = || ConnectError::Memory(io::ErrorKind::OutOfMemory.into());
+        let descriptors = arena.alloc(descriptor_bytes as u32).ok_or_else(none)?;
         // Each copy fills at least a part of a page that is lent out.
         let copies = limits.buffers / PAGE_SIZE;
         let flight = || Flight {
@@ -213,9 +220,15 @@ impl Vbd {
             counters: VbdCounters::default(),
             past: Counters::default(),
             wake_at: None,
+            statistics: GuestStatistics::default(),
             limiter: Limiter::default(),
             log,
         })
+    }
+
+    /// Shows the statistics of the guests to come in that place.
+    pub fn show_statistics(&mut self, place: Place) {
+        self.statistics.set_place(place);
     }
 
     /// What an event says that a guest has sent one.
@@ -228,14 +241,8 @@ impl Vbd {
         self.arena.memory().lock()
     }
 
-    /// Memory that is there from the start, bytes.
-    pub fn bytes(&self) -> usize {
-        let segments: usize = self.flights.iter().map(|flight| flight.segments.capacity()).sum();
-        self.arena.memory().len() + self.flights.len() * size_of::<Flight>() + segments * size_of::<Segment>()
-    }
-
-    /// Maps a guest's rings and binds its event channels. The text of an error is for the guest's administrator.
-    pub fn connect(&mut self, connection: &Connection) -> Result<(), String> {
+    /// Maps a guest's rings and binds its event channels.
+    pub fn connect(&mut self, connection: &Connection) -> Result<(), ConnectError> {
         self.disconnect();
         self.broken = None;
         let domain = connection.domain;
@@ -244,11 +251,10 @@ impl Vbd {
         if connection.live
             && let Some(at) = rings.iter().position(|ring| ring.ring.pending() != Ok(0))
         {
-            return Err(format!(
-                "the guest has requests in queue {at} of which nobody knows whether they were done; it has to be restarted"
-            ));
+            return Err(ConnectError::HalfDone(at));
         }
         self.counters.connections += 1;
+        self.statistics.connect(domain, &self.log);
         self.guest = Some(Guest { domain, read_only: connection.read_only, rings });
         Ok(())
     }
@@ -257,6 +263,7 @@ impl Vbd {
     pub fn disconnect(&mut self) {
         self.past = self.ring_counters();
         self.guest = None;
+        self.statistics.disconnect();
         self.starved = false;
     }
 
@@ -293,8 +300,8 @@ impl Vbd {
         }
     }
 
-    /// Puts the guest's requests into `intake`.
-    pub fn pull(&mut self, intake: &mut Intake) {
+    /// Puts the guest's requests into `intake`, each tagged with `tag` plus its place here, which is below 2^16.
+    pub fn pull(&mut self, intake: &mut Intake, tag: u64) {
         if self.gathers(intake.now) {
             return;
         }
@@ -308,7 +315,7 @@ impl Vbd {
         self.copy(true);
         let mut taken = std::mem::take(&mut self.taken);
         for (_, passing) in taken.drain(..) {
-            self.hand_over(intake, passing);
+            self.hand_over(intake, passing, tag);
         }
         self.taken = taken;
         self.incoming.clear();
@@ -392,7 +399,10 @@ impl Vbd {
             let run = if pages > 0 { self.arena.alloc((pages * PAGE_SIZE) as u32) } else { None };
             self.starved = pages > 0 && run.is_none();
             if self.starved || indirect > INDIRECT_MAX {
-                self.counters.starved += u64::from(self.starved);
+                if self.starved {
+                    self.counters.starved += 1;
+                    self.statistics.out_of_memory();
+                }
                 run.into_iter().for_each(|run| self.arena.free(run));
                 ring.held = Some(entry);
                 return !self.starved;
@@ -482,7 +492,7 @@ impl Vbd {
     }
 
     /// Gives a request to the disk, or answers it if it can't be done.
-    fn hand_over(&mut self, intake: &mut Intake, passing: Passing) {
+    fn hand_over(&mut self, intake: &mut Intake, passing: Passing, tag: u64) {
         let malformed = passing.status.is_err();
         let status = passing.copied(&self.incoming, &mut self.counters);
         let flight = &self.flights[usize::from(passing.flight)];
@@ -497,10 +507,12 @@ impl Vbd {
                     request.payload.set_memory(self.arena.memory());
                     request.payload.push(run.offset(), request.len as u32);
                 }
-                request.tag = passing.flight.into();
+                request.tag = tag + u64::from(passing.flight);
+                self.statistics.submitted(request.op, request.len);
                 intake.accept();
             }
             Err(status) => {
+                self.statistics.failed();
                 let response = Response { id: flight.id, operation: flight.operation, status };
                 if let Some(ring) = self.guest.as_mut().and_then(|guest| guest.rings.get_mut(flight.queue)) {
                     if malformed { ring.ring.refuse(response) } else { ring.ring.respond(response) }
@@ -518,6 +530,7 @@ impl Vbd {
             // Whoever asked for it is gone.
             return self.release(number);
         };
+        self.statistics.answered(request);
         let first = self.outgoing.len();
         if request.op == Op::Read && request.error.is_none() {
             for (segment, at) in placed(flight) {
@@ -542,6 +555,7 @@ impl Vbd {
             self.done = done;
             self.outgoing.clear();
         }
+        self.statistics.publish();
         self.wake_at = None;
         for ring in self.guest.iter_mut().flat_map(|guest| &mut guest.rings) {
             if ring.ring.publish() {
@@ -552,6 +566,9 @@ impl Vbd {
 
     fn respond(&mut self, passing: Passing) {
         let status = passing.copied(&self.outgoing, &mut self.counters);
+        if status.is_err() {
+            self.statistics.failed();
+        }
         let flight = &self.flights[usize::from(passing.flight)];
         let response = Response { id: flight.id, operation: flight.operation, status: status.err().unwrap_or(0) };
         if let Some(ring) = self.guest.as_mut().and_then(|guest| guest.rings.get_mut(flight.queue)) {
@@ -604,6 +621,22 @@ impl Vbd {
         rings.fold(self.past, |sum, ring| sum + ring.ring.counters)
     }
 
+    /// What STATS shows of a guest's device, in blktap's words.
+    pub fn xenbus(&self, pool: &str, domain: domid_t, device: u32) -> serde_json::Value {
+        let (rings, counters) = (self.ring_counters(), self.counters);
+        let image = rings.errors.saturating_sub(rings.malformed + counters.copy_errors);
+        serde_json::json!({
+            "pool": pool,
+            "domid": domain,
+            "devid": device,
+            "reqs": [rings.requests, rings.responses],
+            "kicks": [rings.kicks_in, rings.kicks_out],
+            "errors": {
+                "msg": rings.malformed, "map": counters.copy_errors, "vbd": counters.broken, "img": image,
+            },
+        })
+    }
+
     /// For debug-queue.
     pub fn inspect(&self) -> serde_json::Value {
         let rings = self.guest.iter().flat_map(|guest| &guest.rings);
@@ -617,11 +650,6 @@ impl Vbd {
             "counters": self.counters,
             "queues": rings.map(GuestRing::inspect).collect::<Vec<_>>(),
         })
-    }
-
-    /// What was counted.
-    pub fn counters(&self) -> VbdCounters {
-        self.counters
     }
 }
 

@@ -27,7 +27,7 @@ const PAUSE: u64 = 1_000_000_000;
 /// `VDISK_CDROM`, `VDISK_REMOVABLE` and `VDISK_READONLY` of the node `info`.
 const VDISK_CDROM: u32 = 1;
 const VDISK_REMOVABLE: u32 = 2;
-const VDISK_READONLY: u32 = 4;
+pub(crate) const VDISK_READONLY: u32 = 4;
 
 /// A node of ours: a tapdisk that was told to end has answered all that it took from the rings, and another one may go
 /// on with them.
@@ -384,6 +384,8 @@ impl<B: Backend> Handshake<B> {
             ("sector-size", disk.sector_size.to_string()),
             ("physical-sector-size", disk.physical_sector_size.to_string()),
             ("info", look.info.to_string()),
+            // By it xentop finds the statistics in shared memory.
+            ("kthread-pid", std::process::id().to_string()),
             ("feature-flush-cache", "1".into()),
             ("feature-barrier", "1".into()),
             ("feature-discard", u8::from(!look.read_only).to_string()),

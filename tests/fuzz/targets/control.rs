@@ -2,9 +2,13 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use mio::Poll;
 use slog::{Discard, Logger, o};
-use tapdisk::control::proto::{MESSAGE_SIZE, Message, text};
+use tapdisk::config::Config;
+use tapdisk::control::proto::{MESSAGE_SIZE, Message, kind, text};
 use tapdisk::control::{Late, respond};
+use tapdisk::minors::Minors;
+use tapdisk::minors::marker::Marker;
 use tapdisk::frontend::blkif::wire::Abi;
 use tapdisk::polling::{POLL_US_MAX, Polling, Settings};
 use tapdisk_fuzz::world::ram;
@@ -16,12 +20,23 @@ fuzz_target!(|data: &[u8]| {
     bytes[..len].copy_from_slice(&data[..len]);
     let message = Message::read_from_bytes(&bytes).unwrap();
     let _ = text(&bytes[8..]);
-    let mut world = ram(Abi::Native, 512, false);
+    // Files of that machine are none of its business.
+    if matches!(message.kind, kind::OPEN | kind::RESUME) && bytes[20] != 0 {
+        return;
+    }
+    let world = ram(Abi::Native, 512, false);
     let mut polling = Polling::new(Settings::default());
-    let answer = respond(&message, 0, &mut world.disk, &mut polling, &Logger::root(Discard, o!()));
-    match answer {
+    let log = Logger::root(Discard, o!());
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = Config::default();
+    config.control.directory = directory.path().to_owned();
+    let marker = Marker::take(directory.path(), Some(0)).unwrap();
+    let poll = Poll::new().unwrap();
+    let mut minors = Minors::new(config.into(), poll.registry().try_clone().unwrap(), 1, log.clone()).unwrap();
+    minors.add(marker, Some(world.disk), false).unwrap();
+    match respond(&message, &mut minors, &mut polling, &log) {
         Ok(answer) => assert!(answer.len() >= MESSAGE_SIZE),
-        Err(late) => assert_eq!(late, Late::Pause),
+        Err(late) => assert!(matches!(late, Late::Pause(0) | Late::Close(0)), "{late:?}"),
     }
     let Settings { poll_us, poll_idle_percent } = polling.settings();
     assert!(poll_us <= POLL_US_MAX && poll_idle_percent <= 100);

@@ -1,9 +1,7 @@
-//! `tap-ctl`: inspects and steers tapdisks.
+//! `tap-ctl`: starts, inspects and steers tapdisks.
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    tools::tap_ctl::run(&tools::tap_ctl::Args::parse())
+    tools::tap_ctl::main()
 }

@@ -5,17 +5,23 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use tapdisk::control::client::{self, Refused};
+use tapdisk::control::client::{self, refused};
 use tapdisk::control::proto::coalesce::{CANCEL, START};
 use tapdisk::disk::{CoalesceReport, Stage};
 
-use super::Coalesce;
+use super::{Coalesce, Disk};
 
 /// How often it is asked how far it is.
 const EACH: Duration = Duration::from_millis(100);
 
 /// Does what the options say, and prints how far it is.
-pub(super) fn coalesce(out: &mut impl Write, directory: &Path, disk: (i32, u16), args: &Coalesce) -> io::Result<()> {
+pub(super) fn coalesce(
+    out: &mut impl Write,
+    directory: &Path,
+    disk: Disk,
+    args: &Coalesce,
+    json: bool,
+) -> io::Result<()> {
     let flags = match args {
         Coalesce { cancel: true, .. } => CANCEL,
         Coalesce { show: true, .. } => 0,
@@ -25,7 +31,7 @@ pub(super) fn coalesce(out: &mut impl Write, directory: &Path, disk: (i32, u16),
     let image = args.image.as_ref().map(|image| image.canonicalize().unwrap_or_else(|_| image.clone()));
     let image = image.map(|image| image.to_string_lossy().into_owned()).unwrap_or_default();
     let rate = args.rate.map_or(0, |rate| rate.0);
-    let ask = |flags| client::coalesce(directory, disk.0, disk.1, flags, rate, &image);
+    let ask = |flags| client::coalesce(directory, disk.pid, disk.minor, flags, rate, &image);
     let mut text = ask(flags)?;
     let mut report: CoalesceReport = serde_json::from_str(&text)?;
     if args.wait {
@@ -42,14 +48,15 @@ pub(super) fn coalesce(out: &mut impl Write, directory: &Path, disk: (i32, u16),
             eprintln!("\r{:3} %", report.percent);
         }
     }
-    if args.json {
-        writeln!(out, "{text}")?;
-    } else {
+    let failed = args.wait && report.stage == Stage::Failed;
+    if !json {
         show(out, &report)?;
+    } else if !failed {
+        // Otherwise the error is the one value.
+        writeln!(out, "{text}")?;
     }
-    if args.wait && report.stage == Stage::Failed {
-        let text = report.error.unwrap_or_else(|| "it failed".into());
-        return Err(io::Error::other(Refused { errno: Errno::EIO as i32, text }));
+    if failed {
+        return Err(refused(Errno::EIO, report.error.unwrap_or_else(|| "it failed".into())));
     }
     Ok(())
 }

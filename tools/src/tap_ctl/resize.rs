@@ -1,28 +1,25 @@
 //! `resize`: lets the image's file grow, and tells its tapdisk.
 
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use tapdisk::control::client::{self, Refused};
+use serde_json::json;
+use tapdisk::control::client::{self, Opening, refused};
 use tapdisk::control::proto::kind;
 use tapdisk::disk::DebugQueue;
 
+use super::{Answer, Disk};
 use crate::vhd_util;
 
-fn refused(errno: Errno, text: String) -> io::Error {
-    io::Error::other(Refused { errno: errno as i32, text })
-}
-
 /// With a size in bytes, the file grows to it first.
-pub(super) fn resize(
-    out: &mut impl Write,
-    directory: &Path,
-    (pid, minor): (i32, u16),
-    size: Option<u64>,
-) -> io::Result<()> {
+pub(super) fn resize(directory: &Path, disk: Disk, size: Option<u64>) -> io::Result<Answer> {
+    let Disk { pid, minor } = disk;
+    let grown = |old, new| {
+        Ok(Answer::new(format!("old_size={old} new_size={new}"), json!({ "old_size": old, "new_size": new })))
+    };
     if let Some(size) = size {
         // LIST would do, but cuts long paths off.
         let disk: DebugQueue = serde_json::from_str(&client::text_of(directory, pid, minor, kind::DEBUG_QUEUE)?)?;
@@ -33,24 +30,23 @@ pub(super) fn resize(
         match disk.name.split_once(':') {
             Some(("aio", path)) => grow(pid, Path::new(path), size)?,
             Some(("vhd", path)) => {
-                let new = grow_vhd(directory, (pid, minor), Path::new(path), size)?;
-                return writeln!(out, "old_size={} new_size={new}", disk.size);
+                return grown(disk.size, grow_vhd(directory, (pid, minor), Path::new(path), size)?);
             }
             _ => return Err(refused(Errno::EOPNOTSUPP, format!("{}: it has no file that could grow", disk.name))),
         }
     }
     let (old, new) = client::resize(directory, pid, minor)?;
-    writeln!(out, "old_size={old} new_size={new}")
+    grown(old, new)
 }
 
 /// Lets a VHD image grow while its disk is paused, and gives the disk's size then. Its blocks stay where they are, which takes room in
 /// its table.
 fn grow_vhd(directory: &Path, (pid, minor): (i32, u16), path: &Path, size: u64) -> io::Result<u64> {
     let place = Path::new("/proc").join(pid.to_string()).join("cwd").join(path);
-    client::pause(directory, pid, minor)?;
+    client::pause(directory, pid, minor, None)?;
     let grown = vhd_util::grow(&place, size).map_err(|(errno, text)| refused(errno, text));
     // Whatever came of it.
-    client::resume(directory, pid, minor, None)?;
+    client::resume(directory, pid, minor, &Opening::default())?;
     grown?;
     let disk: DebugQueue = serde_json::from_str(&client::text_of(directory, pid, minor, kind::DEBUG_QUEUE)?)?;
     Ok(disk.size)

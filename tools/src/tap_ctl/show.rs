@@ -2,36 +2,17 @@
 
 use std::io::{self, Write};
 
-use tapdisk::control::client::Listed;
 use tapdisk::disk::{DebugQueue, RequestReport, Stage};
 use tapdisk::polling::Settings;
 
 use super::{coalesce, engine};
 
-/// `list`, as the storage managers parse it where the output is no terminal.
-pub(super) fn list(out: &mut impl Write, disks: &[Listed], json: bool) -> io::Result<()> {
+/// `debug-queue`.
+pub(super) fn debug_queue(out: &mut impl Write, text: &str, json: bool) -> io::Result<()> {
     if json {
-        return writeln!(out, "{}", serde_json::to_string(disks)?);
+        return writeln!(out, "{text}");
     }
-    if super::is_terminal() {
-        writeln!(out, "{:>8} {:>4} {:>4} {:>10} ARGS", "PID", "MIN", "STAT", "TYPE")?;
-    }
-    for disk in disks {
-        let Listed { pid, minor, state, name } = disk;
-        // C's %#x has no prefix for zero.
-        let state = if *state == 0 { "0".to_owned() } else { format!("{state:#x}") };
-        if super::is_terminal() {
-            let (kind, path) = name.split_once(':').unwrap_or(("", name));
-            writeln!(out, "{pid:>8} {minor:>4} {state:>4} {kind:>10} {path}")?;
-        } else {
-            writeln!(out, "pid={pid} minor={minor} state={state} args={name}")?;
-        }
-    }
-    Ok(())
-}
-
-/// `debug-queue`, for people.
-pub(super) fn debug_queue(out: &mut impl Write, disk: &DebugQueue) -> io::Result<()> {
+    let disk: &DebugQueue = &serde_json::from_str(text)?;
     let writable = if disk.read_only { "read-only" } else { "writable" };
     writeln!(
         out,

@@ -1,0 +1,248 @@
+//! What a message is answered.
+
+use nix::errno::Errno;
+use serde::Serialize;
+use serde_json::json;
+use slog::{Logger, info};
+use zerocopy::IntoBytes;
+
+use super::proto::{List, Message, MinorList, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
+use super::{blkif, engine, life, pause};
+use crate::disk::Disk;
+use crate::metrics::ProcessMetrics;
+use crate::minors::{Minor, MinorError, Minors};
+use crate::polling::Polling;
+
+/// What a disk, with that minor, does not do at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Late {
+    /// It changes its engine.
+    Engine(u16),
+    /// It is paused.
+    Pause(u16),
+    /// It goes on.
+    Resume(u16),
+    /// Its image is opened.
+    Open(u16),
+    /// Its image is closed.
+    Close(u16),
+    /// Its coalesce ends.
+    Cancel(u16),
+    /// It has finished the requests of a guest, which was disconnected: domain and device. The minor is only what the client said.
+    Disconnect(u16, u32, u32),
+}
+
+impl Late {
+    /// The answer, if that is done.
+    pub(super) fn answer(self, minors: &mut Minors) -> Option<Vec<u8>> {
+        let minor = match self {
+            Late::Open(minor) => return life::opened(minor, minors),
+            Late::Close(minor) => return life::closed(minor, minors),
+            Late::Disconnect(cookie, domain, device) => return blkif::disconnected(cookie, minors, domain, device),
+            Late::Engine(minor) | Late::Pause(minor) | Late::Resume(minor) | Late::Cancel(minor) => minor,
+        };
+        // Its image may have been closed meanwhile.
+        let Some(disk) = minors.disk_mut(minor) else { return Some(no_disk(minor)) };
+        match self {
+            Late::Engine(_) => disk.switched().map(|outcome| engine::switched(minor, disk, &outcome)),
+            Late::Pause(_) => disk.pause_outcome().map(|outcome| pause::paused(minor, disk, &outcome)),
+            Late::Resume(_) => disk.resume_outcome().map(|outcome| pause::resumed(minor, disk, &outcome)),
+            _ => pause::cancelled(minor, disk),
+        }
+    }
+}
+
+/// The whole answer to a request; or what it waits for.
+pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, log: &Logger) -> Result<Vec<u8>, Late> {
+    let cookie = request.cookie;
+    Ok(match request.kind {
+        kind::PID => {
+            let pid = std::process::id() as i32;
+            Message::new(kind::PID_RSP, cookie).with(&pid).as_bytes().to_vec()
+        }
+        kind::ATTACH => life::attach(cookie, minors),
+        kind::OPEN => life::open(request, minors).ok_or(Late::Open(cookie))?,
+        kind::CLOSE | kind::FORCE_SHUTDOWN => life::close(request, minors).ok_or(Late::Close(cookie))?,
+        kind::DETACH => life::detach(cookie, minors),
+        kind::XENBLKIF_CONNECT => blkif::connect(request, minors, polling, log),
+        kind::XENBLKIF_DISCONNECT => blkif::disconnect(request, minors)?,
+        kind::LIST_MINORS => list_minors(cookie, minors),
+        kind::LIST => list(cookie, minors),
+        kind::STATS if cookie == NO_MINOR => {
+            let all: Vec<_> = minors.iter().filter_map(Minor::disk).map(stats).collect();
+            with_json(kind::STATS_RSP, cookie, &all)
+        }
+        kind::METRICS if cookie == NO_MINOR => metrics(cookie, minors.iter().filter_map(Minor::with_disk)),
+        kind::EXIT => {
+            info!(log, "told to exit by a control connection");
+            minors.end();
+            Message::error(cookie, 0, "").as_bytes().to_vec()
+        }
+        _ => match minors.disk_mut(cookie) {
+            Some(disk) => of_disk(request, disk, polling, log)?,
+            None if is_known(request.kind) => no_disk(cookie),
+            None => unknown(request),
+        },
+    })
+}
+
+/// The answer to what is asked of one disk.
+fn of_disk(request: &Message, disk: &mut Disk, polling: &mut Polling, log: &Logger) -> Result<Vec<u8>, Late> {
+    let cookie = request.cookie;
+    Ok(match request.kind {
+        kind::ENGINE => engine::change(request, disk).ok_or(Late::Engine(cookie))?,
+        kind::PAUSE => pause::pause(cookie, disk).ok_or(Late::Pause(cookie))?,
+        kind::RESUME => pause::resume(request, disk).ok_or(Late::Resume(cookie))?,
+        kind::COMMIT => pause::commit(request, disk),
+        kind::QUERY_COMMIT => pause::query(cookie, disk),
+        kind::CANCEL_COMMIT => pause::cancel(request, disk).ok_or(Late::Cancel(cookie))?,
+        kind::STATS => with_text(kind::STATS_RSP, cookie, &stats(disk).to_string()),
+        kind::METRICS => metrics(cookie, [(cookie, &*disk)]),
+        kind::DISK_INFO => life::image(kind::DISK_INFO_RSP, cookie, disk.info()),
+        kind::DEBUG_QUEUE => with_json(kind::DEBUG_QUEUE_RSP, cookie, &disk.inspect(polling)),
+        kind::COALESCE => pause::coalesce(request, disk),
+        kind::POLL => set_polling(request, polling, log).as_bytes().to_vec(),
+        kind::RESIZE => resize(cookie, disk).as_bytes().to_vec(),
+        kind::FAULT => engine::faults(request, disk, log),
+        _ => unknown(request),
+    })
+}
+
+/// Whether there is an answer to it where there is a disk.
+fn is_known(kind: u16) -> bool {
+    matches!(
+        kind,
+        kind::PAUSE
+            | kind::RESUME
+            | kind::STATS
+            | kind::DISK_INFO
+            | kind::COMMIT
+            | kind::QUERY_COMMIT
+            | kind::CANCEL_COMMIT
+            | kind::DEBUG_QUEUE
+            | kind::POLL
+            | kind::RESIZE
+            | kind::ENGINE
+            | kind::FAULT
+            | kind::COALESCE
+            | kind::METRICS
+    )
+}
+
+fn unknown(request: &Message) -> Vec<u8> {
+    let text = format!("message type {} is not known here", request.kind);
+    Message::error(request.cookie, Errno::EINVAL as i32, &text).as_bytes().to_vec()
+}
+
+pub(super) fn no_disk(minor: u16) -> Vec<u8> {
+    refused(minor, &MinorError::new(Errno::ENODEV, format!("this tapdisk has no disk with minor {minor}")))
+}
+
+/// An error as an answer.
+pub(super) fn refused(cookie: u16, error: &MinorError) -> Vec<u8> {
+    Message::error(cookie, error.errno as i32, &error.text).as_bytes().to_vec()
+}
+
+fn list_minors(cookie: u16, minors: &Minors) -> Vec<u8> {
+    let mut shown = MinorList { count: minors.iter().len() as i32, list: [0; 63] };
+    for (to, minor) in shown.list.iter_mut().zip(minors.iter()) {
+        *to = minor.number().into();
+    }
+    Message::new(kind::LIST_MINORS_RSP, cookie).with(&shown).as_bytes().to_vec()
+}
+
+fn list(cookie: u16, minors: &Minors) -> Vec<u8> {
+    let wanted: Vec<_> = minors.iter().filter(|minor| cookie == NO_MINOR || cookie == minor.number()).collect();
+    let shown = wanted.iter().zip((1..=wanted.len() as i32).rev()).map(|(minor, count)| List {
+        count,
+        minor: minor.number().into(),
+        state: state_of(minor),
+        path: string(minor.disk().map_or("", |disk| &disk.info().name)),
+    });
+    let end = List { count: 0, minor: -1, state: 0, path: [0; 256] };
+    shown.chain([end]).flat_map(|list| Message::new(kind::LIST_RSP, cookie).with(&list).as_bytes().to_vec()).collect()
+}
+
+fn state_of(minor: &Minor) -> i32 {
+    match minor.disk() {
+        None if minor.is_closed() => state::CLOSED,
+        None => 0,
+        Some(disk) if disk.is_paused() => state::PAUSED,
+        Some(disk) if disk.is_pausing() => state::PAUSE_REQUESTED,
+        Some(disk) if disk.is_draining() => state::QUIESCE_REQUESTED,
+        Some(_) => 0,
+    }
+}
+
+fn set_polling(request: &Message, polling: &mut Polling, log: &Logger) -> Message {
+    let wanted: Poll = request.member();
+    let given = |flag, value| (wanted.flags & flag != 0).then_some(value);
+    let (us, percent) =
+        (given(poll::SET_US, wanted.poll_us), given(poll::SET_IDLE_PERCENT, wanted.poll_idle_percent));
+    let set = match wanted.flags & !(poll::SET_US | poll::SET_IDLE_PERCENT) {
+        0 => polling.set(us, percent),
+        unknown => Err(format!("flags {unknown:#x} are not known here")),
+    };
+    if let Err(text) = set {
+        return Message::error(request.cookie, Errno::EINVAL as i32, &text);
+    }
+    let settings = polling.settings();
+    if us.is_some() || percent.is_some() {
+        info!(log, "polling set"; "poll_us" => settings.poll_us, "poll_idle_percent" => settings.poll_idle_percent);
+    }
+    let answer = Poll { poll_us: settings.poll_us, poll_idle_percent: settings.poll_idle_percent, flags: 0 };
+    Message::new(kind::POLL_RSP, request.cookie).with(&answer)
+}
+
+fn resize(cookie: u16, disk: &mut Disk) -> Message {
+    match disk.resize() {
+        Ok((old, new)) => Message::new(kind::RESIZE_RSP, cookie).with(&Resized { old, new }),
+        Err(error) => {
+            let text = format!("{}: {error}", disk.info().name);
+            Message::error(cookie, error.errno() as i32, &text)
+        }
+    }
+}
+
+fn metrics<'a>(cookie: u16, disks: impl IntoIterator<Item = (u16, &'a Disk)>) -> Vec<u8> {
+    with_json(kind::METRICS_RSP, cookie, &ProcessMetrics::here(disks))
+}
+
+fn with_text(kind: u16, cookie: u16, text: &str) -> Vec<u8> {
+    let mut bytes = Message::new(kind, cookie).with(&Stat::new(kind, cookie, text.len())).as_bytes().to_vec();
+    bytes.extend_from_slice(text.as_bytes());
+    bytes
+}
+
+pub(super) fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u8> {
+    match serde_json::to_string(shown) {
+        Ok(text) => with_text(kind, cookie, &text),
+        Err(error) => Message::error(cookie, Errno::EIO as i32, &error.to_string()).as_bytes().to_vec(),
+    }
+}
+
+/// STATS, in blktap's words.
+fn stats(disk: &Disk) -> serde_json::Value {
+    let sectors = disk.stats().sectors();
+    let name = &disk.info().name;
+    let (driver, path) = name.split_once(':').unwrap_or(("", name));
+    let mut stats = json!({
+        "name": name,
+        "secs": sectors,
+        "images": [{
+            "name": path,
+            "hits": sectors,
+            "fail": disk.stats().failed(),
+            "driver": { "type": 0, "name": driver, "status": null },
+        }],
+        "FIXME_enospc_redirect_count": 0,
+        "nbd_mirror_failed": 0,
+        "reqs_outstanding": disk.outstanding(),
+        "read_caching": if disk.is_buffered() { "true" } else { "false" },
+        "memory": disk.budget(),
+    });
+    if let Some(xenbus) = disk.xenbus() {
+        stats["xenbus"] = xenbus;
+    }
+    stats
+}

@@ -1,0 +1,186 @@
+//! Which minors of a host are taken: an empty file `tapdisk-<minor>` each, in the folder `tapdisk` of the control directory, as
+//! with blktap.
+//!
+//! Who makes or removes one holds the folder's lock (flock(2)); a tapdisk holds the file's as long as it has the minor.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+/// The greatest minor.
+pub const MINOR_MAX: u16 = 16383;
+
+/// What the file has in it if its tapdisk has taken the minor by itself: then the file goes with the process, and one whose process
+/// was killed is taken over.
+const BY_ITSELF: &[u8] = b"by itself\n";
+
+/// The file of a minor.
+pub fn path(directory: &Path, minor: u16) -> PathBuf {
+    folder(directory).join(format!("tapdisk-{minor}"))
+}
+
+fn folder(directory: &Path) -> PathBuf {
+    directory.join("tapdisk")
+}
+
+/// Takes the lowest minor that is free, and gives it and its file. ENOSPC: there is none.
+pub fn allocate(directory: &Path) -> io::Result<(u16, PathBuf)> {
+    let _lock = lock_folder(directory)?;
+    for minor in 0..=MINOR_MAX {
+        match make(directory, minor) {
+            Ok(_) => return Ok((minor, path(directory, minor))),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::ENOSPC.into())
+}
+
+/// Gives a minor back. ENOENT: nobody has taken it. EAGAIN: a tapdisk has it.
+pub fn free(directory: &Path, minor: u16) -> io::Result<()> {
+    // Nothing is made for what is not there.
+    let path = path(directory, minor);
+    let file = File::open(&path)?;
+    let _lock = lock_folder(directory)?;
+    let _file = lock(file)?;
+    std::fs::remove_file(path)
+}
+
+/// Holds a minor, and lets it go when it is dropped.
+#[derive(Debug)]
+pub struct Marker {
+    file: Flock<File>,
+    path: PathBuf,
+    minor: u16,
+    by_itself: bool,
+}
+
+impl Marker {
+    /// Holds a minor that somebody has allocated. ENOENT: nobody has. EAGAIN: another tapdisk has it.
+    pub fn hold(directory: &Path, minor: u16) -> io::Result<Marker> {
+        let path = path(directory, minor);
+        let file = lock(File::open(&path)?)?;
+        // It may have been given back, and be another one by now.
+        let (ours, there) = (file.metadata()?, std::fs::metadata(&path)?);
+        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+            return Err(Errno::EAGAIN.into());
+        }
+        Ok(Marker { file, path, minor, by_itself: false })
+    }
+
+    /// Takes this minor, or the lowest that is free, for as long as this lives. EAGAIN: another tapdisk has it.
+    pub fn take(directory: &Path, minor: Option<u16>) -> io::Result<Marker> {
+        let _lock = lock_folder(directory)?;
+        if let Some(minor) = minor {
+            return match Marker::take_free(directory, minor)? {
+                Some(marker) => Ok(marker),
+                None => Marker::hold(directory, minor),
+            };
+        }
+        for minor in 0..=MINOR_MAX {
+            if let Some(marker) = Marker::take_free(directory, minor)? {
+                return Ok(marker);
+            }
+        }
+        Err(Errno::ENOSPC.into())
+    }
+
+    /// Takes it if it is free, or was that of a process that was killed.
+    fn take_free(directory: &Path, minor: u16) -> io::Result<Option<Marker>> {
+        let path = path(directory, minor);
+        let file = match make(directory, minor) {
+            Ok(mut file) => {
+                file.write_all(BY_ITSELF)?;
+                file
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                let mut text = Vec::new();
+                let mut file = File::open(&path)?;
+                (&mut file).take(BY_ITSELF.len() as u64 + 1).read_to_end(&mut text)?;
+                if text != BY_ITSELF {
+                    return Ok(None);
+                }
+                file
+            }
+            Err(error) => return Err(error),
+        };
+        match lock(file) {
+            Ok(file) => Ok(Some(Marker { file, path, minor, by_itself: true })),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The minor.
+    pub fn minor(&self) -> u16 {
+        self.minor
+    }
+}
+
+impl Drop for Marker {
+    fn drop(&mut self) {
+        // As long as we have its lock nobody else removes it. Nothing can be done where it is gone.
+        if self.by_itself && self.file.metadata().is_ok_and(|meta| meta.nlink() > 0) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes the file of a minor. AlreadyExists: it is taken.
+fn make(directory: &Path, minor: u16) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path(directory, minor))
+}
+
+/// Makes the folder, and waits for its lock.
+fn lock_folder(directory: &Path) -> io::Result<Flock<File>> {
+    let folder = folder(directory);
+    DirBuilder::new().recursive(true).mode(0o755).create(&folder)?;
+    Flock::lock(File::open(folder)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
+fn lock(file: File) -> io::Result<Flock<File>> {
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minor_is_taken_once_and_what_a_tapdisk_has_is_not_given_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        assert_eq!(free(directory, 0).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        assert_eq!(allocate(directory).unwrap(), (0, directory.join("tapdisk/tapdisk-0")));
+        assert_eq!(allocate(directory).unwrap().0, 1);
+        let marker = Marker::hold(directory, 0).unwrap();
+        assert_eq!(Marker::hold(directory, 0).unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+        assert_eq!(free(directory, 0).unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+        drop(marker);
+        free(directory, 0).unwrap();
+        assert_eq!(Marker::hold(directory, 0).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        assert_eq!(allocate(directory).unwrap().0, 0, "it is free again");
+    }
+
+    #[test]
+    fn what_a_tapdisk_took_by_itself_goes_with_it_or_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let first = Marker::take(directory, None).unwrap();
+        let second = Marker::take(directory, None).unwrap();
+        assert_eq!((first.minor(), second.minor(), allocate(directory).unwrap().0), (0, 1, 2));
+        assert_eq!(Marker::take(directory, Some(1)).unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+        drop(first);
+        assert!(!path(directory, 0).exists());
+        // As a killed process leaves it.
+        std::fs::write(path(directory, 0), BY_ITSELF).unwrap();
+        assert_eq!(Marker::take(directory, None).unwrap().minor(), 0);
+        // One that was allocated is held, and stays.
+        drop(Marker::take(directory, Some(2)).unwrap());
+        assert!(path(directory, 2).exists());
+    }
+}

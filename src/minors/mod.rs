@@ -1,0 +1,472 @@
+//! The disks of this process, by minor. One is attached, and an image may be opened and closed for it any number of times; the process
+//! ends when the last one is detached.
+
+pub mod marker;
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use mio::event::Event;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use slog::{Logger, error, info, o};
+
+use self::marker::{MINOR_MAX, Marker};
+use crate::config::{Config, Direct, ImageType};
+use crate::disk::{Disk, Turn};
+use crate::frontend::DiskInfo;
+use crate::image::{Image, Opening};
+use crate::serve;
+use crate::sys::file::same_file;
+
+/// Tokens of a disk: its engine's, and then its frontends'.
+const SOURCES: usize = 8;
+
+/// Why something can't be done with a minor.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct MinorError {
+    /// As a client is told.
+    pub errno: Errno,
+    /// What, and what to do.
+    pub text: String,
+}
+
+impl MinorError {
+    /// With that text.
+    pub fn new(errno: Errno, text: impl Into<String>) -> MinorError {
+        MinorError { errno, text: text.into() }
+    }
+
+    /// Nobody has attached it.
+    pub fn no_such(minor: u16, errno: Errno) -> MinorError {
+        MinorError::new(errno, format!("this tapdisk has no minor {minor}"))
+    }
+}
+
+/// What OPEN says of an image.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Its type and path.
+    pub image: (ImageType, PathBuf),
+    /// Writes are refused.
+    pub read_only: bool,
+    /// It is read and written through the page cache.
+    pub buffered: bool,
+    /// For how long I/O that fails is tried again, in seconds; none: as configured.
+    pub timeout_s: Option<u16>,
+    /// The minor of this process whose image has to be its parent.
+    pub parent: Option<u16>,
+}
+
+/// One that is attached.
+pub struct Minor {
+    marker: Marker,
+    /// Names its sources. None is used twice, so that no event reaches another disk.
+    serial: usize,
+    disk: Option<Disk>,
+    opening: Option<(Opening, Option<u16>)>,
+    /// How the last OPEN went.
+    opened: Result<(), MinorError>,
+    /// How the last image's end went. None: there was none.
+    closed: Option<Result<(), Errno>>,
+    /// It is detached when its disk is closed.
+    goes: bool,
+}
+
+impl Minor {
+    /// Its number.
+    pub fn number(&self) -> u16 {
+        self.marker.minor()
+    }
+
+    /// The disk, if an image is open.
+    pub fn disk(&self) -> Option<&Disk> {
+        self.disk.as_ref()
+    }
+
+    /// Its number and the disk, if an image is open.
+    pub fn with_disk(&self) -> Option<(u16, &Disk)> {
+        Some((self.number(), self.disk()?))
+    }
+
+    /// Whether there was an image, and is none.
+    pub fn is_closed(&self) -> bool {
+        self.disk.is_none() && self.closed.is_some()
+    }
+}
+
+/// All that are attached.
+pub struct Minors {
+    /// By number.
+    list: Vec<Minor>,
+    registry: Registry,
+    /// The first source of a disk, in the upper half of a token.
+    base: usize,
+    serials: usize,
+    /// Tells the main loop that an image is open.
+    wake: Arc<EventFd>,
+    /// For what OPEN does not say.
+    settings: Arc<Config>,
+    /// Something was attached.
+    served: bool,
+    ending: bool,
+    /// An error of a last flush.
+    error: Option<Errno>,
+    log: Logger,
+}
+
+impl Minors {
+    /// None. Sources are `base` and up.
+    pub fn new(settings: Arc<Config>, registry: Registry, base: usize, log: Logger) -> io::Result<Minors> {
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        registry.register(&mut SourceFd(&wake.as_fd().as_raw_fd()), Token(base << 32), Interest::READABLE)?;
+        let (list, base) = (Vec::new(), base + 1);
+        Ok(Minors {
+            list,
+            registry,
+            base,
+            serials: 0,
+            wake,
+            settings,
+            served: false,
+            ending: false,
+            error: None,
+            log,
+        })
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Minor> {
+        self.list.iter()
+    }
+
+    fn find(&self, minor: u16) -> Result<usize, usize> {
+        self.list.binary_search_by_key(&minor, Minor::number)
+    }
+
+    fn get_mut(&mut self, minor: u16) -> Option<&mut Minor> {
+        self.find(minor).ok().map(|index| &mut self.list[index])
+    }
+
+    /// The disk with that minor, if its image is open.
+    pub fn disk_mut(&mut self, minor: u16) -> Option<&mut Disk> {
+        self.get_mut(minor)?.disk.as_mut()
+    }
+
+    /// The disk that serves a guest's device, or has not finished its requests.
+    pub fn disk_of_guest(&mut self, domain: u32, device: u32) -> Option<&mut Disk> {
+        let mut disks = self.list.iter_mut().filter_map(|minor| minor.disk.as_mut());
+        disks.find_map(|disk| disk.has_guest(domain, device).then_some(disk))
+    }
+
+    /// Attaches a minor that somebody has allocated. EEXIST: it is attached. ENOENT: nobody has allocated it. EAGAIN: another process
+    /// has it.
+    pub fn attach(&mut self, minor: u16) -> Result<(), MinorError> {
+        let refused = |errno, text: &str| Err(MinorError::new(errno, format!("minor {minor}: {text}")));
+        if self.ending {
+            return refused(Errno::ESHUTDOWN, "this tapdisk is about to end");
+        }
+        if self.find(minor).is_ok() {
+            return refused(Errno::EEXIST, "it is attached already");
+        }
+        if minor > MINOR_MAX {
+            return refused(Errno::EINVAL, &format!("expected at most {MINOR_MAX}"));
+        }
+        let directory = &self.settings.control.directory;
+        let path = marker::path(directory, minor);
+        match Marker::hold(directory, minor) {
+            Ok(marker) => self.add(marker, None, false).map_err(|error| of_io(&error, "cannot attach it")),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                refused(Errno::ENOENT, &format!("there is no {}: tap-ctl allocate makes one", path.display()))
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                refused(Errno::EAGAIN, &format!("another tapdisk holds {}", path.display()))
+            }
+            Err(error) => Err(of_io(&error, &path.display().to_string())),
+        }
+    }
+
+    /// Adds a minor, with a disk or without; if it `goes`, for as long as the disk is open.
+    pub fn add(&mut self, marker: Marker, disk: Option<Disk>, goes: bool) -> io::Result<()> {
+        let (number, serial) = (marker.minor(), self.serials);
+        self.serials += 1;
+        let mut minor = Minor { marker, serial, disk: None, opening: None, opened: Ok(()), closed: None, goes };
+        if let Some(disk) = disk {
+            self.put(&mut minor, disk)?;
+        }
+        let index = self.find(number).unwrap_or_else(|index| index);
+        self.list.insert(index, minor);
+        self.served = true;
+        Ok(())
+    }
+
+    /// Watches a disk's sources and gives it to its minor.
+    fn put(&self, minor: &mut Minor, mut disk: Disk) -> io::Result<()> {
+        let source = self.base + minor.serial * SOURCES;
+        let event = disk.engine().submit.event().as_fd().as_raw_fd();
+        self.registry.register(&mut SourceFd(&event), Token(source << 32), Interest::READABLE)?;
+        disk.register(&self.registry, |i| (source + 1 + i) << 32)?;
+        minor.disk = Some(disk);
+        Ok(())
+    }
+
+    /// Begins to open an image; [`open_outcome`](Self::open_outcome) says how it went. EINVAL: it is not attached. EALREADY: an image
+    /// is open.
+    pub fn open(&mut self, minor: u16, wanted: Wanted) -> Result<(), MinorError> {
+        let index = self.find(minor).map_err(|_| MinorError::no_such(minor, Errno::EINVAL))?;
+        let refused = |errno, text: &str| Err(MinorError::new(errno, format!("minor {minor}: {text}")));
+        if self.list[index].opening.is_some() {
+            return refused(Errno::EBUSY, "an image is being opened for it");
+        }
+        if let Some(disk) = self.list[index].disk() {
+            return refused(Errno::EALREADY, &format!("{} is open", disk.info().name));
+        }
+        if let Some(parent) = wanted.parent
+            && self.find(parent).ok().and_then(|index| self.list[index].disk()).is_none()
+        {
+            return Err(MinorError::no_such(parent, Errno::ENODEV));
+        }
+        let config = self.configure(minor, &wanted);
+        let log = self.log.new(o!("minor" => minor));
+        let opening = Opening::start(config.into(), None, Arc::clone(&self.wake), &log);
+        self.list[index].opening = Some((opening.map_err(|error| of_io(&error, "a thread"))?, wanted.parent));
+        Ok(())
+    }
+
+    /// The configuration of a disk that OPEN opens.
+    fn configure(&self, minor: u16, wanted: &Wanted) -> Config {
+        let mut config = (*self.settings).clone();
+        let image = &mut config.image;
+        (image.kind, image.path) = (wanted.image.0, Some(wanted.image.1.clone()));
+        image.read_only |= wanted.read_only;
+        if wanted.buffered {
+            image.direct = Direct::Off;
+        }
+        if let Some(timeout) = wanted.timeout_s {
+            config.retry.limit_s = timeout.into();
+        }
+        // blktap exports each of its disks so.
+        let nbd = config.frontend.nbd.get_or_insert_default();
+        let directory = &config.control.directory;
+        nbd.socket.get_or_insert_with(|| directory.join("nbd{pid}.{minor}"));
+        nbd.old_socket.get_or_insert_with(|| directory.join("nbd-old{pid}.{minor}"));
+        serve::place_sockets(&mut config, minor);
+        config
+    }
+
+    /// How the last OPEN went, if it is over: then its disk is there.
+    pub fn open_outcome(&self, minor: u16) -> Option<Result<&DiskInfo, MinorError>> {
+        let gone = || MinorError::no_such(minor, Errno::ENODEV);
+        let Ok(index) = self.find(minor) else { return Some(Err(gone())) };
+        let minor = &self.list[index];
+        if minor.opening.is_some() {
+            return None;
+        }
+        let outcome = minor.opened.clone();
+        Some(outcome.and_then(|()| minor.disk().map(Disk::info).ok_or_else(gone)))
+    }
+
+    /// Puts images to use that have been opened.
+    fn advance_opening(&mut self) -> bool {
+        let mut worked = false;
+        for index in 0..self.list.len() {
+            let Some((opening, parent)) = &self.list[index].opening else { continue };
+            let Some(outcome) = opening.outcome() else { continue };
+            let (config, parent) = (Arc::clone(&opening.config), *parent);
+            worked = true;
+            self.list[index].opening = None;
+            let outcome = outcome.map_err(|error| MinorError::new(error.errno(), error.to_string()));
+            let outcome = outcome.and_then(|image| self.serve(index, image, parent, &config));
+            if let Err(error) = &outcome {
+                error!(self.log, "not opened"; "minor" => self.list[index].number(), "error" => %error);
+            }
+            self.list[index].opened = outcome;
+        }
+        worked
+    }
+
+    fn serve(
+        &mut self,
+        index: usize,
+        image: Image,
+        parent: Option<u16>,
+        config: &Arc<Config>,
+    ) -> Result<(), MinorError> {
+        if let Some(parent) = parent {
+            self.check_parent(&image, parent)?;
+        }
+        let log = self.log.new(o!("minor" => self.list[index].number()));
+        let failed = |error: Box<dyn std::error::Error>| {
+            let errno = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+            MinorError::new(errno.map_or(Errno::EIO, Errno::from_raw), error.to_string())
+        };
+        let disk = serve::disk(Arc::clone(config), image, &log).map_err(failed)?;
+        let mut minor = self.list.remove(index);
+        let done = self.put(&mut minor, disk);
+        minor.closed = None;
+        self.list.insert(index, minor);
+        done.map_err(|error| of_io(&error, "cannot watch it"))
+    }
+
+    /// Whether the image right below is the one of that minor.
+    fn check_parent(&self, image: &Image, parent: u16) -> Result<(), MinorError> {
+        let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::file);
+        let below = image.locks.get(1);
+        match (below, of_parent) {
+            (Some(below), Some(of_parent)) if same_file(below, of_parent) => Ok(()),
+            _ => {
+                let text = format!("{}: its parent is not the image of minor {parent}", image.info.name);
+                Err(MinorError::new(Errno::EINVAL, text))
+            }
+        }
+    }
+
+    /// Begins to close a minor's image, if one is open: finishes what is under way, or with `force` gives up what has not reached the
+    /// engine. ENODEV: it is not attached. EBUSY: an image is being opened.
+    pub fn close(&mut self, minor: u16, force: bool) -> Result<(), MinorError> {
+        let Some(minor) = self.get_mut(minor) else { return Err(MinorError::no_such(minor, Errno::ENODEV)) };
+        if minor.opening.is_some() {
+            let text = format!("minor {}: an image is being opened for it", minor.number());
+            return Err(MinorError::new(Errno::EBUSY, text));
+        }
+        if let Some(disk) = &mut minor.disk {
+            // Whoever closes it detaches it too.
+            minor.goes = false;
+            disk.drain();
+            if force {
+                disk.cancel();
+            }
+        }
+        Ok(())
+    }
+
+    /// How closing it went, if that is over.
+    pub fn close_outcome(&self, minor: u16) -> Option<Result<(), Errno>> {
+        match self.find(minor) {
+            Ok(index) if self.list[index].disk.is_some() => None,
+            Ok(index) => Some(self.list[index].closed.unwrap_or(Ok(()))),
+            // It went with its process.
+            Err(_) => Some(self.error.map_or(Ok(()), Err)),
+        }
+    }
+
+    /// Lets go of a minor. ENODEV: it is not attached. EBUSY: its image is open.
+    pub fn detach(&mut self, minor: u16) -> Result<(), MinorError> {
+        let index = self.find(minor).map_err(|_| MinorError::no_such(minor, Errno::ENODEV))?;
+        let busy = match &self.list[index] {
+            Minor { disk: Some(disk), .. } => format!("{} is open: tap-ctl close closes it", disk.info().name),
+            Minor { opening: Some(_), .. } => "an image is being opened for it".into(),
+            _ => {
+                self.list.remove(index);
+                return Ok(());
+            }
+        };
+        Err(MinorError::new(Errno::EBUSY, format!("minor {minor}: {busy}")))
+    }
+
+    /// Closes all images and detaches all minors.
+    pub fn end(&mut self) {
+        self.ending = true;
+        for minor in &mut self.list {
+            minor.goes = true;
+            minor.opening = None;
+            if let Some(disk) = &mut minor.disk {
+                disk.drain();
+            }
+        }
+        self.remove_gone();
+    }
+
+    /// Whether [`end`](Self::end) was called, or the only disk is being closed for good.
+    pub fn is_ending(&self) -> bool {
+        let goes = |minor: &Minor| minor.goes && minor.disk().is_some_and(Disk::is_draining);
+        self.ending || (!self.list.is_empty() && self.list.iter().all(goes))
+    }
+
+    /// Gives up what has not reached the engines.
+    pub fn cancel(&mut self) {
+        self.list.iter_mut().filter_map(|minor| minor.disk.as_mut()).for_each(Disk::cancel);
+    }
+
+    /// Whether the last one is detached, and with which error of a last flush.
+    pub fn over(&self) -> Option<Result<(), Errno>> {
+        let over = self.list.is_empty() && (self.served || self.ending);
+        over.then(|| self.error.map_or(Ok(()), Err))
+    }
+
+    /// Everything that can be done without waiting.
+    pub fn turn(&mut self) -> Turn {
+        let mut turn = Turn::Nothing;
+        let mut closed = false;
+        for minor in &mut self.list {
+            let Some(disk) = &mut minor.disk else { continue };
+            turn = turn.max(disk.turn());
+            if let Some(result) = disk.closed() {
+                match &result {
+                    Ok(()) => info!(self.log, "drained and flushed; the end"; "minor" => minor.marker.minor()),
+                    Err(errno) => {
+                        error!(self.log, "drained, but the last flush failed"; "minor" => minor.marker.minor(),
+                            "error" => errno.to_string());
+                    }
+                }
+                (minor.closed, minor.disk, closed) = (Some(result), None, true);
+            }
+        }
+        if closed {
+            self.remove_gone();
+        }
+        if self.advance_opening() || closed { turn.max(Turn::Worked) } else { turn }
+    }
+
+    fn remove_gone(&mut self) {
+        let gone = |minor: &Minor| minor.goes && minor.disk.is_none();
+        for minor in self.list.extract_if(.., |minor| gone(minor)) {
+            self.error = self.error.or(minor.closed.and_then(Result::err));
+        }
+    }
+
+    /// An event of a disk's source.
+    pub fn event(&mut self, source: usize, index: usize, event: &Event) {
+        let Some(source) = source.checked_sub(self.base) else { return };
+        let (serial, source) = (source / SOURCES, source % SOURCES);
+        let minor = self.list.iter_mut().find(|minor| minor.serial == serial);
+        // The engine's: the next turn reaps.
+        if let (Some(disk), Some(frontend)) = (minor.and_then(|minor| minor.disk.as_mut()), source.checked_sub(1)) {
+            disk.event(frontend, index, event);
+        }
+    }
+
+    fn disks(&self) -> impl Iterator<Item = &Disk> {
+        self.list.iter().filter_map(Minor::disk)
+    }
+
+    /// Whether a turn would find something, as far as memory shows.
+    pub fn ready(&self) -> bool {
+        self.disks().any(Disk::ready)
+    }
+
+    /// When a frontend whose requests memory shows last brought one or got an answer, ns of [`crate::stats::now`].
+    pub fn last_in_memory(&self) -> Option<u64> {
+        self.disks().filter_map(Disk::last_in_memory).max()
+    }
+
+    /// Before the loop sleeps: asks clients to wake it. True: a turn is due.
+    pub fn arm(&mut self) -> bool {
+        self.list.iter_mut().filter_map(|minor| minor.disk.as_mut()).fold(false, |ready, disk| disk.arm() | ready)
+    }
+
+    /// When a turn is due although nothing happens, ns of [`crate::stats::now`].
+    pub fn deadline(&self) -> Option<u64> {
+        self.disks().filter_map(Disk::deadline).min()
+    }
+}
+
+fn of_io(error: &io::Error, what: &str) -> MinorError {
+    let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    MinorError::new(errno, format!("{what}: {error}"))
+}

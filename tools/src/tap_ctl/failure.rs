@@ -1,0 +1,59 @@
+//! How a command fails: exit code, standard error, and with --json standard output.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use nix::errno::Errno;
+use serde_json::json;
+use tapdisk::control::client;
+
+use super::Args;
+
+/// What is told of an error.
+pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
+    // Only standard output is a pipe here; whoever read it has enough.
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return ExitCode::SUCCESS;
+    }
+    let errno = if is_exact(error) { Errno::EPERM } else { client::errno(error) };
+    let (number, known) = (errno as i32, strerror(errno));
+    let words = words(error);
+    if args.json {
+        let name = format!("{errno:?}");
+        let value = json!({ "error": { "errno": number, "name": name, "text": words.as_ref().unwrap_or(&known) } });
+        // Where it can't be written, the exit code still says that something is wrong.
+        let _ = writeln!(io::stdout(), "{value}");
+    }
+    let detailed = args.debug || io::stderr().is_terminal();
+    match words {
+        Some(words) if !args.command.is_blktaps() || is_exact(error) => eprintln!("{words}"),
+        Some(words) if detailed => eprintln!("{known}\n{words}"),
+        _ => eprintln!("{known}"),
+    }
+    ExitCode::from(u8::try_from(number).unwrap_or(1))
+}
+
+/// What an error says beyond its errno.
+fn words(error: &io::Error) -> Option<String> {
+    error.raw_os_error().is_none().then(|| error.to_string())
+}
+
+/// What the C library says of an errno, and toolstacks look for.
+fn strerror(errno: Errno) -> String {
+    let text = io::Error::from(errno).to_string();
+    text.rsplit_once(" (os error").map_or(text.clone(), |(text, _)| text.to_owned())
+}
+
+/// An error whose words blktap prints in place of the errno's.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Exact(String);
+
+/// An error with exit code 1 and these words.
+pub(super) fn exact(text: &str) -> io::Error {
+    io::Error::other(Exact(text.to_owned()))
+}
+
+fn is_exact(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|error| error.is::<Exact>())
+}

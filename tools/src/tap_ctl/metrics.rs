@@ -1,0 +1,27 @@
+//! `metrics`: one exposition of all tapdisks of the host.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use tapdisk::metrics::ProcessMetrics;
+use tapdisk::metrics::text::Exposition;
+
+use super::collect::{Answer, Collector};
+
+/// How long a tapdisk may take to answer before it counts as one that hangs.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Prints it. A tapdisk that does not answer is in it as one that is not up.
+pub(super) fn metrics(out: &mut impl Write, directory: &Path) -> io::Result<()> {
+    let answers = Collector::new(directory).round(PATIENCE)?;
+    let processes = answers.into_iter().filter_map(|(pid, answer)| match answer {
+        Answer::Metrics(process) => Some(process),
+        Answer::Hangs(_) => Some(ProcessMetrics { pid, ..ProcessMetrics::default() }),
+        Answer::Refused(why) => {
+            eprintln!("process {pid}: {why}");
+            None
+        }
+    });
+    write!(out, "{}", Exposition(&processes.collect::<Vec<_>>()))
+}

@@ -1,0 +1,95 @@
+//! Starts a tapdisk.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, absolute};
+use std::process::{Command, ExitStatus, Stdio};
+
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use tapdisk::control::client::{errno, refused};
+
+use super::args::DIRECTORY;
+
+/// More than a path has, in bytes.
+const LINE_MAX: u64 = 4096;
+/// More than anybody reads of what it says if it fails, in bytes.
+const ERRORS_MAX: usize = 16384;
+
+/// The program: what somebody names, the one beside us, or the one in PATH.
+fn program() -> OsString {
+    let named = std::env::var_os("TAPDISK").filter(|name| !name.is_empty()).map(|name| {
+        // It starts elsewhere. A name alone is looked for in PATH.
+        let path = Path::new(&name).components().count() > 1;
+        path.then(|| absolute(&name).ok()).flatten().map_or(name, OsString::from)
+    });
+    let beside =
+        || std::env::current_exe().ok().map(|path| path.with_file_name("tapdisk")).filter(|path| path.exists());
+    named.or_else(|| beside().map(OsString::from)).unwrap_or_else(|| "tapdisk".into())
+}
+
+/// Starts a tapdisk without disks, in a slice of systemd if one is named, and gives its process id. It gets nothing of ours that
+/// somebody may wait for the end of.
+pub(super) fn start(directory: &Path, slice: Option<&str>) -> io::Result<i32> {
+    let program = program();
+    let mut command = Command::new(if slice.is_some() { "systemd-run".as_ref() } else { program.as_os_str() });
+    if let Some(slice) = slice {
+        command.args(["--quiet", "--scope", "--slice", slice, "--"]).arg(&program);
+    }
+    if directory != Path::new(DIRECTORY) {
+        command.arg("--control-directory").arg(absolute(directory)?);
+    }
+    // What it says if it fails. A file does not block it, and need not have an end.
+    let errors = File::from(memfd_create(c"stderr", MFdFlags::MFD_CLOEXEC)?);
+    // As blktap's, it holds no folder of whoever started it.
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors.try_clone()?);
+    let mut child = command.spawn().map_err(|error| {
+        let text = match slice {
+            Some(slice) => format!("systemd-run: {error}; without it there is no slice {slice}: leave -c out"),
+            None => format!("{}: {error}; TAPDISK in the environment names another program", program.display()),
+        };
+        refused(errno(&error), text)
+    })?;
+    let mut line = Vec::new();
+    let output = child.stdout.take().ok_or(Errno::EIO)?;
+    BufReader::new(output.take(LINE_MAX)).read_until(b'\n', &mut line)?;
+    let pid = pid_of(&line);
+    if pid == Some(child.id() as i32) {
+        // It stays in the foreground, and is its own master.
+        return Ok(child.id() as i32);
+    }
+    if pid.is_none() && !line.is_empty() {
+        // It is something else, which may have ended.
+        let _ = child.kill();
+    }
+    match (pid, child.wait()?) {
+        (Some(pid), status) if status.success() => Ok(pid),
+        (_, status) => {
+            let mut said = vec![0; ERRORS_MAX];
+            let len = errors.read_at(&mut said, 0)?;
+            line.extend_from_slice(&said[..len]);
+            Err(failed(&program.display().to_string(), status, String::from_utf8_lossy(&line).trim_end()))
+        }
+    }
+}
+
+/// The process id in the control socket's path.
+fn pid_of(line: &[u8]) -> Option<i32> {
+    let (_, pid) = std::str::from_utf8(line).ok()?.strip_suffix('\n')?.rsplit_once("/ctl")?;
+    pid.parse().ok()
+}
+
+/// Its exit code becomes ours.
+fn failed(program: &str, status: ExitStatus, said: &str) -> io::Error {
+    let errno = match (status.code(), status.signal()) {
+        (Some(0), _) => Errno::EPROTO,
+        (Some(code), _) => Errno::from_raw(code),
+        // As blktap has it.
+        _ => Errno::EINTR,
+    };
+    let said = if said.is_empty() { "it printed no control socket" } else { said };
+    refused(errno, format!("{program} did not start ({status}): {said}"))
+}
