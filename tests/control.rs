@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use common::guest::Guest;
 use common::host::{Host, said};
-use common::live::{name, wait_for};
+use common::live::{locked, name, wait_for};
 use common::served::{Served, folder, output, run, tool};
+use common::small_fs::SmallFs;
+use common::vhd::good;
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
@@ -550,4 +552,26 @@ fn a_client_that_hangs_up_before_its_answer_changes_nothing() {
     assert_eq!(receive(&mut stream).kind, kind::DETACH_RSP, "it is answered before the process ends");
     assert_eq!(stream.read(&mut [0]).map_err(|error| error.kind()).unwrap_or(0), 0);
     assert_eq!(tapdisk.end(), Some(0));
+}
+
+#[test]
+fn the_end_waits_until_an_image_that_is_being_opened_is_let_go() {
+    let Some(fs) = SmallFs::new("24m") else { return };
+    let (host, path) = (Host::new(), fs.path("disk.vhd"));
+    good("create -n {} -s 16", &[&path]);
+    let (pid, minor) = host.begun();
+    host.done(&["attach", "-p", &pid, "-m", &minor]);
+    fs.freeze();
+    let image = name("vhd", &path);
+    let mut opening = host.tap_ctl();
+    opening.args(["open", "-p", &pid, "-m", &minor, "-a", &image]).stderr(Stdio::null());
+    let mut opening = opening.spawn().unwrap();
+    wait_for(|| locked(&path).then_some(()));
+    host.done(&["exit", "-p", &pid]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(locked(&path) && host.pids().len() == 1, "it is being opened");
+    fs.thaw();
+    wait_for(|| host.pids().is_empty().then_some(()));
+    good("check -n {}", &[&path]);
+    assert_ne!(opening.wait().unwrap().code(), Some(0));
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use common::guest::{Guest, page};
 use common::live::*;
 use common::served::{Served, folder, run, tool};
+use common::small_fs::SmallFs;
 use common::vhd::good;
 use common::vhd_made::{stop, table};
 use nix::libc;
@@ -302,6 +303,43 @@ fn a_pause_waits_for_what_is_stuck_and_can_be_called_off() {
     unpause(&served);
     assert_eq!(guest.read(0, 4096), Ok(vec![1; 4096]));
     assert_eq!(served.stop().0, Some(0));
+}
+
+/// An image on a file system that is frozen, so that it can't be opened to the end; a disk that is about to go on with it.
+#[test]
+fn a_pause_during_a_resume_waits_until_the_image_is_let_go() {
+    let Some(fs) = SmallFs::new("24m") else { return };
+    let path = fs.path("disk.vhd");
+    good("create -n {} -s 16", &[&path]);
+    let served = Served::start(&table(&path), BOTH);
+    let begun = |word: &str| served.tap_ctl().arg(word).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    for end in ["pause", "close"] {
+        pause(&served);
+        fs.freeze();
+        let resuming = begun("unpause");
+        wait_for(|| locked(&path).then_some(()));
+        let mut ending = match end {
+            "pause" => begun("pause"),
+            _ => served.tap_ctl().args(["close", "-p", &served.pid().to_string(), "-m", "0"]).spawn().unwrap(),
+        };
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(ending.try_wait().unwrap().map(|status| status.code()), None, "{end}: the image is being opened");
+        fs.thaw();
+        assert_eq!(ending.wait().unwrap().code(), Some(0), "{end}");
+        assert!(!locked(&path) && open_files(&served, &fs.path("")).is_empty(), "{end}");
+        good("check -n {}", &[&path]);
+        let resuming = resuming.wait_with_output().unwrap().status.code();
+        match end {
+            "pause" => assert_eq!(resuming, Some(libc::EBUSY)),
+            _ => assert!([libc::EBUSY, libc::ENODEV].contains(&resuming.unwrap()), "{resuming:?}"),
+        }
+        if end == "pause" {
+            unpause(&served);
+        }
+    }
+    run(served.tap_ctl().args(["detach", "-p", &served.pid().to_string(), "-m", "0"]));
+    let mut served = served;
+    assert_eq!(served.code(), Some(0));
 }
 
 #[test]

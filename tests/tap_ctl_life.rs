@@ -4,13 +4,14 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 
 use common::host::{Host, said};
 use common::live::name;
 use common::served::{folder, output, run};
 use common::vhd::{disk, good};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Runs commands of qemu-io on a disk.
 fn qemu_io(uri: &str, commands: &[&str]) {
@@ -47,6 +48,11 @@ fn what_a_storage_manager_does_with_a_disk() {
     let stats: Value = serde_json::from_str(&with(&["stats"])).unwrap();
     let written = (5 << 20) + (64 << 10);
     assert_eq!((&stats["name"], &stats["secs"][1]), (&name("vhd", &leaf).into(), &(written / 512).into()), "{stats}");
+    let image = |path: &Path, read: u64, written: u64| {
+        let driver = json!({ "type": 4, "name": "vhd", "status": null });
+        json!({ "name": path, "hits": [read, written], "fail": [0, 0], "driver": driver })
+    };
+    assert_eq!(stats["images"], json!([image(&leaf, 128, 128), image(&base, 4096, 0)]), "each since it was opened");
     let copy = folder.path().join("copy.img");
     run(Command::new("nbdcopy").arg(&uri).arg(&copy));
     for step in [&["close", "-t", "120"][..], &["detach"]] {

@@ -221,20 +221,26 @@ pub(super) fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u
     }
 }
 
+/// `DISK_TYPE_AIO` and `DISK_TYPE_VHD` of blktap's `tapdisk-disktype.h`.
+const DRIVER_AIO: u32 = 0;
+const DRIVER_VHD: u32 = 4;
+
 /// STATS, in blktap's words.
 fn stats(disk: &Disk) -> serde_json::Value {
-    let sectors = disk.stats().sectors();
-    let name = &disk.info().name;
-    let (driver, path) = name.split_once(':').unwrap_or(("", name));
+    let images = disk.hits().map(|(layer, hits)| {
+        let driver = layer.format.name();
+        let number = if driver == "vhd" { DRIVER_VHD } else { DRIVER_AIO };
+        json!({
+            "name": layer.path,
+            "hits": hits.all,
+            "fail": hits.failed,
+            "driver": { "type": number, "name": driver, "status": null },
+        })
+    });
     let mut stats = json!({
-        "name": name,
-        "secs": sectors,
-        "images": [{
-            "name": path,
-            "hits": sectors,
-            "fail": disk.stats().failed(),
-            "driver": { "type": 0, "name": driver, "status": null },
-        }],
+        "name": disk.info().name,
+        "secs": disk.stats().sectors(),
+        "images": images.collect::<Vec<_>>(),
         "FIXME_enospc_redirect_count": 0,
         "nbd_mirror_failed": 0,
         "reqs_outstanding": disk.outstanding(),

@@ -31,7 +31,7 @@ use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
-use crate::stack::{Stack, Started};
+use crate::stack::{Hits, Layer, Stack, Started};
 use crate::stats::{Stats, now};
 use crate::sys::file::geometry;
 
@@ -528,8 +528,10 @@ impl Disk {
         self.after == After::Close && self.state != State::Running
     }
 
-    /// Finishes what has not reached the engine with ECANCELED, but for the last flush: without it, all would have been in vain.
+    /// Finishes what has not reached the engine with ECANCELED, but for the last flush: without it, all would have been in vain. An
+    /// image that is being opened is not waited for.
     pub fn cancel(&mut self) {
+        self.resuming = None;
         if self.state == State::Flushing {
             return;
         }
@@ -546,7 +548,8 @@ impl Disk {
 
     /// Whether it is drained, and with which error of the last flush.
     pub fn closed(&self) -> Option<Result<(), Errno>> {
-        let closed = self.state == State::Closed && self.frontends.iter().all(|frontend| frontend.is_closed());
+        let unused = self.state == State::Closed && self.resuming.is_none();
+        let closed = unused && self.frontends.iter().all(|frontend| frontend.is_closed());
         closed.then(|| self.flush_error.map_or(Ok(()), Err))
     }
 
@@ -633,6 +636,11 @@ impl Disk {
     /// Counters by operation.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// The images, the one that is written first, and what each has moved since they were opened.
+    pub fn hits(&self) -> impl Iterator<Item = (&Layer, Hits)> {
+        self.stack.hits()
     }
 
     /// What STATS shows of a Xen guest.

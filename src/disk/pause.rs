@@ -100,6 +100,8 @@ pub(super) struct Resuming {
     opening: Opening,
     /// Nobody has asked for it.
     by_itself: bool,
+    /// It was paused or closed meanwhile. The image is closed as soon as it is open, and only then nobody has it.
+    unwanted: bool,
 }
 
 impl Disk {
@@ -142,6 +144,7 @@ impl Disk {
     /// How the pause began, if it has.
     pub fn pause_outcome(&self) -> Option<Result<(), PauseError>> {
         match (self.state, self.after) {
+            (State::Paused, _) if self.resuming.is_some() => None,
             (State::Paused, _) => Some(self.flush_error.map_or(Ok(()), |errno| Err(PauseError::Flush(errno)))),
             (State::Draining | State::Flushing, After::Pause) => None,
             (State::Running, _) => Some(Err(PauseError::NotPaused)),
@@ -214,7 +217,8 @@ impl Disk {
                 }
                 let event = Arc::clone(self.queue.engine().submit.event());
                 let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log);
-                self.resuming = Some(Resuming { opening: opening.map_err(io_error)?, by_itself: false });
+                let opening = opening.map_err(io_error)?;
+                self.resuming = Some(Resuming { opening, by_itself: false, unwanted: false });
             }
             None if image.is_some() => return Err(PauseError::OnlyOne),
             None => self.go_on(),
@@ -246,8 +250,8 @@ impl Disk {
 
     /// What is being opened is not wanted any more.
     pub(super) fn end_resuming(&mut self) {
-        if self.resuming.take().is_some() {
-            self.resumed = Err(PauseError::PausedAgain);
+        if let Some(resuming) = &mut self.resuming {
+            resuming.unwanted = true;
         }
     }
 
@@ -255,8 +259,13 @@ impl Disk {
     pub(super) fn advance_resume(&mut self) -> bool {
         let Some(resuming) = &self.resuming else { return false };
         let Some(outcome) = resuming.opening.outcome() else { return false };
-        let (config, by_itself) = (Arc::clone(&resuming.opening.config), resuming.by_itself);
+        let &Resuming { ref opening, by_itself, unwanted } = resuming;
+        let config = Arc::clone(&opening.config);
         self.resuming = None;
+        if unwanted {
+            self.resumed = Err(PauseError::PausedAgain);
+            return true;
+        }
         match outcome.map_err(PauseError::from).and_then(|image| self.put_on(image, config)) {
             Ok(()) => self.go_on(),
             Err(error) => {

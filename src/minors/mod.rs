@@ -281,7 +281,10 @@ impl Minors {
             worked = true;
             self.list[index].opening = None;
             let outcome = outcome.map_err(|error| MinorError::new(error.errno(), error.to_string()));
-            let outcome = outcome.and_then(|image| self.serve(index, image, parent, &config));
+            let outcome = outcome.and_then(|image| match self.ending {
+                true => Err(MinorError::new(Errno::ESHUTDOWN, "this tapdisk is about to end")),
+                false => self.serve(index, image, parent, &config),
+            });
             if let Err(error) = &outcome {
                 error!(self.log, "not opened"; "minor" => self.list[index].number(), "error" => %error);
             }
@@ -374,7 +377,6 @@ impl Minors {
         self.ending = true;
         for minor in &mut self.list {
             minor.goes = true;
-            minor.opening = None;
             if let Some(disk) = &mut minor.disk {
                 disk.drain();
             }
@@ -388,9 +390,13 @@ impl Minors {
         self.ending || (!self.list.is_empty() && self.list.iter().all(goes))
     }
 
-    /// Gives up what has not reached the engines.
+    /// Gives up what has not reached the engines, and images that are being opened.
     pub fn cancel(&mut self) {
-        self.list.iter_mut().filter_map(|minor| minor.disk.as_mut()).for_each(Disk::cancel);
+        for minor in &mut self.list {
+            minor.opening = None;
+            minor.disk.iter_mut().for_each(Disk::cancel);
+        }
+        self.remove_gone();
     }
 
     /// Whether the last one is detached, and with which error of a last flush.
@@ -417,14 +423,16 @@ impl Minors {
                 (minor.closed, minor.disk, closed) = (Some(result), None, true);
             }
         }
-        if closed {
+        let opened = self.advance_opening();
+        if opened || closed {
             self.remove_gone();
+            return turn.max(Turn::Worked);
         }
-        if self.advance_opening() || closed { turn.max(Turn::Worked) } else { turn }
+        turn
     }
 
     fn remove_gone(&mut self) {
-        let gone = |minor: &Minor| minor.goes && minor.disk.is_none();
+        let gone = |minor: &Minor| minor.goes && minor.disk.is_none() && minor.opening.is_none();
         for minor in self.list.extract_if(.., |minor| gone(minor)) {
             self.error = self.error.or(minor.closed.and_then(Result::err));
         }

@@ -65,6 +65,31 @@ impl Drop for Layer {
     }
 }
 
+/// What a layer has moved for requests, in 512-byte sectors: read and written. Each layer counts what it served itself, with or
+/// without error, and the last one also what nobody has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    /// All of it.
+    pub all: [u64; 2],
+    /// What failed.
+    pub failed: [u64; 2],
+}
+
+impl Hits {
+    fn count(&mut self, op: IoOp, len: u64, ok: bool) {
+        let direction = match op {
+            IoOp::Read => 0,
+            IoOp::Write { .. } => 1,
+            _ => return,
+        };
+        let sectors = len / drivers::SECTOR_SIZE;
+        self.all[direction] += sectors;
+        if !ok {
+            self.failed[direction] += sectors;
+        }
+    }
+}
+
 /// How far a request could be planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Started {
@@ -79,6 +104,8 @@ pub enum Started {
 /// The layers of a disk, the leaf first. A layer's index is that of its file in the engine.
 pub struct Stack {
     layers: Vec<Layer>,
+    /// Of each layer.
+    hits: Vec<Hits>,
     /// The leaf's `zeros_from` when it was opened.
     zeros_at_open: u64,
     /// When the file was seen to have grown, ns of [`now`].
@@ -104,6 +131,7 @@ impl Stack {
         let longest = layers.iter().map(|layer| layer.format.meta_len()).max().unwrap_or(0);
         let metas = if longest > 0 { Some(MetaMemory::new(METAS, longest)?) } else { None };
         Ok(Stack {
+            hits: vec![Hits::default(); layers.len()],
             layers,
             zeros_at_open,
             grown_at: 0,
@@ -124,6 +152,11 @@ impl Stack {
     /// All of them, the leaf first.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
+    }
+
+    /// The layers and what each has moved, the leaf first.
+    pub fn hits(&self) -> impl Iterator<Item = (&Layer, Hits)> {
+        self.layers.iter().zip(self.hits.iter().copied())
     }
 
     /// Of a file in the engine: its layer, 0 being the leaf, and its path.
@@ -187,6 +220,9 @@ impl Stack {
                         request.payload.zero(request.planned, count);
                     }
                     request.planned += count;
+                    if let Some(last) = self.hits.last_mut() {
+                        last.count(op, count, true);
+                    }
                 }
                 Plan::Wait => {
                     self.meta_due = true;
@@ -278,6 +314,7 @@ impl Stack {
             self.meta_finished(transfer, result, slots);
             return error;
         }
+        self.hits[usize::from(transfer.file.0)].count(transfer.op, transfer.len, error.is_none());
         if let Some(errno) = error {
             slots.get_mut(transfer.owner).error.get_or_insert(errno);
         }
