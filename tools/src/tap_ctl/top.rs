@@ -358,7 +358,7 @@ mod tests {
         assert!(!text.contains('\u{1b}') && text.ends_with(" aio:/a?[2Jb"), "{text:?}");
         assert_eq!(text.find("aio:"), HEADER.find("IMAGE"));
         let text = line(&disk("vhd:/srv/vm/\u{e9}guest.vhd"), 80);
-        assert!(text.chars().count() == 80 && text.ends_with(" <st.vhd"), "{text:?}");
+        assert!(text.chars().count() == 80 && text.ends_with(" <guest.vhd"), "{text:?}");
         assert!(line(&disk("vhd:/x"), 80).ends_with(" vhd:/x"));
         for width in 0..75 {
             assert!(line(&disk("vhd:/srv/vm/guest.vhd"), width).len() <= width);
