@@ -173,8 +173,7 @@ impl MainLoop {
                 SIGNALS => self.signal(),
                 CONTROL => self.control.event(index, &mut self.minors, &mut self.polling),
                 METRICS => {
-                    let disks = || self.minors.iter().filter_map(Minor::with_disk);
-                    let text = || Exposition(&[ProcessMetrics::here(disks())]).to_string();
+                    let text = || exposition(&self.minors);
                     self.metrics.iter_mut().for_each(|metrics| metrics.event(index, text));
                 }
                 source => self.minors.event(source, index, event),
@@ -182,8 +181,8 @@ impl MainLoop {
         }
         // Who waits for a pause is told that there will be none, though the disk has nothing to do.
         self.control.settle(&mut self.minors);
-        self.control.expire();
-        self.metrics.iter_mut().for_each(|metrics| metrics.expire());
+        self.control.pass_time(&mut self.minors, &mut self.polling);
+        self.metrics.iter_mut().for_each(|metrics| metrics.pass_time(|| exposition(&self.minors)));
         Ok(slept)
     }
 
@@ -222,6 +221,11 @@ impl MainLoop {
             }
         }
     }
+}
+
+/// The metrics of this process.
+fn exposition(minors: &Minors) -> String {
+    Exposition(&[ProcessMetrics::here(minors.iter().filter_map(Minor::with_disk))]).to_string()
 }
 
 /// Looking at memory for a while before sleeping, where events come so often that a sleep and a wake-up cost more.

@@ -1,4 +1,4 @@
-//! Unix sockets that clients connect to: open to our own user alone, and gone with their server.
+//! Unix sockets that clients connect to: open to our own user alone, or to a group too, and gone with their server.
 
 use std::fs;
 use std::io;
@@ -8,6 +8,15 @@ use std::path::{Path, PathBuf};
 
 use mio::net::{UnixListener, UnixStream};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::unistd::{Gid, chown};
+use slog::{Logger, warn};
+
+use crate::stats::now;
+
+/// Clients that are let in at a time: those who connect again and again must not hold up the main loop.
+const AT_A_TIME: usize = 16;
+/// How soon it is tried again where there is no descriptor for a client, ns.
+const AGAIN: u64 = 100_000_000;
 
 /// A stream socket that is bound and listens.
 #[derive(Debug)]
@@ -16,24 +25,35 @@ pub struct UnixSocket {
     path: PathBuf,
     /// The file's device and inode, so that only our own is removed.
     id: (u64, u64),
+    /// Clients may be waiting that the event loop tells of no more: when to look for them, ns of [`now`].
+    due: Option<u64>,
 }
 
 impl UnixSocket {
     /// Listens at `path`. What a server that is gone has left there is replaced; one that listens, or a file that is no socket,
     /// is an error.
     pub fn bind(path: &Path) -> io::Result<UnixSocket> {
+        UnixSocket::bind_for(path, None)
+    }
+
+    /// The same, and members of a group may connect too.
+    pub fn bind_for(path: &Path, group: Option<Gid>) -> io::Result<UnixSocket> {
         remove_stale(path)?;
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         // Nobody can connect before we listen, so nobody does with the mode that the umask left.
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        if group.is_some() {
+            chown(path, None, group)?;
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(if group.is_some() { 0o660 } else { 0o600 }))?;
         let file = fs::symlink_metadata(path)?;
         listen(&fd, Backlog::new(128)?)?;
         Ok(UnixSocket {
             listener: UnixListener::from_std(fd.into()),
             path: path.to_owned(),
             id: (file.dev(), file.ino()),
+            due: None,
         })
     }
 
@@ -45,6 +65,36 @@ impl UnixSocket {
     /// The next client.
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.listener.accept().map(|(stream, _)| stream)
+    }
+
+    /// Some of the clients that have connected. When to ask for the others, [`due`](Self::due) says.
+    pub fn accept_some(&mut self, log: &Logger) -> Vec<UnixStream> {
+        let mut clients = Vec::new();
+        self.due = Some(0);
+        for _ in 0..AT_A_TIME {
+            match self.accept() {
+                Ok(client) => clients.push(client),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => {
+                        self.due = None;
+                        break;
+                    }
+                    // This client is gone already.
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => {
+                        warn!(log, "clients can't be accepted for now"; "socket" => %self.path.display(), "error" => %error);
+                        self.due = Some(now() + AGAIN);
+                        break;
+                    }
+                },
+            }
+        }
+        clients
+    }
+
+    /// When clients may be waiting, ns of [`now`].
+    pub fn due(&self) -> Option<u64> {
+        self.due
     }
 
     /// Where it is.
@@ -94,6 +144,25 @@ mod tests {
         assert!(error.to_string().contains("another server"), "{error}");
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn clients_are_let_in_a_few_at_a_time_and_none_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let log = Logger::root(slog::Discard, slog::o!());
+        let mut socket = UnixSocket::bind(&path).unwrap();
+        let connect = || std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let clients: Vec<_> = std::iter::repeat_with(connect).take(2 * AT_A_TIME + 1).collect();
+        let mut counts = Vec::new();
+        loop {
+            counts.push(socket.accept_some(&log).len());
+            if socket.due().is_none() {
+                break;
+            }
+        }
+        assert_eq!(counts, [AT_A_TIME, AT_A_TIME, 1]);
+        drop(clients);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use common::guest::Guest;
@@ -486,6 +487,47 @@ fn ten_thousand_connects_disturb_nobody() {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert!(served.alive());
+}
+
+#[test]
+fn clients_that_never_stop_disturb_nobody() {
+    let served = Served::start("type = 'ram'\nsize = '1 MiB'", LOCAL);
+    let (socket, over) = (client::path(served.sockets(), served.pid()), AtomicBool::new(false));
+    let again = |what: fn(UnixStream)| {
+        while !over.load(SeqCst) {
+            // The queue of those who wait to be let in may be full.
+            UnixStream::connect(&socket).map(what).unwrap();
+        }
+    };
+    let write = |mut stream: UnixStream| {
+        stream.write_all(Message::new(kind::PID, 0).as_bytes()).unwrap();
+        // Until it is let go.
+        while stream.write_all(&[0; 4096]).is_ok() {}
+    };
+    std::thread::scope(|scope| {
+        (0..2).for_each(|_| drop(scope.spawn(|| again(write))));
+        (0..2).for_each(|_| drop(scope.spawn(|| again(drop))));
+        let mut guest = Guest::connect(&served.ring());
+        for round in 0..200 {
+            assert_eq!(guest.write(round, &[1; 512]), 0);
+        }
+        for _ in 0..10 {
+            assert_eq!(ask(&socket, Message::new(kind::PID, 0).as_bytes()).kind, kind::PID_RSP);
+        }
+        over.store(true, SeqCst);
+    });
+}
+
+#[test]
+fn a_close_that_failed_is_over_when_it_is_repeated() {
+    let (folder, tapdisk) = (folder(), Waiting::start("[[fault]]\ntype = 'error'\non = ['flush']\n"));
+    let minor = tapdisk.attach();
+    tapdisk.good(&tapdisk.open(minor, &raw(&folder, 1 << 20), 0));
+    let (errno, words) = tapdisk.bad(&Message::new(kind::CLOSE, minor));
+    assert!(errno == libc::EIO && words.contains("may not be on the disk"), "{errno} {words}");
+    tapdisk.good(&Message::new(kind::CLOSE, minor));
+    tapdisk.good(&Message::new(kind::DETACH, minor));
+    assert_eq!(tapdisk.end(), Some(0));
 }
 
 /// Has python send PID to a socket as another user, and gives what the answer is.

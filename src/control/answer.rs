@@ -14,7 +14,7 @@ use crate::minors::{Minor, MinorError, Minors};
 use crate::polling::Polling;
 
 /// What a disk, with that minor, does not do at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Late {
     /// It changes its engine.
     Engine(u16),

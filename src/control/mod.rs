@@ -13,10 +13,9 @@ pub mod proto;
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use mio::net::{UnixListener, UnixStream};
+use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -27,6 +26,7 @@ use zerocopy::{FromBytes, IntoBytes};
 pub use self::answer::{Late, respond};
 use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, Params, kind, open};
 use crate::config;
+use crate::listen::UnixSocket;
 use crate::minors::Minors;
 use crate::polling::Polling;
 use crate::stats::now;
@@ -37,17 +37,31 @@ const CONNECTIONS_MAX: usize = 64;
 /// How long a client may take to say what it wants, and to take the answer, in ns.
 const TIMEOUT: u64 = 10_000_000_000;
 
+/// Bytes that a client may send although it is answered: more than may follow a message that is refused.
+const LINGERING_MAX: usize = 1024;
+
 /// What a connection does; whoever comes first is let go first, if there are too many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// It is answered, and what it may still send is of no account.
-    Lingering,
+    /// It is answered, and what it may still send, in so many bytes, is of no account.
+    Lingering(usize),
     /// It has not said all of what it wants.
     Receiving,
     /// It has not taken all of the answer.
     Sending,
     /// The answer comes when a disk has done that.
     Waiting(Late),
+}
+
+impl Stage {
+    fn rank(self) -> u8 {
+        match self {
+            Stage::Lingering(_) => 0,
+            Stage::Receiving => 1,
+            Stage::Sending => 2,
+            Stage::Waiting(_) => 3,
+        }
+    }
 }
 
 struct Connection {
@@ -64,13 +78,14 @@ struct Connection {
 
 /// The control socket.
 pub struct Control {
-    path: PathBuf,
+    socket: UnixSocket,
     /// Whose members may connect too.
     group: Option<Gid>,
-    listener: UnixListener,
     registry: Registry,
     base: usize,
-    connections: Vec<Option<Connection>>,
+    connections: Vec<Option<Box<Connection>>>,
+    /// Some may wait for a disk.
+    waiting: bool,
     log: Logger,
 }
 
@@ -87,25 +102,15 @@ impl Control {
         };
         let group = config.group.as_deref().map(find_group).transpose()?;
         std::fs::create_dir_all(&config.directory).map_err(explain)?;
-        // Only a process that had our id can have left it.
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(explain(error)),
-            _ => {}
-        }
-        let mut listener = UnixListener::bind(&path).map_err(explain)?;
-        if let Some(group) = group {
-            nix::unistd::chown(&path, None, Some(group)).map_err(|errno| explain(errno.into()))?;
-        }
-        let mode = if group.is_some() { 0o660 } else { 0o600 };
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).map_err(explain)?;
-        registry.register(&mut listener, Token(base), Interest::READABLE)?;
+        let mut socket = UnixSocket::bind_for(&path, group).map_err(explain)?;
+        registry.register(socket.source(), Token(base), Interest::READABLE)?;
         let connections = std::iter::repeat_with(|| None).take(CONNECTIONS_MAX).collect();
-        Ok(Control { path, group, listener, registry, base, connections, log })
+        Ok(Control { socket, group, registry, base, connections, waiting: false, log })
     }
 
     /// The socket's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.socket.path()
     }
 
     /// An event for token `base + index`.
@@ -117,15 +122,7 @@ impl Control {
     }
 
     fn accept(&mut self, minors: &mut Minors, polling: &mut Polling) {
-        loop {
-            let mut socket = match self.listener.accept() {
-                Ok((socket, _)) => socket,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
-                    continue;
-                }
-                Err(error) => return warn!(self.log, "cannot accept a control connection"; "error" => %error),
-            };
+        for mut socket in self.socket.accept_some(&self.log) {
             let index = self.place();
             let token = Token(self.base + 1 + index);
             if let Err(error) = self.registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE) {
@@ -139,7 +136,7 @@ impl Control {
                 let refusal = Message::error(NO_MINOR, Errno::EACCES as i32, text);
                 connection.answer(refusal.as_bytes().to_vec());
             }
-            self.connections[index] = Some(connection);
+            self.connections[index] = Some(Box::new(connection));
             self.advance(index, minors, polling);
         }
     }
@@ -147,7 +144,7 @@ impl Control {
     /// A place for a connection.
     fn place(&mut self) -> usize {
         let free = self.connections.iter().position(Option::is_none);
-        let order = |place: &Option<Connection>| place.as_ref().map(|place| (place.stage, place.until));
+        let order = |place: &Option<Box<Connection>>| place.as_ref().map(|place| (place.stage.rank(), place.until));
         let missed_least = || (0..CONNECTIONS_MAX).min_by_key(|&index| order(&self.connections[index]));
         free.or_else(missed_least).unwrap_or(0)
     }
@@ -164,17 +161,25 @@ impl Control {
 
     fn advance(&mut self, index: usize, minors: &mut Minors, polling: &mut Polling) {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
-        if !connection.advance(|request| respond(request, minors, polling, &self.log)) {
+        let goes_on = connection.advance(|request| respond(request, minors, polling, &self.log));
+        self.waiting |= matches!(connection.stage, Stage::Waiting(_));
+        if !goes_on {
             self.connections[index] = None;
         }
     }
 
     /// Answers whoever waits for a disk to do something, if it has.
     pub fn settle(&mut self, minors: &mut Minors) {
+        if !std::mem::take(&mut self.waiting) {
+            return;
+        }
         for place in &mut self.connections {
             let Some(connection) = place else { continue };
             let Stage::Waiting(late) = connection.stage else { continue };
-            let Some(response) = late.answer(minors) else { continue };
+            let Some(response) = late.answer(minors) else {
+                self.waiting = true;
+                continue;
+            };
             connection.answer(response);
             if !connection.advance(|_| Err(late)) {
                 *place = None;
@@ -182,26 +187,22 @@ impl Control {
         }
     }
 
-    /// When somebody's time is over.
+    /// When somebody's time is over, or somebody may want in.
     pub fn deadline(&self) -> Option<u64> {
-        self.connections.iter().flatten().filter_map(|connection| connection.until).min()
+        self.connections.iter().flatten().filter_map(|connection| connection.until).chain(self.socket.due()).min()
     }
 
-    /// Lets go of those whose time is over.
-    pub fn expire(&mut self) {
+    /// Lets in those who wait for that, and lets go of those whose time is over.
+    pub fn pass_time(&mut self, minors: &mut Minors, polling: &mut Polling) {
         let now = now();
+        if self.socket.due().is_some_and(|due| due <= now) {
+            self.accept(minors, polling);
+        }
         for connection in &mut self.connections {
             if connection.as_ref().and_then(|connection| connection.until).is_some_and(|until| until <= now) {
                 *connection = None;
             }
         }
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        // Nothing can be done about a file that is gone already.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -238,7 +239,7 @@ impl Connection {
             Stage::Receiving => self.receive(respond).and_then(|()| self.send()),
             Stage::Waiting(_) => Ok(()),
             Stage::Sending => self.send(),
-            Stage::Lingering => Ok(()),
+            Stage::Lingering(_) => Ok(()),
         };
         // A client that hung up early is its own affair.
         match done.and_then(|()| self.linger()) {
@@ -291,19 +292,22 @@ impl Connection {
         }
         // Who reads to the end sees it, and who still writes, as what follows a message, is not disturbed.
         self.socket.shutdown(std::net::Shutdown::Write)?;
-        self.stage = Stage::Lingering;
+        self.stage = Stage::Lingering(0);
         Ok(())
     }
 
-    /// Takes what a client says although it is answered, until it hangs up.
+    /// Takes what a client says although it is answered, until it hangs up; but not for ever.
     fn linger(&mut self) -> io::Result<()> {
         let mut rest = [0; MESSAGE_SIZE];
-        while self.stage == Stage::Lingering {
+        while let Stage::Lingering(taken) = &mut self.stage {
             match self.socket.read(&mut rest) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
+                Ok(n) => *taken += n,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
+            }
+            if *taken > LINGERING_MAX {
+                return Err(ErrorKind::InvalidData.into());
             }
         }
         Ok(())

@@ -64,15 +64,7 @@ impl Server {
     }
 
     fn accept(&mut self, text: impl Fn() -> String) {
-        loop {
-            let mut socket = match self.socket.accept() {
-                Ok(socket) => socket,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
-                    continue;
-                }
-                Err(error) => return warn!(self.log, "cannot accept a client of metrics"; "error" => %error),
-            };
+        for mut socket in self.socket.accept_some(&self.log) {
             // One too many is closed at once: it can try again.
             let Some(index) = self.connections.iter().position(Option::is_none) else { continue };
             let token = Token(self.base + 1 + index);
@@ -95,14 +87,17 @@ impl Server {
         }
     }
 
-    /// When somebody's time is over.
+    /// When somebody's time is over, or somebody may want in.
     pub fn deadline(&self) -> Option<u64> {
-        self.connections.iter().flatten().map(|connection| connection.until).min()
+        self.connections.iter().flatten().map(|connection| connection.until).chain(self.socket.due()).min()
     }
 
-    /// Lets go of those whose time is over.
-    pub fn expire(&mut self) {
+    /// Lets in those who wait for that, and lets go of those whose time is over.
+    pub fn pass_time(&mut self, text: impl Fn() -> String) {
         let now = now();
+        if self.socket.due().is_some_and(|due| due <= now) {
+            self.accept(text);
+        }
         for connection in &mut self.connections {
             connection.take_if(|connection| connection.until <= now);
         }

@@ -17,6 +17,7 @@ use slog::{Logger, error, info, o};
 
 use self::marker::{MINOR_MAX, Marker};
 use crate::config::{Config, Direct, ImageType};
+use crate::control::client;
 use crate::disk::{Disk, Turn};
 use crate::frontend::DiskInfo;
 use crate::image::{Image, Opening};
@@ -66,7 +67,7 @@ pub struct Wanted {
 /// One that is attached.
 pub struct Minor {
     marker: Marker,
-    /// Names its sources. None is used twice, so that no event reaches another disk.
+    /// Names the disk's sources. None is used twice, so that no event reaches another disk.
     serial: usize,
     disk: Option<Disk>,
     opening: Option<(Opening, Option<u16>)>,
@@ -193,9 +194,8 @@ impl Minors {
 
     /// Adds a minor, with a disk or without; if it `goes`, for as long as the disk is open.
     pub fn add(&mut self, marker: Marker, disk: Option<Disk>, goes: bool) -> io::Result<()> {
-        let (number, serial) = (marker.minor(), self.serials);
-        self.serials += 1;
-        let mut minor = Minor { marker, serial, disk: None, opening: None, opened: Ok(()), closed: None, goes };
+        let number = marker.minor();
+        let mut minor = Minor { marker, serial: 0, disk: None, opening: None, opened: Ok(()), closed: None, goes };
         if let Some(disk) = disk {
             self.put(&mut minor, disk)?;
         }
@@ -206,12 +206,13 @@ impl Minors {
     }
 
     /// Watches a disk's sources and gives it to its minor.
-    fn put(&self, minor: &mut Minor, mut disk: Disk) -> io::Result<()> {
-        let source = self.base + minor.serial * SOURCES;
+    fn put(&mut self, minor: &mut Minor, mut disk: Disk) -> io::Result<()> {
+        let source = self.base + self.serials * SOURCES;
         let event = disk.engine().submit.event().as_fd().as_raw_fd();
         self.registry.register(&mut SourceFd(&event), Token(source << 32), Interest::READABLE)?;
         disk.register(&self.registry, |i| (source + 1 + i) << 32)?;
-        minor.disk = Some(disk);
+        (minor.serial, minor.disk) = (self.serials, Some(disk));
+        self.serials += 1;
         Ok(())
     }
 
@@ -305,8 +306,7 @@ impl Minors {
         }
         let log = self.log.new(o!("minor" => self.list[index].number()));
         let failed = |error: Box<dyn std::error::Error>| {
-            let errno = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
-            MinorError::new(errno.map_or(Errno::EIO, Errno::from_raw), error.to_string())
+            MinorError::new(error.downcast_ref().map_or(Errno::EIO, client::errno), error.to_string())
         };
         let disk = serve::disk(Arc::clone(config), image, &log).map_err(failed)?;
         let mut minor = self.list.remove(index);
@@ -332,18 +332,22 @@ impl Minors {
     /// Begins to close a minor's image, if one is open: finishes what is under way, or with `force` gives up what has not reached the
     /// engine. ENODEV: it is not attached. EBUSY: an image is being opened.
     pub fn close(&mut self, minor: u16, force: bool) -> Result<(), MinorError> {
-        let Some(minor) = self.get_mut(minor) else { return Err(MinorError::no_such(minor, Errno::ENODEV)) };
+        let index = self.find(minor).map_err(|_| MinorError::no_such(minor, Errno::ENODEV))?;
+        let minor = &mut self.list[index];
         if minor.opening.is_some() {
             let text = format!("minor {}: an image is being opened for it", minor.number());
             return Err(MinorError::new(Errno::EBUSY, text));
         }
         if let Some(disk) = &mut minor.disk {
-            // Whoever closes it detaches it too.
-            minor.goes = false;
+            // Whoever closes it detaches it too, if there is time for that.
+            minor.goes &= self.ending;
             disk.drain();
             if force {
                 disk.cancel();
             }
+        } else if minor.closed.is_some() {
+            // Whoever closed it was told how that went; whoever repeats it is to get on.
+            minor.closed = Some(Ok(()));
         }
         Ok(())
     }
@@ -442,7 +446,7 @@ impl Minors {
     pub fn event(&mut self, source: usize, index: usize, event: &Event) {
         let Some(source) = source.checked_sub(self.base) else { return };
         let (serial, source) = (source / SOURCES, source % SOURCES);
-        let minor = self.list.iter_mut().find(|minor| minor.serial == serial);
+        let minor = self.list.iter_mut().find(|minor| minor.serial == serial && minor.disk.is_some());
         // The engine's: the next turn reaps.
         if let (Some(disk), Some(frontend)) = (minor.and_then(|minor| minor.disk.as_mut()), source.checked_sub(1)) {
             disk.event(frontend, index, event);
@@ -475,6 +479,5 @@ impl Minors {
 }
 
 fn of_io(error: &io::Error, what: &str) -> MinorError {
-    let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
-    MinorError::new(errno, format!("{what}: {error}"))
+    MinorError::new(client::errno(error), format!("{what}: {error}"))
 }
