@@ -27,7 +27,7 @@
 //!
 //! A disk has a [minor](minors), whose [marker] on the host says that it is taken. A configuration takes
 //! one, opens the image that it names, and lets both go at the end; through the [control socket](control) a toolstack does the same in steps:
-//! ATTACH, OPEN, CLOSE, DETACH. Whatever waits for files, opening an image above all, is done by a [thread of its own](image::Opening),
+//! ATTACH, OPEN, CLOSE, DETACH. Whatever waits for files, as opening and closing an image do, is done by a [thread of its own](job),
 //! and whoever asked for it is answered later. All disks share the main loop, and nothing else.
 //!
 //! [marker]: minors::marker
@@ -118,6 +118,7 @@ pub mod engine;
 
 pub mod chain;
 pub mod image;
+pub mod job;
 pub mod memory;
 pub mod vhd;
 

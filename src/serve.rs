@@ -1,6 +1,6 @@
 //! From a configuration to a main loop that is ready to run.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,7 +33,9 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     let mut placed = (*config).clone();
     place_sockets(&mut placed, marker.minor());
     let image = image::open(&placed, None, log)?;
-    let disk = disk(placed.into(), image, &log.new(o!("minor" => marker.minor())))?;
+    let log_of_disk = log.new(o!("minor" => marker.minor()));
+    let frontends = frontends(&placed, &image.info, &log_of_disk)?;
+    let disk = disk(placed.into(), image, frontends, &log_of_disk)?;
     main_loop.minors().add(marker, Some(disk), true)?;
     info!(log, "serving"; "control" => %main_loop.control_path().display());
     Ok(main_loop)
@@ -60,8 +62,13 @@ pub fn wait(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     Ok(main_loop)
 }
 
-/// A disk with an image that is open.
-pub fn disk(config: Arc<Config>, image: Image, log: &Logger) -> Result<Disk, Box<dyn std::error::Error>> {
+/// A disk with an image that is open, and its frontends.
+pub fn disk(
+    config: Arc<Config>,
+    image: Image,
+    frontends: Vec<Box<dyn Frontend>>,
+    log: &Logger,
+) -> Result<Disk, io::Error> {
     let requests = config.requests as usize;
     // A raw image makes one transfer of each request; others, which may take its place, cut it where their blocks end, and
     // have some of their own.
@@ -73,7 +80,6 @@ pub fn disk(config: Arc<Config>, image: Image, log: &Logger) -> Result<Disk, Box
         retry: Retry { limit: u64::from(config.retry.limit_s) * 1_000_000_000, no_space: config.retry.no_space },
     };
     let queue = Queue::new(image.engine, config.engine.submit, limits)?;
-    let frontends = frontends(&config, &image.info, log)?;
     // Each segment of an indirect request may be apart from the others.
     let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
     let slots = Slots::new(requests, segments, own);
@@ -112,7 +118,8 @@ pub fn place_sockets(config: &mut Config, minor: u16) {
     local.into_iter().chain(nbd.flatten()).for_each(place);
 }
 
-fn frontends(
+/// What a disk's clients come by.
+pub fn frontends(
     config: &Config,
     disk: &DiskInfo,
     log: &Logger,

@@ -120,7 +120,7 @@ fn reads_pass_writes_that_are_stuck() {
         let served = Served::start(&image, &format!("{LOCAL}[engine]\nname = '{name}'\n"));
         let mut guest = Guest::connect(&served.ring());
         assert_eq!(guest.write(0, &[7; 4096]), 0);
-        fs.freeze();
+        let frozen = fs.freeze();
         for i in 0..4 {
             let entry = guest.entry(OP_WRITE).with_sector(1024 + 64 * i).with_segments(1, &[page(1 + i as u32)]);
             guest.queue.ring.push(&entry);
@@ -132,7 +132,7 @@ fn reads_pass_writes_that_are_stuck() {
         guest.queue.publish().unwrap();
         let response = guest.response();
         assert_eq!((response.id, response.status), (read.id(), 0), "{name}");
-        fs.thaw();
+        drop(frozen);
         for _ in 0..4 {
             assert_eq!(guest.response().status, 0, "{name}");
         }

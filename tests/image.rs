@@ -221,7 +221,7 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
     let served = Served::start(&format!("{}\ncreate = '16 MiB'", path(&fs.path("disk.img"))), LOCAL);
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(0, &[1; 4096]), 0);
-    fs.freeze();
+    let frozen = fs.freeze();
     let entry = guest.entry(1).with_sector(64).with_segments(1, &[common::guest::page(0)]);
     for _ in 0..8 {
         guest.queue.ring.push(&entry);
@@ -231,7 +231,7 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
     let queue = served.debug_queue();
     served.signal(Signal::SIGUSR1);
     served.wait_log("debug-queue");
-    fs.thaw();
+    drop(frozen);
     let requests = queue["requests"].as_array().unwrap();
     assert_eq!(requests.len(), 8, "{queue}");
     for request in requests {

@@ -315,7 +315,7 @@ fn a_pause_during_a_resume_waits_until_the_image_is_let_go() {
     let begun = |word: &str| served.tap_ctl().arg(word).stderr(std::process::Stdio::piped()).spawn().unwrap();
     for end in ["pause", "close"] {
         pause(&served);
-        fs.freeze();
+        let frozen = fs.freeze();
         let resuming = begun("unpause");
         wait_for(|| locked(&path).then_some(()));
         let mut ending = match end {
@@ -324,7 +324,7 @@ fn a_pause_during_a_resume_waits_until_the_image_is_let_go() {
         };
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(ending.try_wait().unwrap().map(|status| status.code()), None, "{end}: the image is being opened");
-        fs.thaw();
+        drop(frozen);
         assert_eq!(ending.wait().unwrap().code(), Some(0), "{end}");
         assert!(!locked(&path) && open_files(&served, &fs.path("")).is_empty(), "{end}");
         good("check -n {}", &[&path]);
@@ -340,6 +340,31 @@ fn a_pause_during_a_resume_waits_until_the_image_is_let_go() {
     run(served.tap_ctl().args(["detach", "-p", &served.pid().to_string(), "-m", "0"]));
     let mut served = served;
     assert_eq!(served.code(), Some(0));
+}
+
+#[test]
+fn a_disk_whose_image_can_not_be_closed_is_still_told_of() {
+    let Some(fs) = SmallFs::new("24m") else { return };
+    let path = fs.path("disk.vhd");
+    good("create -n {} -s 16", &[&path]);
+    let mut served = Served::start(&table(&path), BOTH);
+    let frozen = fs.freeze();
+    let mut pausing = served.tap_ctl().arg("pause").spawn().unwrap();
+    wait_for(|| (state(&served) == "0x10").then_some(()));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!((state(&served).as_str(), pausing.try_wait().unwrap().is_none()), ("0x10", true));
+    refused(&served, &["unpause"], libc::EINVAL, "it is not paused");
+    drop(frozen);
+    assert_eq!(pausing.wait().unwrap().code(), Some(0));
+    good("check -n {}", &[&path]);
+    unpause(&served);
+    let frozen = fs.freeze();
+    served.signal(Signal::SIGTERM);
+    wait_for(|| (state(&served) == "0x4").then_some(()));
+    assert!(served.alive());
+    drop(frozen);
+    assert_eq!(served.code(), Some(0));
+    good("check -n {}", &[&path]);
 }
 
 #[test]

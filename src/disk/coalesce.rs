@@ -20,6 +20,7 @@ use slog::{error, info};
 
 use super::{Disk, State};
 use crate::chain;
+use crate::job::Job;
 use crate::vhd::file::{ImageFile, Medium, write_pieces};
 use crate::vhd::merge::{self, merge};
 use crate::vhd::parent::new_parent;
@@ -110,7 +111,9 @@ pub(super) struct Coalescing {
     image: PathBuf,
     parent: PathBuf,
     stage: Stage,
-    /// The merged image is left out, and the disk about to go on.
+    /// The merged image is being left out.
+    leaving_out: Option<Job<Result<(), String>>>,
+    /// It is, and the disk about to go on.
     left_out: bool,
     error: Option<String>,
     shared: Arc<Shared>,
@@ -214,7 +217,8 @@ impl Disk {
         info!(self.log, "coalescing"; "image" => %image.display(), "parent" => %parent.display(), "rate" => rate);
         let (stage, error) = (Stage::Merging, None);
         let thread = Some(thread);
-        self.coalescing = Some(Coalescing { image, parent, stage, left_out: false, error, shared, thread });
+        self.coalescing =
+            Some(Coalescing { image, parent, stage, leaving_out: None, left_out: false, error, shared, thread });
         Ok(())
     }
 
@@ -275,23 +279,52 @@ impl Disk {
                 self.pauses_for_itself = true;
                 self.pause().is_ok()
             }
+            Stage::Relinking => match coalescing.leaving_out.as_ref().and_then(Job::outcome) {
+                None => false,
+                Some(outcome) => {
+                    self.merged_left_out(outcome);
+                    true
+                }
+            },
             _ => false,
         }
     }
 
-    /// The disk is paused: leaves out the image that was merged, and goes on, unless somebody wants it to stay paused.
+    /// The disk is paused: begins to leave out the image that was merged, if there is one.
     pub(super) fn leave_out_merged(&mut self) {
-        let stays = !std::mem::take(&mut self.pauses_for_itself);
         let Some(coalescing) = self.coalescing.as_mut().filter(|coalescing| coalescing.stage == Stage::Relinking)
         else {
+            self.pauses_for_itself = false;
             return;
         };
         let paths: Vec<_> = self.stack.layers().iter().map(|layer| layer.path.clone()).collect();
-        match leave_out(&paths, &coalescing.image) {
+        let (image, event) = (coalescing.image.clone(), Arc::clone(&coalescing.shared.event));
+        match Job::start("relink", event, move || leave_out(&paths, &image)) {
+            Ok(job) => coalescing.leaving_out = Some(job),
+            Err(error) => self.merged_left_out(Err(error.to_string())),
+        }
+    }
+
+    /// Whether the files of the paused disk are still being changed.
+    pub(super) fn is_leaving_out(&self) -> bool {
+        self.coalescing.as_ref().is_some_and(|coalescing| coalescing.leaving_out.is_some())
+    }
+
+    /// Whether a thread has files of the chain that others must not have meanwhile.
+    pub(super) fn changes_files(&self) -> bool {
+        self.is_leaving_out() || self.coalescing.as_ref().is_some_and(|coalescing| coalescing.stage == Stage::Merging)
+    }
+
+    /// The merged image is left out, or not; goes on, unless somebody wants the disk to stay paused.
+    fn merged_left_out(&mut self, outcome: Result<(), String>) {
+        let goes_on = std::mem::take(&mut self.pauses_for_itself) && self.state == State::Paused;
+        let Some(coalescing) = &mut self.coalescing else { return };
+        coalescing.leaving_out = None;
+        match outcome {
             Ok(()) => {
                 info!(self.log, "coalesced"; "image" => %coalescing.image.display());
                 coalescing.left_out = true;
-                if stays {
+                if !goes_on {
                     coalescing.stage = Stage::Done;
                 }
             }
@@ -300,7 +333,7 @@ impl Disk {
                 (coalescing.stage, coalescing.error) = (Stage::Failed, Some(text));
             }
         }
-        if !stays {
+        if goes_on {
             self.resume_by_itself();
         }
     }

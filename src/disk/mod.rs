@@ -10,6 +10,8 @@ mod watchdog;
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io;
+use std::sync::Arc;
 
 use mio::Registry;
 use mio::event::Event;
@@ -27,6 +29,7 @@ pub use self::switch::{EngineReport, SwitchError, Wanted};
 pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
+use crate::job::Job;
 use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
@@ -107,6 +110,8 @@ pub struct Disk {
     reopen: Option<Reopen>,
     /// The image that it goes on with is being opened.
     resuming: Option<Resuming>,
+    /// What leaves the image whole, when everything else is done.
+    closing: Option<Job<io::Result<()>>>,
     /// How the last attempt to go on went.
     resumed: Result<(), PauseError>,
     /// The pause is not somebody's, but for what the disk does itself.
@@ -165,7 +170,7 @@ pub enum ResizeError {
     Paused,
     /// The system says no.
     #[error("cannot see its size: {0}")]
-    Io(#[from] std::io::Error),
+    Io(#[from] io::Error),
     /// The image does not go with that size.
     #[error(transparent)]
     Format(#[from] drivers::OpenError),
@@ -206,6 +211,7 @@ impl Disk {
             after: After::Close,
             lease_until: None,
             reopen,
+            closing: None,
             resuming: None,
             resumed: Ok(()),
             pauses_for_itself: false,
@@ -226,7 +232,7 @@ impl Disk {
     }
 
     /// Registers frontend `i` with tokens from `base(i)` on.
-    pub fn register(&mut self, registry: &Registry, base: impl Fn(usize) -> usize) -> std::io::Result<()> {
+    pub fn register(&mut self, registry: &Registry, base: impl Fn(usize) -> usize) -> io::Result<()> {
         for (i, frontend) in self.frontends.iter_mut().enumerate() {
             frontend.register(registry.try_clone()?, base(i))?;
         }
@@ -257,6 +263,7 @@ impl Disk {
         worked |= self.finish();
         worked |= self.switch_if_drained();
         worked |= self.end_lease(now);
+        worked |= self.advance_closing();
         worked |= self.advance_resume();
         worked |= self.advance_coalesce();
         self.watch(now);
@@ -466,7 +473,23 @@ impl Disk {
             return;
         }
         self.flush_error = error;
-        if let Err(error) = self.stack.close() {
+        let Some(close) = self.stack.close() else { return self.image_closed(Ok(())) };
+        match Job::start("close", Arc::clone(self.queue.engine().submit.event()), close) {
+            Ok(job) => self.closing = Some(job),
+            Err(error) => self.image_closed(Err(error)),
+        }
+    }
+
+    /// Goes on if the image is closed, and says whether there was something to do.
+    fn advance_closing(&mut self) -> bool {
+        let Some(outcome) = self.closing.as_ref().and_then(Job::outcome) else { return false };
+        self.closing = None;
+        self.image_closed(outcome);
+        true
+    }
+
+    fn image_closed(&mut self, outcome: io::Result<()>) {
+        if let Err(error) = outcome {
             error!(self.log, "the image's last footer could not be written: vhd-util repair makes it anew";
                 "image" => &self.info.name, "error" => %error);
             self.flush_error.get_or_insert(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
@@ -521,6 +544,7 @@ impl Disk {
             _ => return,
         }
         self.after = After::Close;
+        self.cancel_coalesce();
     }
 
     /// Whether it is being closed.
@@ -548,7 +572,7 @@ impl Disk {
 
     /// Whether it is drained, and with which error of the last flush.
     pub fn closed(&self) -> Option<Result<(), Errno>> {
-        let unused = self.state == State::Closed && self.resuming.is_none();
+        let unused = self.state == State::Closed && self.resuming.is_none() && !self.changes_files();
         let closed = unused && self.frontends.iter().all(|frontend| frontend.is_closed());
         closed.then(|| self.flush_error.map_or(Ok(()), Err))
     }

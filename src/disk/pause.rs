@@ -11,6 +11,7 @@ use slog::{error, info, warn};
 use super::{Disk, State};
 use crate::config::{Config, ImageType};
 use crate::engine;
+use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Opening};
 use crate::stack::Stack;
 use crate::stats::now;
@@ -57,6 +58,9 @@ pub enum PauseError {
     /// One at a time.
     #[error("it is being resumed already")]
     Resuming,
+    /// A coalesce has not come to its end.
+    #[error("the image that was merged is being left out of its chain")]
+    LeavingOut,
     /// Somebody was faster.
     #[error("it was paused or closed again")]
     PausedAgain,
@@ -72,7 +76,11 @@ impl PauseError {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
         match self {
-            PauseError::Closing | PauseError::Busy | PauseError::Resuming | PauseError::PausedAgain => Errno::EBUSY,
+            PauseError::Closing
+            | PauseError::Busy
+            | PauseError::Resuming
+            | PauseError::LeavingOut
+            | PauseError::PausedAgain => Errno::EBUSY,
             PauseError::Flush(errno) | PauseError::Open(_, errno) => *errno,
             PauseError::OnlyOne => Errno::EOPNOTSUPP,
             PauseError::NotPaused | PauseError::Name(_) | PauseError::Other(_) => Errno::EINVAL,
@@ -97,11 +105,9 @@ pub fn parse_name(name: &str) -> Result<(ImageType, PathBuf), PauseError> {
 
 /// An image that is being opened for a disk that is to go on.
 pub(super) struct Resuming {
-    opening: Opening,
+    opening: Opening<PauseError>,
     /// Nobody has asked for it.
     by_itself: bool,
-    /// It was paused or closed meanwhile. The image is closed as soon as it is open, and only then nobody has it.
-    unwanted: bool,
 }
 
 impl Disk {
@@ -144,7 +150,7 @@ impl Disk {
     /// How the pause began, if it has.
     pub fn pause_outcome(&self) -> Option<Result<(), PauseError>> {
         match (self.state, self.after) {
-            (State::Paused, _) if self.resuming.is_some() => None,
+            (State::Paused, _) if self.resuming.is_some() || self.is_leaving_out() => None,
             (State::Paused, _) => Some(self.flush_error.map_or(Ok(()), |errno| Err(PauseError::Flush(errno)))),
             (State::Draining | State::Flushing, After::Pause) => None,
             (State::Running, _) => Some(Err(PauseError::NotPaused)),
@@ -198,9 +204,12 @@ impl Disk {
     pub fn resume(&mut self, image: Option<(ImageType, PathBuf)>) -> Result<(), PauseError> {
         match self.state {
             State::Paused if self.resuming.is_some() => return Err(PauseError::Resuming),
+            State::Paused if self.is_leaving_out() => return Err(PauseError::LeavingOut),
             State::Paused => {}
             // The pause has not begun, and does not. A flush for it may be under way, whose end is of no account.
-            State::Draining | State::Flushing if self.after == After::Pause && image.is_none() => {
+            State::Draining | State::Flushing
+                if self.after == After::Pause && self.closing.is_none() && image.is_none() =>
+            {
                 (self.state, self.after, self.resumed) = (State::Running, After::Close, Ok(()));
                 return Ok(());
             }
@@ -218,7 +227,7 @@ impl Disk {
                 let event = Arc::clone(self.queue.engine().submit.event());
                 let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log);
                 let opening = opening.map_err(io_error)?;
-                self.resuming = Some(Resuming { opening, by_itself: false, unwanted: false });
+                self.resuming = Some(Resuming { opening, by_itself: false });
             }
             None if image.is_some() => return Err(PauseError::OnlyOne),
             None => self.go_on(),
@@ -251,25 +260,21 @@ impl Disk {
     /// What is being opened is not wanted any more.
     pub(super) fn end_resuming(&mut self) {
         if let Some(resuming) = &mut self.resuming {
-            resuming.unwanted = true;
+            resuming.opening.refuse(PauseError::PausedAgain);
         }
     }
 
     /// Goes on if the image is open, and says whether there was something to do.
     pub(super) fn advance_resume(&mut self) -> bool {
-        let Some(resuming) = &self.resuming else { return false };
-        let Some(outcome) = resuming.opening.outcome() else { return false };
-        let &Resuming { ref opening, by_itself, unwanted } = resuming;
-        let config = Arc::clone(&opening.config);
+        let Some(resuming) = &mut self.resuming else { return false };
+        let outcome = resuming.opening.outcome(|image| fits(&self.info, &image.info));
+        let Some(outcome) = outcome else { return false };
+        let (config, by_itself) = (Arc::clone(&resuming.opening.config), resuming.by_itself);
         self.resuming = None;
-        if unwanted {
-            self.resumed = Err(PauseError::PausedAgain);
-            return true;
-        }
-        match outcome.map_err(PauseError::from).and_then(|image| self.put_on(image, config)) {
+        match outcome.and_then(|image| self.put_on(image, config)) {
             Ok(()) => self.go_on(),
             Err(error) => {
-                if by_itself {
+                if by_itself && self.state == State::Paused && !matches!(error, PauseError::PausedAgain) {
                     self.try_again_soon(&error);
                 }
                 self.resumed = Err(error);
@@ -287,16 +292,6 @@ impl Disk {
 
     /// Puts an image in the place of the one that was closed.
     fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
-        let (old, new) = (&self.info, &image.info);
-        if new.size < old.size {
-            let text =
-                format!("{} has {} bytes, and a disk in use cannot shrink from {}", new.name, new.size, old.size);
-            return Err(PauseError::Other(text));
-        }
-        if new.sector_size != old.sector_size {
-            let (new, old) = (new.sector_size, old.sector_size);
-            return Err(PauseError::Other(format!("its sectors have {new} bytes, and the guest's {old}")));
-        }
         let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io_error)?;
         self.exchange(image.engine).map_err(io_error)?;
         let grown = image.info.size != self.info.size;
@@ -325,6 +320,19 @@ impl Disk {
         self.resume_by_itself();
         true
     }
+}
+
+/// Whether an image can take the place of the one that the guest has.
+fn fits(old: &DiskInfo, new: &DiskInfo) -> Result<(), PauseError> {
+    if new.size < old.size {
+        let text = format!("{} has {} bytes, and a disk in use cannot shrink from {}", new.name, new.size, old.size);
+        return Err(PauseError::Other(text));
+    }
+    if new.sector_size != old.sector_size {
+        let (new, old) = (new.sector_size, old.sector_size);
+        return Err(PauseError::Other(format!("its sectors have {new} bytes, and the guest's {old}")));
+    }
+    Ok(())
 }
 
 fn io_error(error: std::io::Error) -> PauseError {

@@ -2,53 +2,66 @@
 //! loop has other things to do.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
 use slog::Logger;
 
 use super::{Error, Image};
 use crate::config::Config;
+use crate::job::Job;
 
-/// Stack of the thread, bytes.
-const STACK_SIZE: usize = 256 << 10;
-
-/// How it went, as soon as that is known.
-type Outcome = Arc<Mutex<Option<Result<Image, Error>>>>;
-
-/// One that is being opened. If this is dropped, the image is closed again as soon as it is open.
-pub struct Opening {
-    outcome: Outcome,
+/// One that is being opened; `E` is why it may not be wanted. If this is dropped, the image is closed again as soon as it is open.
+pub struct Opening<E> {
+    job: Job<Result<Image, Error>>,
+    /// It is not wanted, and closed by a thread as soon as it is open.
+    refused: Option<E>,
+    closing: Option<Job<()>>,
+    /// Tells of the end.
+    wake: Arc<EventFd>,
     /// What is opened.
     pub config: Arc<Config>,
 }
 
-impl Opening {
+impl<E: From<Error>> Opening<E> {
     /// Begins to open what `config` names, for an engine with `event`, if it is to follow one that has it. `wake` tells of the end.
     pub fn start(
         config: Arc<Config>,
         event: Option<Arc<EventFd>>,
         wake: Arc<EventFd>,
         log: &Logger,
-    ) -> io::Result<Opening> {
-        let outcome: Outcome = Arc::default();
-        let thread = std::thread::Builder::new().name("open".into()).stack_size(STACK_SIZE);
-        thread.spawn({
-            let (outcome, config, log) = (Arc::downgrade(&outcome), Arc::clone(&config), log.clone());
-            move || {
-                let image = super::open(&config, event, &log);
-                let Some(outcome) = outcome.upgrade() else { return };
-                *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
-                drop(outcome);
-                // An eventfd's counter can't reach its limit by ones.
-                let _ = wake.write(1);
-            }
-        })?;
-        Ok(Opening { outcome, config })
+    ) -> io::Result<Opening<E>> {
+        let (wanted, log) = (Arc::clone(&config), log.clone());
+        let job = Job::start("open", Arc::clone(&wake), move || super::open(&wanted, event, &log))?;
+        Ok(Opening { job, refused: None, closing: None, wake, config })
     }
 
-    /// The image, once it is open, or why it can't be.
-    pub fn outcome(&self) -> Option<Result<Image, Error>> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// It is not wanted any more.
+    pub fn refuse(&mut self, why: E) {
+        self.refused.get_or_insert(why);
+    }
+
+    /// The image, once it is open, if it is wanted and `fits`; or, once nobody has it open, why not.
+    pub fn outcome(&mut self, fits: impl FnOnce(&Image) -> Result<(), E>) -> Option<Result<Image, E>> {
+        if let Some(closing) = &self.closing {
+            closing.outcome()?;
+            return self.refused.take().map(Err);
+        }
+        let image = match self.job.outcome()? {
+            Ok(image) => image,
+            Err(error) => return Some(Err(self.refused.take().unwrap_or_else(|| error.into()))),
+        };
+        if self.refused.is_none() {
+            match fits(&image) {
+                Ok(()) => return Some(Ok(image)),
+                Err(why) => self.refused = Some(why),
+            }
+        }
+        match Job::start("close", Arc::clone(&self.wake), move || drop(image)) {
+            Ok(closing) => self.closing = Some(closing),
+            // It was closed here.
+            Err(_) => return self.refused.take().map(Err),
+        }
+        None
     }
 }

@@ -20,7 +20,7 @@ use crate::config::{Config, Direct, ImageType};
 use crate::control::client;
 use crate::disk::{Disk, Turn};
 use crate::frontend::DiskInfo;
-use crate::image::{Image, Opening};
+use crate::image::{self, Image, Opening};
 use crate::serve;
 use crate::sys::file::same_file;
 
@@ -49,6 +49,12 @@ impl MinorError {
     }
 }
 
+impl From<image::Error> for MinorError {
+    fn from(error: image::Error) -> MinorError {
+        MinorError::new(error.errno(), error.to_string())
+    }
+}
+
 /// What OPEN says of an image.
 #[derive(Clone, Debug)]
 pub struct Wanted {
@@ -70,7 +76,7 @@ pub struct Minor {
     /// Names the disk's sources. None is used twice, so that no event reaches another disk.
     serial: usize,
     disk: Option<Disk>,
-    opening: Option<(Opening, Option<u16>)>,
+    opening: Option<(Opening<MinorError>, Option<u16>)>,
     /// How the last OPEN went.
     opened: Result<(), MinorError>,
     /// How the last image's end went. None: there was none.
@@ -276,39 +282,35 @@ impl Minors {
     fn advance_opening(&mut self) -> bool {
         let mut worked = false;
         for index in 0..self.list.len() {
-            let Some((opening, parent)) = &self.list[index].opening else { continue };
-            let Some(outcome) = opening.outcome() else { continue };
-            let (config, parent) = (Arc::clone(&opening.config), *parent);
-            worked = true;
-            self.list[index].opening = None;
-            let outcome = outcome.map_err(|error| MinorError::new(error.errno(), error.to_string()));
-            let outcome = outcome.and_then(|image| match self.ending {
-                true => Err(MinorError::new(Errno::ESHUTDOWN, "this tapdisk is about to end")),
-                false => self.serve(index, image, parent, &config),
+            let Some((mut opening, parent)) = self.list[index].opening.take() else { continue };
+            let (config, number) = (Arc::clone(&opening.config), self.list[index].number());
+            let log = self.log.new(o!("minor" => number));
+            let mut frontends = Vec::new();
+            let outcome = opening.outcome(|image| {
+                parent.map_or(Ok(()), |parent| self.check_parent(image, parent))?;
+                frontends = serve::frontends(&config, &image.info, &log).map_err(|error| {
+                    MinorError::new(error.downcast_ref().map_or(Errno::EIO, client::errno), error.to_string())
+                })?;
+                Ok(())
             });
+            let Some(outcome) = outcome else {
+                self.list[index].opening = Some((opening, parent));
+                continue;
+            };
+            worked = true;
+            let disk = outcome.and_then(|image| {
+                serve::disk(config, image, frontends, &log).map_err(|error| of_io(&error, "cannot serve it"))
+            });
+            let outcome = disk.and_then(|disk| self.put_in(index, disk));
             if let Err(error) = &outcome {
-                error!(self.log, "not opened"; "minor" => self.list[index].number(), "error" => %error);
+                error!(log, "not opened"; "error" => %error);
             }
             self.list[index].opened = outcome;
         }
         worked
     }
 
-    fn serve(
-        &mut self,
-        index: usize,
-        image: Image,
-        parent: Option<u16>,
-        config: &Arc<Config>,
-    ) -> Result<(), MinorError> {
-        if let Some(parent) = parent {
-            self.check_parent(&image, parent)?;
-        }
-        let log = self.log.new(o!("minor" => self.list[index].number()));
-        let failed = |error: Box<dyn std::error::Error>| {
-            MinorError::new(error.downcast_ref().map_or(Errno::EIO, client::errno), error.to_string())
-        };
-        let disk = serve::disk(Arc::clone(config), image, &log).map_err(failed)?;
+    fn put_in(&mut self, index: usize, disk: Disk) -> Result<(), MinorError> {
         let mut minor = self.list.remove(index);
         let done = self.put(&mut minor, disk);
         minor.closed = None;
@@ -381,6 +383,9 @@ impl Minors {
         self.ending = true;
         for minor in &mut self.list {
             minor.goes = true;
+            if let Some((opening, _)) = &mut minor.opening {
+                opening.refuse(MinorError::new(Errno::ESHUTDOWN, "this tapdisk is about to end"));
+            }
             if let Some(disk) = &mut minor.disk {
                 disk.drain();
             }

@@ -38,30 +38,43 @@ pub struct Layer {
     pub plain: Option<File>,
 }
 
-impl Layer {
-    /// Leaves the image so that others find it whole, if that is still to be done. Blocks.
-    fn close(&mut self) -> io::Result<()> {
-        let Some(file) = self.plain.take() else { return Ok(()) };
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let mut done = Ok(());
-        let size = self.format.close(time, &mut |at, bytes| {
-            if done.is_ok() {
-                done = file.write_all_at(bytes, at);
-            }
-        });
-        done?;
-        if let Some(size) = size {
-            file.set_len(size)?;
+/// What is to be written so that others find an image whole.
+struct Closing {
+    file: File,
+    pieces: Vec<(u64, Vec<u8>)>,
+    /// Bytes that the file is to have; none: as it is.
+    size: Option<u64>,
+}
+
+impl Closing {
+    /// Writes it. Blocks.
+    fn write(&self) -> io::Result<()> {
+        self.pieces.iter().try_for_each(|(at, bytes)| self.file.write_all_at(bytes, *at))?;
+        if let Some(size) = self.size {
+            self.file.set_len(size)?;
         }
-        file.sync_all()
+        self.file.sync_all()
+    }
+}
+
+impl Layer {
+    /// What is still to be written of the image.
+    fn close(&mut self) -> Option<Closing> {
+        let file = self.plain.take()?;
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let mut pieces = Vec::new();
+        let size = self.format.close(time, &mut |at, bytes| pieces.push((at, bytes.to_vec())));
+        Some(Closing { file, pieces, size })
     }
 }
 
 impl Drop for Layer {
     /// One that was opened and never served, or whose process ends by an error.
     fn drop(&mut self) {
-        // Opening it again mends what could not be written.
-        let _ = self.close();
+        if let Some(closing) = self.close() {
+            // Opening it again mends what could not be written.
+            let _ = closing.write();
+        }
     }
 }
 
@@ -388,9 +401,11 @@ impl Stack {
         std::mem::take(&mut self.progress)
     }
 
-    /// Nothing is under way, and nothing more will come: leaves the images so that others find them whole. Blocks.
-    pub fn close(&mut self) -> io::Result<()> {
-        self.layers.iter_mut().try_for_each(Layer::close)
+    /// Nothing is under way, and nothing more will come: gives what leaves the images so that others find them whole, and blocks. None:
+    /// they are.
+    pub fn close(&mut self) -> Option<impl FnOnce() -> io::Result<()> + Send + use<>> {
+        let closing: Vec<_> = self.layers.iter_mut().filter_map(Layer::close).collect();
+        (!closing.is_empty()).then_some(move || closing.iter().try_for_each(Closing::write))
     }
 
     /// Counters of the layers that have some, the leaf first.

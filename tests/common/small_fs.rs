@@ -62,21 +62,25 @@ impl SmallFs {
         run(Command::new("mount").arg(&self.device.0).arg(&self.mount));
     }
 
-    /// Holds every write up, as a hung array does.
-    pub fn freeze(&self) {
+    /// Holds every write up, as a hung array does, until what this gives is dropped.
+    pub fn freeze(&self) -> Frozen<'_> {
         run(Command::new("fsfreeze").arg("--freeze").arg(&self.mount));
+        Frozen(self)
     }
+}
 
-    /// Lets them go on.
-    pub fn thaw(&self) {
-        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.mount));
+/// A file system that is frozen. A test that fails must not leave it so: processes that write could not be killed.
+#[must_use]
+pub struct Frozen<'a>(&'a SmallFs);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0.mount));
     }
 }
 
 impl Drop for SmallFs {
     fn drop(&mut self) {
-        // Frozen it could not be unmounted; not frozen this is an error that says nothing.
-        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.mount).output();
         // A killed process's io_uring keeps its files for a moment.
         let umount = || Command::new("umount").arg(&self.mount).output().is_ok_and(|output| output.status.success());
         let end = Instant::now() + Duration::from_secs(10);
