@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicIsize, AtomicU32, AtomicUsize, Ordering};
 
 use libc::{c_long, c_uint, iocb};
 use nix::errno::Errno;
@@ -67,6 +67,9 @@ impl std::fmt::Debug for Iocb {
     }
 }
 
+/// Stack of the thread that makes a system call, bytes.
+const STACK_SIZE: usize = 64 << 10;
+
 /// How completions are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
@@ -84,6 +87,8 @@ pub struct Context {
     blocks: Box<[AtomicUsize]>,
     files: Arc<[Backing]>,
     completed: Arc<EventFd>,
+    /// I/Os that the kernel took, less those that were reaped; for a moment less than nothing.
+    in_flight: AtomicIsize,
 }
 
 /// The completing half. There is one: the ring has one consumer.
@@ -93,7 +98,7 @@ pub struct Completions {
     ring: Option<&'static Ring>,
 }
 
-// SAFETY: `ring` is memory of the context, which stays mapped until `io_destroy`, and so as long as `context`.
+// SAFETY: `ring` is memory of the context, which stays mapped until `io_destroy`, and so at least as long as `context`.
 unsafe impl Send for Completions {}
 
 /// A context for `depth` I/Os in flight on `files`, whose indices are the [`FileId`](super::io::FileId)s.
@@ -110,7 +115,7 @@ pub fn setup(
         return Err(last_error());
     }
     let blocks = std::iter::repeat_with(|| AtomicUsize::new(0)).take(depth).collect();
-    let context = Arc::new(Context { id, blocks, files, completed });
+    let context = Arc::new(Context { id, blocks, files, completed, in_flight: AtomicIsize::new(0) });
     // SAFETY: the id is the address of the ring, mapped into this process by io_setup, until io_destroy.
     let ring = unsafe { &*(id as *const Ring) };
     let known = ring.magic == AIO_RING_MAGIC && ring.incompat_features == 0 && ring.nr > 0;
@@ -138,6 +143,7 @@ impl Context {
         let done = unsafe { libc::syscall(libc::SYS_io_submit, self.id, count as c_long, iocbs.as_mut_ptr()) };
         let result = Errno::result(done).map(|n| n as usize);
         let accepted = *result.as_ref().unwrap_or(&0);
+        self.in_flight.fetch_add(accepted as isize, Ordering::Relaxed);
         for &io in ios[accepted..count].iter().rev() {
             // SAFETY: made by `into_raw` above, and the kernel did not take it.
             batch.push_front(unsafe { Box::from_raw(io) });
@@ -202,10 +208,20 @@ impl Context {
 }
 
 impl Drop for Context {
+    /// Waits for what is in flight. Where that is nothing, the kernel takes its time all the same (some 50 ms: it waits until no CPU
+    /// can still look at the context), and so a thread waits that nobody waits for.
     fn drop(&mut self) {
-        // SAFETY: the id is ours; io_destroy waits for what is in flight, so no buffer is written afterwards.
-        unsafe { libc::syscall(libc::SYS_io_destroy, self.id) };
+        let id = self.id;
+        let thread = std::thread::Builder::new().name("io_destroy".into()).stack_size(STACK_SIZE);
+        if *self.in_flight.get_mut() > 0 || thread.spawn(move || destroy(id)).is_err() {
+            destroy(id);
+        }
     }
+}
+
+fn destroy(id: usize) {
+    // SAFETY: the id is that of a context that was dropped, and dropped once; where I/Os are in flight, io_destroy waits for them.
+    unsafe { libc::syscall(libc::SYS_io_destroy, id) };
 }
 
 impl Completions {
@@ -216,10 +232,14 @@ impl Completions {
 
     /// Hands each completed I/O, with its bytes or error, to `done`, at most `limit` of them.
     pub fn reap(&mut self, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        match self.ring {
+        let count = match self.ring {
             Some(ring) => Self::reap_ring(ring, limit, done),
             None => self.reap_by_call(limit, done),
+        };
+        if count > 0 {
+            self.context.in_flight.fetch_sub(count as isize, Ordering::Relaxed);
         }
+        count
     }
 
     fn reap_ring(ring: &Ring, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
