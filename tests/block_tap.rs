@@ -126,7 +126,7 @@ impl Xen {
         self.host.wait_empty();
         let left: Vec<_> =
             std::fs::read_dir(self.path("run")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert!(left.iter().all(|name| name == "lock"), "{left:?}");
+        assert!(left.iter().all(|name| name.to_string_lossy().starts_with("lock-")), "{left:?}");
     }
 }
 
@@ -214,6 +214,9 @@ fn guests_that_may_share_an_image_have_one_tapdisk_that_ends_with_the_last() {
     xen.remove(&insists);
     xen.remove(&writer);
     assert_eq!(xen.list().lines().count(), 1);
+    // Nor may it only read, or somebody else.
+    let reads = xen.make(5, 51728, &image, "r");
+    xen.refuse(&reads, "disk.img is in use by domain ");
     // One that went without a word uses nothing.
     let gone = xen.make(7, 51712, &image, "w!");
     xen.add(&gone);
@@ -247,6 +250,12 @@ fn what_fails_is_told_and_undone() {
     let backend = xen.make(1, 51712, &image, "w");
     xen.refuse(&backend, "disk.img");
     drop(held);
+    xen.wait_empty();
+    // Nor is a tapdisk used, or ended, that somebody else has started.
+    let (pid, minor) = xen.host.opened(&format!("aio:{image}"));
+    xen.refuse(&backend, &format!("in use by process {pid}"));
+    xen.remove(&backend);
+    xen.host.done(&["destroy", "-p", &pid, "-m", &minor]);
     xen.wait_empty();
     xen.add(&backend);
     xen.remove(&backend);
