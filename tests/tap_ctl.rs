@@ -371,6 +371,9 @@ fn a_tapdisk_that_does_not_start_hands_on_its_exit_code_and_its_words() {
         assert!(more.code == errno && more.err.contains(words), "{text}: {}", more.err);
     };
     failed("echo no room >&2; exit 12", libc::ENOMEM, "did not start (exit status: 12): no room");
+    // No errno, but no success either.
+    failed("exit 200", 200, "did not start (exit status: 200)");
+    failed("exit 255", 255, "did not start (exit status: 255)");
     failed("exit 0", libc::EPROTO, "it printed no control socket");
     failed("echo nonsense; exec sleep 100", libc::EINTR, "nonsense");
     failed("echo /x/ctl12x; exec sleep 100", libc::EINTR, "/x/ctl12x");

@@ -23,7 +23,7 @@ use crate::config::{Config, ImageType, OddSize, Size};
 use crate::engine::{self, Engine, Opener};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::Backing;
+use crate::sys::{self, file::Backing};
 
 /// Why an image can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +70,7 @@ pub enum Error {
 impl Error {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
-        let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, sys::errno);
         match self {
             Error::Io { source, .. } => of(source),
             Error::Locked { .. } => Errno::EBUSY,

@@ -16,6 +16,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Response, Stat, kind, text};
+use crate::sys;
 
 pub use disk::*;
 pub use ours::*;
@@ -44,7 +45,7 @@ pub struct Listed {
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct Refused {
-    /// A positive errno.
+    /// A positive errno; or the exit code of a tapdisk that did not start, which need not be one.
     pub errno: i32,
     /// The tapdisk's words, or ours where it says nothing.
     pub text: String,
@@ -60,7 +61,7 @@ pub fn errno(error: &io::Error) -> Errno {
     let refused = error.get_ref().and_then(|error| error.downcast_ref::<Refused>());
     let raw = refused.map(|refused| refused.errno).or(error.raw_os_error());
     match (raw, error.kind()) {
-        (Some(raw), _) => Errno::from_raw(raw),
+        (Some(raw), _) => sys::errno(raw),
         (None, ErrorKind::NotFound) => Errno::ENOENT,
         (None, ErrorKind::InvalidInput) => Errno::EINVAL,
         (None, ErrorKind::PermissionDenied) => Errno::EACCES,
@@ -187,8 +188,8 @@ fn check(message: &Message) -> io::Result<()> {
         return Ok(());
     }
     let words = text(&message).filter(|words| !words.is_empty());
-    let words = words.map_or_else(|| Errno::from_raw(error).desc().to_owned(), str::to_owned);
-    Err(io::Error::other(Refused { errno: error, text: words }))
+    let errno = sys::errno(error);
+    Err(refused(errno, words.map_or_else(|| errno.desc().to_owned(), str::to_owned)))
 }
 
 /// The standard library's connect() has no limit, and waits where a stopped tapdisk has many connections to take already.
@@ -249,4 +250,21 @@ pub fn exit(directory: &Path, pid: i32) -> io::Result<()> {
     let request = Message::new(kind::EXIT, NO_MINOR);
     // It says that there was no error.
     Connection::send(path(directory, pid), &request, &[], Some(TIMEOUT))?.expect(kind::ERROR).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_error_has_the_errno_of_success() {
+        // Linux has numbers of its own, such as 524; and who answers may have any.
+        for number in [0, -5, 200, 524, i32::MIN] {
+            assert_eq!(errno(&io::Error::from_raw_os_error(number)), Errno::EIO, "{number}");
+        }
+        assert_eq!(errno(&io::Error::from_raw_os_error(libc::ENOMEDIUM)), Errno::ENOMEDIUM);
+        for number in [-5, 200, 524] {
+            assert_eq!(errno(&check(&Message::error(0, number, "why")).unwrap_err()), Errno::EIO, "{number}");
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use nix::errno::Errno;
 use serde_json::json;
-use tapdisk::control::client;
+use tapdisk::control::client::{self, Refused};
 
 use super::Args;
 
@@ -15,11 +15,11 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     if error.kind() == io::ErrorKind::BrokenPipe {
         return ExitCode::SUCCESS;
     }
-    let errno = if is_exact(error) { Errno::EPERM } else { client::errno(error) };
-    let (number, known) = (errno as i32, strerror(errno));
+    let number = if is_exact(error) { Errno::EPERM as i32 } else { number(error) };
+    let known = strerror(number);
     let words = words(error);
     if args.json {
-        let name = format!("{errno:?}");
+        let name = format!("{:?}", Errno::from_raw(number));
         let value = json!({ "error": { "errno": number, "name": name, "text": words.as_ref().unwrap_or(&known) } });
         // Where it can't be written, the exit code still says that something is wrong.
         let _ = writeln!(io::stdout(), "{value}");
@@ -38,9 +38,15 @@ fn words(error: &io::Error) -> Option<String> {
     error.raw_os_error().is_none().then(|| error.to_string())
 }
 
+/// The errno, or the exit code of a tapdisk that did not start, whatever that means.
+fn number(error: &io::Error) -> i32 {
+    let refused = error.get_ref().and_then(|error| error.downcast_ref::<Refused>());
+    refused.map(|refused| refused.errno).filter(|code| (1..256).contains(code)).unwrap_or(client::errno(error) as i32)
+}
+
 /// What the C library says of an errno, and toolstacks look for.
-fn strerror(errno: Errno) -> String {
-    let text = io::Error::from(errno).to_string();
+fn strerror(number: i32) -> String {
+    let text = io::Error::from_raw_os_error(number).to_string();
     text.rsplit_once(" (os error").map_or(text.clone(), |(text, _)| text.to_owned())
 }
 

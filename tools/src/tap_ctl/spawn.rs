@@ -4,13 +4,12 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, absolute};
 use std::process::{Command, ExitStatus, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use tapdisk::control::client::{errno, refused};
+use tapdisk::control::client::{Refused, errno, refused};
 
 use super::args::DIRECTORY;
 
@@ -84,12 +83,12 @@ fn pid_of(line: &[u8]) -> Option<i32> {
 
 /// Its exit code becomes ours.
 fn failed(program: &str, status: ExitStatus, said: &str) -> io::Error {
-    let errno = match (status.code(), status.signal()) {
-        (Some(0), _) => Errno::EPROTO,
-        (Some(code), _) => Errno::from_raw(code),
-        // As blktap has it.
-        _ => Errno::EINTR,
+    let errno = match status.code() {
+        Some(0) => Errno::EPROTO as i32,
+        Some(code) => code,
+        // A signal's, as blktap has it.
+        None => Errno::EINTR as i32,
     };
     let said = if said.is_empty() { "it printed no control socket" } else { said };
-    refused(errno, format!("{program} did not start ({status}): {said}"))
+    io::Error::other(Refused { errno, text: format!("{program} did not start ({status}): {said}") })
 }
