@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use common::host::{Host, said, said_with_input, strerror};
 use common::live::{name, wait_for};
@@ -17,6 +18,7 @@ use common::vhd::{Said, good};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use serde_json::{Value, json};
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, kind};
+use tapdisk::minors::marker::{self, Marker};
 use tempfile::TempDir;
 use zerocopy::IntoBytes;
 
@@ -396,6 +398,35 @@ fn a_tapdisk_that_does_not_start_hands_on_its_exit_code_and_its_words() {
     let failed = spawn("exit 28", &["create", "-a", "aio:/x"]);
     assert_eq!((failed.code, failed.out, failed.err), (28, String::new(), strerror(28) + "\n"));
     host.wait_empty();
+}
+
+#[test]
+fn a_create_that_fails_waits_for_the_minor_of_a_tapdisk_that_ends() {
+    let (host, folder) = (Host::new(), folder());
+    let directory = host.directory().to_owned();
+    let mut held = Vec::new();
+    pretend(&host, 900_000_001, move |mut stream| {
+        let mut request = [0; MESSAGE_SIZE];
+        stream.read_exact(&mut request).unwrap();
+        let kind = u16::from_ne_bytes([request[0], request[1]]);
+        let answer = match kind {
+            kind::ATTACH => {
+                held.push(Marker::hold(&directory, 0).unwrap());
+                Message::new(kind + 1, 0)
+            }
+            kind::OPEN => Message::error(0, libc::EIO, "no"),
+            _ => Message::new(kind + 1, 0),
+        };
+        stream.write_all(answer.as_bytes()).unwrap();
+        if kind == kind::DETACH {
+            std::thread::sleep(Duration::from_millis(500));
+            held.clear();
+        }
+    });
+    let path = script(folder.path(), "echo /x/ctl900000001");
+    let made = said(host.tap_ctl().env("TAPDISK", path).args(["create", "-a", "aio:/x"]));
+    assert_eq!((made.code, made.out.as_str(), made.err.as_str()), (libc::EIO, "", "Input/output error\n"));
+    assert!(!marker::path(host.directory(), 0).exists());
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::{Answer, Disk, Limit, Opened, is_terminal};
 
 /// The sizes that a key may have, bytes.
 const KEY_SIZES: [usize; 2] = [32, 64];
-/// How long a process that was killed may take to be gone.
+/// How long a process that ends may take to be gone.
 const DYING_MAX: Duration = Duration::from_secs(5);
 /// How often it is looked at.
 const DYING_EACH: Duration = Duration::from_millis(10);
@@ -76,6 +76,17 @@ fn give_back(directory: &Path, minor: u16) -> io::Result<()> {
         };
         refused(errno(&error), format!("minor {minor} in {}: {why}", directory.display()))
     })
+}
+
+/// The same for that of a process that ends: it has its files until the last of it is gone.
+fn give_back_late(directory: &Path, minor: u16) -> io::Result<()> {
+    let end = Instant::now() + DYING_MAX;
+    loop {
+        match give_back(directory, minor) {
+            Err(error) if errno(&error) == Errno::EAGAIN && Instant::now() < end => std::thread::sleep(DYING_EACH),
+            other => return other,
+        }
+    }
 }
 
 /// `spawn`.
@@ -140,7 +151,7 @@ pub(super) fn create(directory: &Path, slice: Option<&str>, image: &Opened) -> i
         opened.map(|_| pid).inspect_err(|_| end(directory, pid, minor))
     });
     // It is the first error that counts.
-    let pid = made.inspect_err(|_| drop(marker::free(directory, minor)))?;
+    let pid = made.inspect_err(|_| drop(give_back_late(directory, minor)))?;
     Ok(Answer::new(path.display(), json!({ "pid": pid, "minor": minor, "path": path })))
 }
 
@@ -170,14 +181,9 @@ pub(super) fn destroy(directory: &Path, disk: Disk, limit: Limit) -> io::Result<
     if step("detach", || client::detach(directory, pid, minor))? == Step::Nobody {
         sweep(directory, pid, minor);
     }
-    let end = Instant::now() + DYING_MAX;
-    loop {
-        match give_back(directory, minor) {
-            // A process that was killed has its files until the last of it is gone.
-            Err(error) if errno(&error) == Errno::EAGAIN && Instant::now() < end => std::thread::sleep(DYING_EACH),
-            Err(error) if errno(&error) != Errno::ENOENT => return Err(error),
-            _ => return Ok(Answer::done(disk)),
-        }
+    match give_back_late(directory, minor) {
+        Err(error) if errno(&error) != Errno::ENOENT => Err(error),
+        _ => Ok(Answer::done(disk)),
     }
 }
 
