@@ -4,12 +4,12 @@ mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::host::{Host, said, said_with_input, strerror};
 use common::live::{name, wait_for};
@@ -17,7 +17,7 @@ use common::served::{folder, run, tool};
 use common::vhd::{Said, good};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use serde_json::{Value, json};
-use tapdisk::control::proto::{MESSAGE_SIZE, Message, kind};
+use tapdisk::control::proto::{List, MESSAGE_SIZE, Message, kind, string};
 use tapdisk::minors::marker::{self, Marker};
 use tempfile::TempDir;
 use zerocopy::IntoBytes;
@@ -309,6 +309,40 @@ fn list_has_only_what_is_asked_for_and_survives_those_who_do_not_answer() {
     assert_eq!((late.code, late.err.lines().next()), (libc::ETIMEDOUT, Some("Connection timed out")), "{}", late.err);
 }
 
+/// A control socket whose queue of connections is full, and stays so.
+fn full(host: &Host, pid: i32) -> (OwnedFd, UnixStream) {
+    let path = host.directory().join(format!("ctl{pid}"));
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&socket, Backlog::new(0).unwrap()).unwrap();
+    (socket, UnixStream::connect(&path).unwrap())
+}
+
+#[test]
+fn list_takes_ten_seconds_for_all_who_let_nobody_in() {
+    let host = Host::new();
+    let pids = [900_000_001, 900_000_002, 900_000_003];
+    let _sockets = pids.map(|pid| full(&host, pid));
+    // One that is slow, but not that slow.
+    let (listener, _waits) = full(&host, 900_000_004);
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(3));
+        let listener = UnixListener::from(listener);
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; MESSAGE_SIZE]).unwrap();
+        let disk = List { count: 1, minor: 5, state: 0, path: string("aio:/x") };
+        let end = List { count: 0, minor: -1, state: 0, path: string("") };
+        for list in [disk, end] {
+            stream.write_all(Message::new(kind::LIST_RSP, 0).with(&list).as_bytes()).unwrap();
+        }
+    });
+    let begin = Instant::now();
+    let lines = pids.map(|pid| format!("pid={pid}")).join("\n");
+    assert_eq!(host.good(&["list"]), format!("{lines}\npid=900000004 minor=5 state=0 args=aio:/x"));
+    assert!((10..13).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+}
+
 #[test]
 fn close_is_tried_again_while_the_disk_is_busy() {
     let host = Host::new();
@@ -340,11 +374,7 @@ fn close_is_tried_again_while_the_disk_is_busy() {
 #[test]
 fn a_tapdisk_that_lets_nobody_in_is_waited_for_as_long_as_is_said() {
     let host = Host::new();
-    let path = host.directory().join("ctl900000001");
-    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    bind(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-    listen(&socket, Backlog::new(0).unwrap()).unwrap();
-    let _first = UnixStream::connect(&path).unwrap();
+    let _full = full(&host, 900_000_001);
     let late = host.ctl(&["close", "-p", "900000001", "-m", "3", "-t", "1", "--debug"]);
     assert_eq!((late.code, late.err.lines().next()), (libc::ETIMEDOUT, Some("Connection timed out")), "{}", late.err);
     assert!(late.err.contains("ctl900000001: it lets nobody in"), "{}", late.err);
