@@ -128,7 +128,7 @@ fn tap_ctl_prints_what_storage_managers_parse() {
     assert_eq!(run(served.tap_ctl().args(["list", "-t", "vhd"])), "");
     assert_eq!(run(served.tap_ctl().args(["list", "-m", "1"])), "");
     let json: serde_json::Value = serde_json::from_str(&run(served.tap_ctl().args(["list", "--json"]))).unwrap();
-    assert_eq!(json, serde_json::json!([{ "pid": pid, "minor": 0, "state": 0, "name": "ram:1 MiB" }]));
+    assert_eq!(json, serde_json::json!([{ "pid": pid, "minor": 0, "state": 0, "name": "ram:1 MiB", "error": null }]));
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(0, &[1; 4096]), 0);
     assert!(guest.read(0, 512).is_ok());

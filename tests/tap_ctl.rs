@@ -145,7 +145,7 @@ fn each_command_says_in_json_what_it_is_about() {
     let (number, disk) = (pid.to_string(), json!({ "pid": pid, "minor": 0 }));
     assert_eq!(
         json_of(&host.ctl(&["list", "--json"])),
-        json!([{ "pid": pid, "minor": null, "state": null, "name": null }])
+        json!([{ "pid": pid, "minor": null, "state": null, "name": null, "error": null }])
     );
     let done = |words: &[&str]| {
         let words = [&words[..1], &["--json", "-p", &number, "-m", "0"], &words[1..]].concat();
@@ -154,13 +154,13 @@ fn each_command_says_in_json_what_it_is_about() {
     done(&["attach"]);
     assert_eq!(
         json_of(&host.ctl(&["list", "--json"])),
-        json!([{ "pid": pid, "minor": 0, "state": 0, "name": null }])
+        json!([{ "pid": pid, "minor": 0, "state": 0, "name": null, "error": null }])
     );
     host.done(&["open", "-p", &number, "-m", "0", "-a", &image]);
     done(&["pause"]);
     assert_eq!(
         json_of(&host.ctl(&["list", "--json"])),
-        json!([{ "pid": pid, "minor": 0, "state": 42, "name": image }])
+        json!([{ "pid": pid, "minor": 0, "state": 42, "name": image, "error": null }])
     );
     done(&["unpause"]);
     for words in [&["stats"][..], &["debug-queue"], &["poll"], &["engine"], &["coalesce", "--show"], &["resize"]] {
@@ -300,6 +300,18 @@ fn list_has_only_what_is_asked_for_and_survives_those_who_do_not_answer() {
     drop(UnixListener::bind(host.directory().join(format!("ctl{gone}"))).unwrap());
     let all = [silent, rude, mad].map(|pid| (pid, format!("pid={pid}")));
     assert_eq!(host.good(&["list"]), sorted([&lines[..], &all].concat()));
+    let why = [
+        (silent, "no answer in 10 seconds"),
+        (rude, "it has closed the connection"),
+        (mad, "an answer of type 65535, not 20"),
+    ];
+    let debug = host.ctl(&["list", "--debug", "--json"]);
+    let told: String = why.iter().map(|(pid, why)| format!("process {pid}: {why}\n")).collect();
+    assert_eq!((debug.code, debug.err), (0, told));
+    let listed: Value = serde_json::from_str(&debug.out).unwrap();
+    let line =
+        |(pid, why): (i32, &str)| json!({ "pid": pid, "minor": null, "state": null, "name": null, "error": why });
+    assert_eq!(listed.as_array().unwrap()[3..], why.map(line));
     assert_eq!(host.good(&["list", "-p", &rude.to_string()]), format!("pid={rude}"));
     assert_eq!(host.good(&["list", "-p", &gone.to_string()]), "");
     host.bad(&["attach", "-p", &rude.to_string(), "-m", "0"], libc::EIO, "the tapdisk hung up before it answered");

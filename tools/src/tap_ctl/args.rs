@@ -61,8 +61,9 @@ pub enum Command {
     /// Lists disks, one a line: pid, minor, state (0: running, 0x2a: paused) and image
     ///
     /// To a terminal it prints columns, otherwise `pid=… minor=… state=… args=type:path`. A disk without an image has no args, and a
-    /// process without disks, or that does not answer in 10 seconds, is `pid=…` alone. The order is that of the process ids, and
-    /// of the minors within a process. Options choose lines that have exactly that.
+    /// process without disks, or that does not tell, in 10 seconds or at all, is `pid=…` alone; with --json its `error`, which is null
+    /// otherwise, says why, with --debug a line on standard error. The order is that of the process ids, and of the minors within a
+    /// process. Options choose lines that have exactly that.
     #[command(after_help = "Examples:
   tap-ctl list
   tap-ctl list -t vhd -f /srv/vm/guest.vhd")]

@@ -21,6 +21,9 @@ const ANSWER_MAX: usize = 64 << 20;
 /// How often it is tried to ask one whose queue of connections is full.
 const RETRY_EACH: Duration = Duration::from_millis(20);
 
+/// Of one that has too many connections, or ends.
+const CLOSED: &str = "it has closed the connection";
+
 /// What came of asking a tapdisk.
 #[derive(Clone, Debug)]
 pub(super) enum Answer<T> {
@@ -114,7 +117,8 @@ impl<T> Collector<T> {
             Err(Errno::ECONNREFUSED | Errno::ENOENT) => drop(self.since.remove(&pid)),
             Err(errno) => {
                 self.since.remove(&pid);
-                answers.insert(pid, Answer::Refused(errno.desc().to_owned()));
+                let why = if errno == Errno::EPIPE { CLOSED } else { errno.desc() };
+                answers.insert(pid, Answer::Refused(why.to_owned()));
             }
         }
         false
@@ -177,7 +181,7 @@ impl Query {
         };
         match parse(&self.received)? {
             // It ends, or has too many connections; next time it may answer.
-            None if ended => Err(io::Error::other("it has closed the connection")),
+            None if ended => Err(io::Error::other(CLOSED)),
             answer => Ok(answer),
         }
     }

@@ -28,16 +28,18 @@ struct Line {
     minor: Option<i32>,
     state: Option<i32>,
     name: Option<String>,
+    /// Why the process does not tell.
+    error: Option<String>,
 }
 
 impl Line {
     fn of_disk(pid: i32, disk: Listed) -> Line {
         let name = Some(disk.name).filter(|name| !name.is_empty());
-        Line { pid, minor: Some(disk.minor), state: Some(disk.state), name }
+        Line { pid, minor: Some(disk.minor), state: Some(disk.state), name, error: None }
     }
 
-    fn of_process(pid: i32) -> Line {
-        Line { pid, minor: None, state: None, name: None }
+    fn of_process(pid: i32, error: Option<String>) -> Line {
+        Line { pid, minor: None, state: None, name: None, error }
     }
 
     fn is_wanted(&self, wanted: &List) -> bool {
@@ -104,9 +106,16 @@ pub(super) fn list(out: &mut impl Write, args: &Args, wanted: &List) -> io::Resu
     };
     let of_process = |(pid, answer): (i32, Answer<Vec<Listed>>)| match answer {
         Answer::Told(disks) if !disks.is_empty() => disks.into_iter().map(|disk| Line::of_disk(pid, disk)).collect(),
-        _ => vec![Line::of_process(pid)],
+        Answer::Told(_) => vec![Line::of_process(pid, None)],
+        Answer::Hangs(_) => vec![Line::of_process(pid, Some(format!("no answer in {} seconds", TIMEOUT.as_secs())))],
+        Answer::Refused(why) => vec![Line::of_process(pid, Some(why))],
     };
-    let lines: Vec<Line> = processes.into_iter().flat_map(of_process).filter(|line| line.is_wanted(wanted)).collect();
+    let mut lines: Vec<Line> = processes.into_iter().flat_map(of_process).collect();
+    if args.debug {
+        let silent = lines.iter().filter_map(|line| Some((line.pid, line.error.as_ref()?)));
+        silent.for_each(|(pid, why)| eprintln!("process {pid}: {why}"));
+    }
+    lines.retain(|line| line.is_wanted(wanted));
     if args.json {
         return writeln!(out, "{}", serde_json::to_string(&lines)?);
     }
