@@ -429,6 +429,14 @@ fn a_tapdisk_that_does_not_start_hands_on_its_exit_code_and_its_words() {
     // It gets the directory, and what it has from us it can keep for long.
     let kept = spawn("echo \"$@\" >&2; (sleep 100 &); echo /x/ctl4711", &["spawn"]);
     assert_eq!((kept.code, kept.out.as_str(), kept.err.as_str()), (0, "4711\n", ""));
+    // Also the default one, since defaults.toml may name another.
+    let path = script(folder.path(), "echo \"$@\" >&2; exit 9");
+    let default = said(tool("tap-ctl").env("TAPDISK", path).args(["spawn", "--debug"]));
+    assert!(
+        default.code == 9 && default.err.contains(": --control-directory /run/blktap-control\n"),
+        "{}",
+        default.err
+    );
     let missing = said(host.tap_ctl().env("TAPDISK", "/nonexistent").args(["spawn", "--debug"]));
     assert_eq!((missing.code, missing.err.lines().count()), (libc::ENOENT, 2), "{}", missing.err);
     assert!(

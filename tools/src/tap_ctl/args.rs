@@ -8,9 +8,6 @@ use tapdisk::config::Size;
 use super::engine;
 use super::top::Top;
 
-/// Where control sockets are, if nothing else is said: blktap's folder.
-pub(super) const DIRECTORY: &str = "/run/blktap-control";
-
 /// Starts, inspects and steers tapdisks through their control sockets.
 ///
 /// The exit code is 0, or the errno of what went wrong. Standard error says that errno's text, alone, after blktap's commands, because
@@ -39,7 +36,7 @@ pub(super) const DIRECTORY: &str = "/run/blktap-control";
 )]
 pub struct Args {
     /// Where the control sockets and the minors' files are
-    #[arg(long, global = true, default_value = DIRECTORY, env = "TAPDISK_CONTROL_DIRECTORY")]
+    #[arg(long, global = true, default_value = "/run/blktap-control", env = "TAPDISK_CONTROL_DIRECTORY")]
     pub directory: PathBuf,
 
     /// Says more about an error; may stand anywhere

@@ -11,8 +11,6 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tapdisk::control::client::{Refused, errno, refused};
 
-use super::args::DIRECTORY;
-
 /// More than a path has, in bytes.
 const LINE_MAX: u64 = 4096;
 /// More than anybody reads of what it says if it fails, in bytes.
@@ -38,9 +36,8 @@ pub(super) fn start(directory: &Path, slice: Option<&str>) -> io::Result<i32> {
     if let Some(slice) = slice {
         command.args(["--quiet", "--scope", "--slice", slice, "--"]).arg(&program);
     }
-    if directory != Path::new(DIRECTORY) {
-        command.arg("--control-directory").arg(absolute(directory)?);
-    }
+    // Always: the host's defaults may name another than ours.
+    command.arg("--control-directory").arg(absolute(directory)?);
     // What it says if it fails. A file does not block it, and need not have an end.
     let errors = File::from(memfd_create(c"stderr", MFdFlags::MFD_CLOEXEC)?);
     // As blktap's, it holds no folder of whoever started it.
