@@ -65,7 +65,17 @@ fn a_wrong_command_line_is_einval_and_help_is_not() {
         let said = run(words);
         assert_eq!((said.code, said.out.as_str()), (libc::EINVAL, ""), "{words:?}");
         assert!(said.err.contains("Usage: tap-ctl"), "{words:?}: {}", said.err);
+        let json = run(&[words, &["--json"]].concat());
+        let value: Value = serde_json::from_str(&json.out).unwrap();
+        assert_eq!(
+            (json.code, &value["error"]["errno"], &value["error"]["name"]),
+            (22, &22.into(), &"EINVAL".into())
+        );
     }
+    let said = run(&["free", "--json", "-m", "x"]);
+    let text = "invalid value 'x' for '--minor <MINOR>': invalid digit found in string";
+    let error = json!({ "errno": 22, "name": "EINVAL", "text": text });
+    assert_eq!(serde_json::from_str::<Value>(&said.out).unwrap(), json!({ "error": error }));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::top::Top;
 /// command line is EINVAL (22), with the usage on standard error.
 ///
 /// With --json, standard output is one JSON value: what the command is about, or {"error": {"errno": 16, "name": "EBUSY", "text":
-/// "..."}}.
+/// "..."}}, also for a wrong command line. Only top prints several: one a line, for each disk and look.
 #[derive(Debug, Parser)]
 #[command(
     name = "tap-ctl",
@@ -246,7 +246,7 @@ pub enum Command {
     },
     /// Prints the metrics of all tapdisks of the host, as OpenMetrics text
     ///
-    /// One that does not answer within two seconds has tapdisk_process_up 0.
+    /// One that does not answer within two seconds has tapdisk_process_up 0. With --json it prints an array of what each process tells.
     #[command(after_help = "Example:
   tap-ctl metrics >/var/lib/node_exporter/tapdisk.prom.new")]
     Metrics,

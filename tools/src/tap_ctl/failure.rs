@@ -19,10 +19,7 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     let known = strerror(number);
     let words = words(error);
     if args.json {
-        let name = format!("{:?}", Errno::from_raw(number));
-        let value = json!({ "error": { "errno": number, "name": name, "text": words.as_ref().unwrap_or(&known) } });
-        // Where it can't be written, the exit code still says that something is wrong.
-        let _ = writeln!(io::stdout(), "{value}");
+        print_json(number, words.as_ref().unwrap_or(&known));
     }
     let detailed = args.debug || io::stderr().is_terminal();
     match words {
@@ -31,6 +28,14 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
         _ => eprintln!("{known}"),
     }
     ExitCode::from(u8::try_from(number).unwrap_or(1))
+}
+
+/// An error as the one value on standard output.
+pub(super) fn print_json(number: i32, text: &str) {
+    let value =
+        json!({ "error": { "errno": number, "name": format!("{:?}", Errno::from_raw(number)), "text": text } });
+    // Where it can't be written, the exit code still says that something is wrong.
+    let _ = writeln!(io::stdout(), "{value}");
 }
 
 /// What an error says beyond its errno.

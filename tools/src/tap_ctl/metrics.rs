@@ -13,7 +13,7 @@ use super::collect::{Answer, Collector};
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Prints it. A tapdisk that does not answer is in it as one that is not up.
-pub(super) fn metrics(out: &mut impl Write, directory: &Path) -> io::Result<()> {
+pub(super) fn metrics(out: &mut impl Write, directory: &Path, json: bool) -> io::Result<()> {
     let answers = Collector::of_metrics(directory).round(PATIENCE)?;
     let processes = answers.into_iter().filter_map(|(pid, answer)| match answer {
         Answer::Told(process) => Some(process),
@@ -23,5 +23,9 @@ pub(super) fn metrics(out: &mut impl Write, directory: &Path) -> io::Result<()> 
             None
         }
     });
-    write!(out, "{}", Exposition(&processes.collect::<Vec<_>>()))
+    let processes: Vec<_> = processes.collect();
+    if json {
+        return writeln!(out, "{}", serde_json::to_string(&processes)?);
+    }
+    write!(out, "{}", Exposition(&processes))
 }
