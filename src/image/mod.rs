@@ -191,3 +191,16 @@ fn with_engine(chain: Chain, config: &Config, event: Option<Arc<EventFd>>, log: 
         "layers" => layers.len(), "engine" => engine.name, "depth" => engine.depth);
     Ok(Image { info, layers, engine, opener: Some(opener), locks, tickets })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_drive_is_told_of_as_one() {
+        // As open(2) has it for /dev/sr0: storage managers wait for exit code 123.
+        let source = io::Error::from_raw_os_error(libc::ENOMEDIUM);
+        let error = Error::Io { path: "/dev/sr0".into(), action: "open it", source };
+        assert_eq!((error.errno(), error.errno() as i32), (Errno::ENOMEDIUM, 123));
+    }
+}
