@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use drivers::vhd::{self, Image, Kind, Platform, Problem, ReadError, Source, Uuid};
 use nix::errno::Errno;
 
-use crate::sys::file::geometry;
+use crate::sys::{self, file::geometry};
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
 pub const DEPTH_MAX: usize = 256;
@@ -103,7 +103,7 @@ impl Error {
             | Error::Folder { .. }
             | Error::Endless { .. } => return Errno::EINVAL,
         };
-        system.map_or(Errno::EIO, Errno::from_raw)
+        system.map_or(Errno::EIO, sys::errno)
     }
 }
 

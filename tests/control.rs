@@ -362,7 +362,7 @@ fn the_background_holds_nothing_of_its_starter_and_a_failure_has_its_errno() {
     let path = String::from_utf8(started.stdout).unwrap();
     assert_eq!((started.status.code(), String::from_utf8(started.stderr).unwrap().as_str()), (Some(0), ""));
     let pid: i32 = path.trim_end().rsplit_once("/ctl").unwrap().1.parse().unwrap();
-    assert_eq!(client::list(host.directory(), pid).unwrap(), []);
+    assert_eq!(host.good(&["list"]), format!("pid={pid}"));
     let cwd = std::fs::read_link(format!("/proc/{pid}/fd/1")).unwrap();
     assert_eq!(cwd, Path::new("/dev/null"));
     client::exit(host.directory(), pid).unwrap();
@@ -397,7 +397,11 @@ fn a_disk_of_a_configuration_takes_a_minor_of_its_own() {
     let sockets = tempfile::tempdir().unwrap();
     let control = |more: &str| format!("[control]\ndirectory = '{}'\n{more}", sockets.path().display());
     let ram = "type = 'ram'\nsize = '1 MiB'";
-    let listed = |served: &Served| client::list(sockets.path(), served.pid()).unwrap()[0].minor;
+    let listed = |served: &Served| {
+        let mut tap_ctl = tool("tap-ctl");
+        tap_ctl.arg("--directory").arg(sockets.path()).args(["list", "--json", "-p", &served.pid().to_string()]);
+        serde_json::from_str::<Value>(&run(&mut tap_ctl)).unwrap()[0]["minor"].as_i64().unwrap()
+    };
     let first = Served::start(ram, &control(""));
     let second = Served::start(ram, &control(""));
     let third = Served::start(ram, &control("minor = 7\n"));

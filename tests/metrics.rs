@@ -222,6 +222,9 @@ fn each_disk_of_a_process_has_its_own() {
         json["disks"].as_array().unwrap().iter().map(|disk| disk["minor"].to_string()).collect::<Vec<_>>()
     };
     assert_eq!((ask(&minors[0]), ask(&minors[1])), (vec![minors[0].clone()], vec![minors[1].clone()]));
+    let json: Value = serde_json::from_str(&host.good(&["metrics", "--json"])).unwrap();
+    assert_eq!((json.as_array().unwrap().len(), &json[0]["pid"]), (1, &pid.parse::<i32>().unwrap().into()));
+    assert_eq!(json[0]["disks"].as_array().unwrap().len(), 2);
     // One that is attached, and has no image.
     host.done(&["close", "-p", &pid, "-m", &minors[0]]);
     assert_eq!(Parsed::of(&host.good(&["metrics"])).all("tapdisk_disk_info", &[]).len(), 1);

@@ -128,7 +128,7 @@ fn tap_ctl_prints_what_storage_managers_parse() {
     assert_eq!(run(served.tap_ctl().args(["list", "-t", "vhd"])), "");
     assert_eq!(run(served.tap_ctl().args(["list", "-m", "1"])), "");
     let json: serde_json::Value = serde_json::from_str(&run(served.tap_ctl().args(["list", "--json"]))).unwrap();
-    assert_eq!(json, serde_json::json!([{ "pid": pid, "minor": 0, "state": 0, "name": "ram:1 MiB" }]));
+    assert_eq!(json, serde_json::json!([{ "pid": pid, "minor": 0, "state": 0, "name": "ram:1 MiB", "error": null }]));
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(0, &[1; 4096]), 0);
     assert!(guest.read(0, 512).is_ok());
@@ -178,8 +178,12 @@ fn man_pages_and_completions_are_made_of_the_command_lines() {
     let text = read("man8/tap-ctl.8");
     assert!(text.contains("stuck in I/O") && text.contains("debug\\-queue \\-p 4711 \\-m 0 \\-\\-json"), "{text}");
     assert!(text.contains("\\fBtap\\-ctl attach\\fR \\-p PID \\-m MINOR\n"), "{text}");
+    let (help, page) = (run(tool("docs").arg("--help")), read("man1/docs.1"));
+    assert!(help.contains("Usage: docs <DIRECTORY>") && help.contains("Examples:\n  docs target/docs\n"), "{help}");
+    assert!(page.contains("fish and zsh") && page.contains("docs target/docs"), "{page}");
+    assert!(read("completions/docs.bash").contains("docs"));
     // Nothing that troff would complain of.
-    for (_, page) in pages {
+    for (_, page) in pages.into_iter().chain([("docs", "man1/docs.1")]) {
         let mut groff = Command::new("groff");
         let said = output(groff.args(["-man", "-Kutf8", "-Tutf8", "-ww", "-z"]).arg(folder.path().join(page)));
         assert_eq!((said.status.code(), String::from_utf8_lossy(&said.stderr).as_ref()), (Some(0), ""), "{page}");

@@ -4,11 +4,12 @@ mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::host::{Host, said, said_with_input, strerror};
 use common::live::{name, wait_for};
@@ -16,7 +17,8 @@ use common::served::{folder, run, tool};
 use common::vhd::{Said, good};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use serde_json::{Value, json};
-use tapdisk::control::proto::{MESSAGE_SIZE, Message, kind};
+use tapdisk::control::proto::{List, MESSAGE_SIZE, Message, kind, string};
+use tapdisk::minors::marker::{self, Marker};
 use tempfile::TempDir;
 use zerocopy::IntoBytes;
 
@@ -63,7 +65,17 @@ fn a_wrong_command_line_is_einval_and_help_is_not() {
         let said = run(words);
         assert_eq!((said.code, said.out.as_str()), (libc::EINVAL, ""), "{words:?}");
         assert!(said.err.contains("Usage: tap-ctl"), "{words:?}: {}", said.err);
+        let json = run(&[words, &["--json"]].concat());
+        let value: Value = serde_json::from_str(&json.out).unwrap();
+        assert_eq!(
+            (json.code, &value["error"]["errno"], &value["error"]["name"]),
+            (22, &22.into(), &"EINVAL".into())
+        );
     }
+    let said = run(&["free", "--json", "-m", "x"]);
+    let text = "invalid value 'x' for '--minor <MINOR>': invalid digit found in string";
+    let error = json!({ "errno": 22, "name": "EINVAL", "text": text });
+    assert_eq!(serde_json::from_str::<Value>(&said.out).unwrap(), json!({ "error": error }));
 }
 
 #[test]
@@ -118,8 +130,16 @@ fn a_disk_from_spawn_to_free() {
     host.bad(&[&with("unpause")[..], &["-a", "aio:/nonexistent"]].concat(), libc::ENOENT, "/nonexistent");
     host.done(&[&with("unpause")[..], &["-a", &image]].concat());
     wait_for(|| host.good(&["list"]).contains("state=0 ").then_some(()));
-    let stats: Value = serde_json::from_str(&host.good(&with("stats"))).unwrap();
-    assert_eq!((&stats["name"], &stats["secs"]), (&image.as_str().into(), &json!([0, 0])));
+    let stats = host.good(&with("stats"));
+    let (blktaps, ours) = stats.split_once(",\"memory\":").unwrap();
+    let expected = format!(
+        "{{\"name\":\"{image}\",\"secs\":[0,0],\"images\":[{{\"name\":\"{}\",\"hits\":[0,0],\"fail\":[0,0],\
+         \"driver\":{{\"type\":0,\"name\":\"aio\",\"status\":null}}}}],\"FIXME_enospc_redirect_count\":0,\
+         \"nbd_mirror_failed\":0,\"reqs_outstanding\":0,\"read_caching\":\"false\"",
+        path.display()
+    );
+    assert_eq!(blktaps, expected);
+    assert!(ours.starts_with('{') && ours.ends_with("}}"), "{ours}");
     host.done(&with("close"));
     assert_eq!(host.good(&["list"]), format!("pid={pid} minor={minor} state=0x2"));
     host.done(&with("close"));
@@ -143,7 +163,7 @@ fn each_command_says_in_json_what_it_is_about() {
     let (number, disk) = (pid.to_string(), json!({ "pid": pid, "minor": 0 }));
     assert_eq!(
         json_of(&host.ctl(&["list", "--json"])),
-        json!([{ "pid": pid, "minor": null, "state": null, "name": null }])
+        json!([{ "pid": pid, "minor": null, "state": null, "name": null, "error": null }])
     );
     let done = |words: &[&str]| {
         let words = [&words[..1], &["--json", "-p", &number, "-m", "0"], &words[1..]].concat();
@@ -152,13 +172,13 @@ fn each_command_says_in_json_what_it_is_about() {
     done(&["attach"]);
     assert_eq!(
         json_of(&host.ctl(&["list", "--json"])),
-        json!([{ "pid": pid, "minor": 0, "state": 0, "name": null }])
+        json!([{ "pid": pid, "minor": 0, "state": 0, "name": null, "error": null }])
     );
     host.done(&["open", "-p", &number, "-m", "0", "-a", &image]);
     done(&["pause"]);
     assert_eq!(
         json_of(&host.ctl(&["list", "--json"])),
-        json!([{ "pid": pid, "minor": 0, "state": 42, "name": image }])
+        json!([{ "pid": pid, "minor": 0, "state": 42, "name": image, "error": null }])
     );
     done(&["unpause"]);
     for words in [&["stats"][..], &["debug-queue"], &["poll"], &["engine"], &["coalesce", "--show"], &["resize"]] {
@@ -298,6 +318,18 @@ fn list_has_only_what_is_asked_for_and_survives_those_who_do_not_answer() {
     drop(UnixListener::bind(host.directory().join(format!("ctl{gone}"))).unwrap());
     let all = [silent, rude, mad].map(|pid| (pid, format!("pid={pid}")));
     assert_eq!(host.good(&["list"]), sorted([&lines[..], &all].concat()));
+    let why = [
+        (silent, "no answer in 10 seconds"),
+        (rude, "it has closed the connection"),
+        (mad, "an answer of type 65535, not 20"),
+    ];
+    let debug = host.ctl(&["list", "--debug", "--json"]);
+    let told: String = why.iter().map(|(pid, why)| format!("process {pid}: {why}\n")).collect();
+    assert_eq!((debug.code, debug.err), (0, told));
+    let listed: Value = serde_json::from_str(&debug.out).unwrap();
+    let line =
+        |(pid, why): (i32, &str)| json!({ "pid": pid, "minor": null, "state": null, "name": null, "error": why });
+    assert_eq!(listed.as_array().unwrap()[3..], why.map(line));
     assert_eq!(host.good(&["list", "-p", &rude.to_string()]), format!("pid={rude}"));
     assert_eq!(host.good(&["list", "-p", &gone.to_string()]), "");
     host.bad(&["attach", "-p", &rude.to_string(), "-m", "0"], libc::EIO, "the tapdisk hung up before it answered");
@@ -305,6 +337,40 @@ fn list_has_only_what_is_asked_for_and_survives_those_who_do_not_answer() {
     host.bad(&["attach", "-p", &gone.to_string(), "-m", "0"], libc::ECONNREFUSED, "no tapdisk has this process id");
     let late = host.ctl(&["close", "-p", &silent.to_string(), "-m", "0", "-t", "1", "--debug"]);
     assert_eq!((late.code, late.err.lines().next()), (libc::ETIMEDOUT, Some("Connection timed out")), "{}", late.err);
+}
+
+/// A control socket whose queue of connections is full, and stays so.
+fn full(host: &Host, pid: i32) -> (OwnedFd, UnixStream) {
+    let path = host.directory().join(format!("ctl{pid}"));
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&socket, Backlog::new(0).unwrap()).unwrap();
+    (socket, UnixStream::connect(&path).unwrap())
+}
+
+#[test]
+fn list_takes_ten_seconds_for_all_who_let_nobody_in() {
+    let host = Host::new();
+    let pids = [900_000_001, 900_000_002, 900_000_003];
+    let _sockets = pids.map(|pid| full(&host, pid));
+    // One that is slow, but not that slow.
+    let (listener, _waits) = full(&host, 900_000_004);
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(3));
+        let listener = UnixListener::from(listener);
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; MESSAGE_SIZE]).unwrap();
+        let disk = List { count: 1, minor: 5, state: 0, path: string("aio:/x") };
+        let end = List { count: 0, minor: -1, state: 0, path: string("") };
+        for list in [disk, end] {
+            stream.write_all(Message::new(kind::LIST_RSP, 0).with(&list).as_bytes()).unwrap();
+        }
+    });
+    let begin = Instant::now();
+    let lines = pids.map(|pid| format!("pid={pid}")).join("\n");
+    assert_eq!(host.good(&["list"]), format!("{lines}\npid=900000004 minor=5 state=0 args=aio:/x"));
+    assert!((10..13).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
 }
 
 #[test]
@@ -338,11 +404,7 @@ fn close_is_tried_again_while_the_disk_is_busy() {
 #[test]
 fn a_tapdisk_that_lets_nobody_in_is_waited_for_as_long_as_is_said() {
     let host = Host::new();
-    let path = host.directory().join("ctl900000001");
-    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    bind(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-    listen(&socket, Backlog::new(0).unwrap()).unwrap();
-    let _first = UnixStream::connect(&path).unwrap();
+    let _full = full(&host, 900_000_001);
     let late = host.ctl(&["close", "-p", "900000001", "-m", "3", "-t", "1", "--debug"]);
     assert_eq!((late.code, late.err.lines().next()), (libc::ETIMEDOUT, Some("Connection timed out")), "{}", late.err);
     assert!(late.err.contains("ctl900000001: it lets nobody in"), "{}", late.err);
@@ -371,6 +433,9 @@ fn a_tapdisk_that_does_not_start_hands_on_its_exit_code_and_its_words() {
         assert!(more.code == errno && more.err.contains(words), "{text}: {}", more.err);
     };
     failed("echo no room >&2; exit 12", libc::ENOMEM, "did not start (exit status: 12): no room");
+    // No errno, but no success either.
+    failed("exit 200", 200, "did not start (exit status: 200)");
+    failed("exit 255", 255, "did not start (exit status: 255)");
     failed("exit 0", libc::EPROTO, "it printed no control socket");
     failed("echo nonsense; exec sleep 100", libc::EINTR, "nonsense");
     failed("echo /x/ctl12x; exec sleep 100", libc::EINTR, "/x/ctl12x");
@@ -382,6 +447,14 @@ fn a_tapdisk_that_does_not_start_hands_on_its_exit_code_and_its_words() {
     // It gets the directory, and what it has from us it can keep for long.
     let kept = spawn("echo \"$@\" >&2; (sleep 100 &); echo /x/ctl4711", &["spawn"]);
     assert_eq!((kept.code, kept.out.as_str(), kept.err.as_str()), (0, "4711\n", ""));
+    // Also the default one, since defaults.toml may name another.
+    let path = script(folder.path(), "echo \"$@\" >&2; exit 9");
+    let default = said(tool("tap-ctl").env("TAPDISK", path).args(["spawn", "--debug"]));
+    assert!(
+        default.code == 9 && default.err.contains(": --control-directory /run/blktap-control\n"),
+        "{}",
+        default.err
+    );
     let missing = said(host.tap_ctl().env("TAPDISK", "/nonexistent").args(["spawn", "--debug"]));
     assert_eq!((missing.code, missing.err.lines().count()), (libc::ENOENT, 2), "{}", missing.err);
     assert!(
@@ -393,6 +466,35 @@ fn a_tapdisk_that_does_not_start_hands_on_its_exit_code_and_its_words() {
     let failed = spawn("exit 28", &["create", "-a", "aio:/x"]);
     assert_eq!((failed.code, failed.out, failed.err), (28, String::new(), strerror(28) + "\n"));
     host.wait_empty();
+}
+
+#[test]
+fn a_create_that_fails_waits_for_the_minor_of_a_tapdisk_that_ends() {
+    let (host, folder) = (Host::new(), folder());
+    let directory = host.directory().to_owned();
+    let mut held = Vec::new();
+    pretend(&host, 900_000_001, move |mut stream| {
+        let mut request = [0; MESSAGE_SIZE];
+        stream.read_exact(&mut request).unwrap();
+        let kind = u16::from_ne_bytes([request[0], request[1]]);
+        let answer = match kind {
+            kind::ATTACH => {
+                held.push(Marker::hold(&directory, 0).unwrap());
+                Message::new(kind + 1, 0)
+            }
+            kind::OPEN => Message::error(0, libc::EIO, "no"),
+            _ => Message::new(kind + 1, 0),
+        };
+        stream.write_all(answer.as_bytes()).unwrap();
+        if kind == kind::DETACH {
+            std::thread::sleep(Duration::from_millis(500));
+            held.clear();
+        }
+    });
+    let path = script(folder.path(), "echo /x/ctl900000001");
+    let made = said(host.tap_ctl().env("TAPDISK", path).args(["create", "-a", "aio:/x"]));
+    assert_eq!((made.code, made.out.as_str(), made.err.as_str()), (libc::EIO, "", "Input/output error\n"));
+    assert!(!marker::path(host.directory(), 0).exists());
 }
 
 #[test]
@@ -411,6 +513,50 @@ fn a_slice_is_made_by_systemd_run_or_refused() {
     let with =
         said_with_input(host.tap_ctl().env("PATH", folder.path()).args(["spawn", "-c", "vm.slice", "--debug"]), b"");
     assert!(with.code == 9 && with.err.contains("--quiet --scope --slice vm.slice -- /"), "{}", with.err);
+}
+
+#[test]
+fn what_is_asked_of_a_disk_or_process_that_is_not_there_has_its_errno() {
+    let host = Host::new();
+    let commands: [&[&str]; 3] = [&["query"], &["cancel"], &["commit", "-a", "vhd:/x"]];
+    for command in commands {
+        host.bad(
+            &[command, &["-p", "900000009", "-m", "0"]].concat(),
+            libc::ENOENT,
+            "no tapdisk has this process id",
+        );
+        host.bad(command, libc::ENOENT, "no such tapdisk");
+    }
+    let (pid, minor) = host.begun();
+    let disk = ["-p", pid.as_str(), "-m", minor.as_str()];
+    for attached in [false, true] {
+        for command in commands {
+            host.bad(&[command, &disk].concat(), libc::ENODEV, "no disk with minor 0");
+        }
+        if !attached {
+            host.done(&[&["attach"], &disk[..]].concat());
+        }
+    }
+    // What is not there needs no end.
+    host.done(&["destroy", "-p", "900000009", "-m", "9"]);
+    host.done(&["destroy", "-p", &pid, "-m", "9"]);
+    let held = host.ctl(&["destroy", "-p", "900000009", "-m", &minor]);
+    let text = "Resource temporarily unavailable\n";
+    assert_eq!((held.code, held.out.as_str(), held.err.as_str()), (libc::EAGAIN, "", text), "another has it");
+    host.done(&[&["destroy"], &disk[..]].concat());
+    // A step that fails is named.
+    pretend(&host, 900_000_001, |mut stream| {
+        stream.read_exact(&mut [0; MESSAGE_SIZE]).unwrap();
+        stream.write_all(Message::error(3, libc::EIO, "it is on fire").as_bytes()).unwrap();
+    });
+    host.bad(&["destroy", "-p", "900000001", "-m", "3"], libc::EIO, "close: it is on fire");
+    // What storage managers take for an empty CD drive.
+    pretend(&host, 900_000_002, |mut stream| {
+        stream.read_exact(&mut [0; MESSAGE_SIZE]).unwrap();
+        stream.write_all(Message::error(3, libc::ENOMEDIUM, "/dev/sr0: cannot open it").as_bytes()).unwrap();
+    });
+    let open = ["open", "-p", "900000002", "-m", "3", "-a", "aio:/dev/sr0", "-R"];
+    host.bad(&open, 123, "/dev/sr0: cannot open it");
 }
 
 #[test]

@@ -225,7 +225,7 @@ pub(super) fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u
 const DRIVER_AIO: u32 = 0;
 const DRIVER_VHD: u32 = 4;
 
-/// STATS, in blktap's words.
+/// STATS, in blktap's words and order; what is ours comes last.
 fn stats(disk: &Disk) -> serde_json::Value {
     let images = disk.hits().map(|(layer, hits)| {
         let driver = layer.format.name();
@@ -241,14 +241,14 @@ fn stats(disk: &Disk) -> serde_json::Value {
         "name": disk.info().name,
         "secs": disk.stats().sectors(),
         "images": images.collect::<Vec<_>>(),
-        "FIXME_enospc_redirect_count": 0,
-        "nbd_mirror_failed": 0,
-        "reqs_outstanding": disk.outstanding(),
-        "read_caching": if disk.is_buffered() { "true" } else { "false" },
-        "memory": disk.budget(),
     });
     if let Some(xenbus) = disk.xenbus() {
         stats["xenbus"] = xenbus;
     }
+    stats["FIXME_enospc_redirect_count"] = json!(0);
+    stats["nbd_mirror_failed"] = json!(0);
+    stats["reqs_outstanding"] = json!(disk.outstanding());
+    stats["read_caching"] = json!(if disk.is_buffered() { "true" } else { "false" });
+    stats["memory"] = json!(disk.budget());
     stats
 }

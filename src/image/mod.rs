@@ -23,7 +23,7 @@ use crate::config::{Config, ImageType, OddSize, Size};
 use crate::engine::{self, Engine, Opener};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::Backing;
+use crate::sys::{self, file::Backing};
 
 /// Why an image can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +70,7 @@ pub enum Error {
 impl Error {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
-        let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, sys::errno);
         match self {
             Error::Io { source, .. } => of(source),
             Error::Locked { .. } => Errno::EBUSY,
@@ -190,4 +190,17 @@ fn with_engine(chain: Chain, config: &Config, event: Option<Arc<EventFd>>, log: 
         "direct" => direct, "block_device" => block_device, "read_only" => info.read_only,
         "layers" => layers.len(), "engine" => engine.name, "depth" => engine.depth);
     Ok(Image { info, layers, engine, opener: Some(opener), locks, tickets })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_drive_is_told_of_as_one() {
+        // As open(2) has it for /dev/sr0: storage managers wait for exit code 123.
+        let source = io::Error::from_raw_os_error(libc::ENOMEDIUM);
+        let error = Error::Io { path: "/dev/sr0".into(), action: "open it", source };
+        assert_eq!((error.errno(), error.errno() as i32), (Errno::ENOMEDIUM, 123));
+    }
 }

@@ -43,11 +43,9 @@ pub fn allocate(directory: &Path) -> io::Result<(u16, PathBuf)> {
 /// Gives a minor back. ENOENT: nobody has taken it. EAGAIN: a tapdisk has it.
 pub fn free(directory: &Path, minor: u16) -> io::Result<()> {
     // Nothing is made for what is not there.
-    let path = path(directory, minor);
-    let file = File::open(&path)?;
-    let _lock = lock_folder(directory)?;
-    let _file = lock(file)?;
-    std::fs::remove_file(path)
+    let _lock = wait_for(File::open(folder(directory))?)?;
+    let held = Marker::hold(directory, minor)?;
+    std::fs::remove_file(&held.path)
 }
 
 /// Holds a minor, and lets it go when it is dropped.
@@ -63,23 +61,25 @@ impl Marker {
     /// Holds a minor that somebody has allocated. ENOENT: nobody has. EAGAIN: another tapdisk has it.
     pub fn hold(directory: &Path, minor: u16) -> io::Result<Marker> {
         let path = path(directory, minor);
-        let file = lock(File::open(&path)?)?;
-        // It may have been given back, and be another one by now.
-        let (ours, there) = (file.metadata()?, std::fs::metadata(&path)?);
-        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
-            return Err(Errno::EAGAIN.into());
+        loop {
+            if let Some(file) = lock(File::open(&path)?, &path)? {
+                return Ok(Marker { file, path, minor, by_itself: false });
+            }
         }
-        Ok(Marker { file, path, minor, by_itself: false })
     }
 
     /// Takes this minor, or the lowest that is free, for as long as this lives. EAGAIN: another tapdisk has it.
     pub fn take(directory: &Path, minor: Option<u16>) -> io::Result<Marker> {
         let _lock = lock_folder(directory)?;
-        if let Some(minor) = minor {
-            return match Marker::take_free(directory, minor)? {
-                Some(marker) => Ok(marker),
-                None => Marker::hold(directory, minor),
-            };
+        while let Some(minor) = minor {
+            if let Some(marker) = Marker::take_free(directory, minor)? {
+                return Ok(marker);
+            }
+            match Marker::hold(directory, minor) {
+                // It went with its tapdisk meanwhile, and is free.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                held => return held,
+            }
         }
         for minor in 0..=MINOR_MAX {
             if let Some(marker) = Marker::take_free(directory, minor)? {
@@ -92,26 +92,33 @@ impl Marker {
     /// Takes it if it is free, or was that of a process that was killed.
     fn take_free(directory: &Path, minor: u16) -> io::Result<Option<Marker>> {
         let path = path(directory, minor);
-        let file = match make(directory, minor) {
-            Ok(mut file) => {
-                file.write_all(BY_ITSELF)?;
-                file
-            }
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                let mut text = Vec::new();
-                let mut file = File::open(&path)?;
-                (&mut file).take(BY_ITSELF.len() as u64 + 1).read_to_end(&mut text)?;
-                if text != BY_ITSELF {
-                    return Ok(None);
+        loop {
+            let file = match make(directory, minor) {
+                Ok(mut file) => {
+                    file.write_all(BY_ITSELF)?;
+                    file
                 }
-                file
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    let mut file = match File::open(&path) {
+                        // It went with its tapdisk meanwhile, which waits for nobody.
+                        Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                        file => file?,
+                    };
+                    let mut text = Vec::new();
+                    (&mut file).take(BY_ITSELF.len() as u64 + 1).read_to_end(&mut text)?;
+                    if text != BY_ITSELF {
+                        return Ok(None);
+                    }
+                    file
+                }
+                Err(error) => return Err(error),
+            };
+            match lock(file, &path) {
+                Ok(Some(file)) => return Ok(Some(Marker { file, path, minor, by_itself: true })),
+                Ok(None) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
             }
-            Err(error) => return Err(error),
-        };
-        match lock(file) {
-            Ok(file) => Ok(Some(Marker { file, path, minor, by_itself: true })),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
         }
     }
 
@@ -139,15 +146,29 @@ fn make(directory: &Path, minor: u16) -> io::Result<File> {
 fn lock_folder(directory: &Path) -> io::Result<Flock<File>> {
     let folder = folder(directory);
     DirBuilder::new().recursive(true).mode(0o755).create(&folder)?;
-    Flock::lock(File::open(folder)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+    wait_for(File::open(folder)?)
 }
 
-fn lock(file: File) -> io::Result<Flock<File>> {
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
+fn wait_for(folder: File) -> io::Result<Flock<File>> {
+    Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
+/// Locks the file of a minor. None: it was removed before that, and there may be another one by now. EAGAIN: somebody has it.
+fn lock(file: File, path: &Path) -> io::Result<Option<Flock<File>>> {
+    let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| io::Error::from(errno))?;
+    let there = match std::fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        there => there?,
+    };
+    let ours = file.metadata()?;
+    Ok(((ours.dev(), ours.ino()) == (there.dev(), there.ino())).then_some(file))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::Ordering::SeqCst;
+
     use super::*;
 
     #[test]
@@ -182,5 +203,71 @@ mod tests {
         // One that was allocated is held, and stays.
         drop(Marker::take(directory, Some(2)).unwrap());
         assert!(path(directory, 2).exists());
+    }
+
+    /// What many do with the same few minors at once; whoever holds one is alone, and the file is there that says so.
+    struct Race<'a> {
+        directory: &'a Path,
+        held: [AtomicBool; MINORS],
+    }
+
+    /// A few to fight for, and one for each thread.
+    const MINORS: usize = 8;
+
+    impl Race<'_> {
+        fn holds(&self, marker: Marker) {
+            let minor = usize::from(marker.minor);
+            assert!(!self.held[minor].swap(true, SeqCst), "minor {minor} is held twice");
+            let there = std::fs::metadata(&marker.path).map(|there| there.ino()).map_err(|error| error.kind());
+            assert_eq!(there, Ok(marker.file.metadata().unwrap().ino()), "minor {minor}: who holds it has its file");
+            self.held[minor].store(false, SeqCst);
+        }
+
+        fn go(&self, turn: usize) {
+            let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap());
+            let minor = (turn / 4 % 2) as u16;
+            match turn % 4 {
+                0 => match allocate(self.directory).unwrap().0 {
+                    0 | 1 => {}
+                    more => free(self.directory, more).unwrap(),
+                },
+                1 => match Marker::hold(self.directory, minor).map_err(errno) {
+                    Ok(marker) => self.holds(marker),
+                    Err(errno) => assert!(matches!(errno, Errno::ENOENT | Errno::EAGAIN), "{errno}"),
+                },
+                2 => match free(self.directory, minor).map_err(errno) {
+                    Ok(()) | Err(Errno::ENOENT | Errno::EAGAIN) => {}
+                    Err(errno) => panic!("{errno}"),
+                },
+                _ if turn % 8 == 3 => self.holds(Marker::take(self.directory, None).unwrap()),
+                _ => match Marker::take(self.directory, Some(minor)).map_err(errno) {
+                    Ok(marker) => self.holds(marker),
+                    Err(errno) => assert_eq!(errno, Errno::EAGAIN),
+                },
+            }
+        }
+    }
+
+    #[test]
+    fn many_who_race_for_minors_never_hold_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        let race = Race { directory: directory.path(), held: [const { AtomicBool::new(false) }; MINORS] };
+        std::thread::scope(|scope| {
+            for seed in 0..6 {
+                let race = &race;
+                scope.spawn(move || {
+                    let mut random = fastrand::Rng::with_seed(seed);
+                    (0..10_000).for_each(|_| race.go(random.usize(..)));
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn nothing_is_made_for_what_is_given_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let nowhere = directory.path().join("nowhere");
+        assert_eq!(free(&nowhere, 0).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        assert!(!nowhere.exists());
     }
 }

@@ -3,7 +3,7 @@
 //! As long as a guest is connected there are two files, each a page, with the names and layouts that blktap gives them:
 //! `td3-<pid>/vbd-<domain>-<device>`, which xentop reads, and `vbd3-<domain>-<device>/statistics`. They are written with
 //! atomic stores, so that a reader sees each number whole. What a process that was killed has left goes when the next guest of
-//! any tapdisk connects.
+//! any tapdisk connects, or when tap-ctl destroys its disk.
 //!
 //! Folders are ours alone, and files are made anew: nothing that somebody else left there is followed or written.
 
@@ -272,8 +272,7 @@ impl Files {
         let at = |path: &Path, errno: Errno| {
             io::Error::new(io::Error::from(errno).kind(), format!("{}: {errno}", path.display()))
         };
-        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let root = open(directory, flags, Mode::empty()).map_err(|errno| at(directory, errno))?;
+        let root = open_root(directory).map_err(|errno| at(directory, errno))?;
         let own = process_folder(std::process::id());
         // What cannot be swept stays, and harms nobody but who reads it.
         let _ = sweep(root.as_fd(), FIRST.swap(false, Ordering::Relaxed).then_some(own.as_str()));
@@ -365,6 +364,15 @@ fn open_own(root: BorrowedFd, name: &str) -> nix::Result<OwnedFd> {
     }
     fchmod(&folder, Mode::S_IRWXU)?;
     Ok(folder)
+}
+
+/// Removes from the folder with all folders what processes that are no more have left.
+pub fn sweep_dead(directory: &Path) -> io::Result<()> {
+    Ok(sweep(open_root(directory)?.as_fd(), None)?)
+}
+
+fn open_root(directory: &Path) -> nix::Result<OwnedFd> {
+    open(directory, OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 /// Removes what processes that are no more have left, and what is in `stale`.

@@ -14,6 +14,16 @@ pub mod process;
 pub mod socket;
 pub mod uring;
 
+use nix::errno::Errno;
+
+/// An errno by its number. One that nobody knows is EIO: nix has 0 for it, which says that there is no error.
+pub fn errno(number: i32) -> Errno {
+    match Errno::from_raw(number) {
+        Errno::UnknownErrno => Errno::EIO,
+        errno => errno,
+    }
+}
+
 /// The number of an ioctl of Xen's devices: all are declared without a direction, and with the size of their argument.
 const fn xen_ioctl(kind: u8, number: u8, size: usize) -> libc::c_ulong {
     nix::request_code_none!(kind, number) | (size as libc::c_ulong) << 16

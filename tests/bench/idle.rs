@@ -42,26 +42,26 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let begin = Instant::now();
     each(count, |disk| {
         let image = format!("aio:{}", image(folder.path(), disk).display());
-        run(tap_ctl(folder.path()).args(["create", "-a", &image]));
+        drop(run(tap_ctl(folder.path()).args(["create", "-a", &image])));
     });
     let started = begin.elapsed();
     let mut clients = Vec::new();
     for disk in 0..count {
         clients.push(read_a_block(&folder.path().join(format!("{disk}.ring")))?);
     }
-    let disks = control::list_all(folder.path())?;
-    let pids: Vec<i32> = disks.iter().map(|(pid, _)| *pid).collect();
+    let pids = control::pids(folder.path())?;
     std::thread::sleep(Duration::from_secs(2));
     let before: Vec<_> = pids.iter().map(|pid| look(*pid)).collect::<Result<_, _>>()?;
     std::thread::sleep(QUIET);
     let after: Vec<_> = pids.iter().map(|pid| look(*pid)).collect::<Result<_, _>>()?;
     report(count, started, &before, &after);
     drop(clients);
+    let listed = run(tap_ctl(folder.path()).arg("list"));
+    // pid=… minor=… and the rest.
+    let disks: Vec<Vec<_>> = listed.lines().map(|line| line.split([' ', '=']).collect()).collect();
     let begin = Instant::now();
-    let listed: Vec<_> = disks.into_iter().flat_map(|(_, disks)| disks).flatten().collect();
-    each(listed.len(), |index| {
-        let (pid, minor) = (listed[index].pid.to_string(), listed[index].minor.to_string());
-        run(tap_ctl(folder.path()).args(["destroy", "-p", &pid, "-m", &minor]));
+    each(disks.len(), |index| {
+        drop(run(tap_ctl(folder.path()).args(["destroy", "-p", disks[index][1], "-m", disks[index][3]])));
     });
     println!("| time to end them all | {:.1} s |", begin.elapsed().as_secs_f64());
     Ok(())
@@ -94,9 +94,10 @@ fn image(folder: &Path, disk: usize) -> PathBuf {
     folder.join(format!("{disk}.img"))
 }
 
-fn run(command: &mut Command) {
+fn run(command: &mut Command) -> String {
     let output = command.output().expect("tap-ctl is there");
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Does it for each number, four at a time.

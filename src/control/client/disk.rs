@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use zerocopy::FromZeros;
 
-use super::super::proto::{
-    Blkif, Image, Message, MinorList, NO_MINOR, Params, Query, kind, open as flag, string, text,
-};
+use super::super::proto::{Blkif, Image, Message, Params, Query, kind, open as flag, string, text};
 use super::{Connection, TIMEOUT, ask, errno, path, refused, tell};
 
 /// How long CLOSE is tried again while the disk is busy, as in blktap.
@@ -126,13 +124,6 @@ pub fn pause(directory: &Path, pid: i32, minor: u16, limit: Option<Duration>) ->
 pub fn resume(directory: &Path, pid: i32, minor: u16, opening: &Opening<'_>) -> io::Result<()> {
     let (request, more) = opening.message(kind::RESUME, minor)?;
     Connection::send(path(directory, pid), &request, &more, None)?.done(kind::RESUME_RSP)
-}
-
-/// The minors of a process; the first 63 of them.
-pub fn list_minors(directory: &Path, pid: i32) -> io::Result<Vec<i32>> {
-    let minors: MinorList = ask_disk(directory, pid, kind::LIST_MINORS, NO_MINOR)?.member();
-    let count = usize::try_from(minors.count).map_err(|_| Errno::EPROTO)?;
-    Ok(minors.list.into_iter().take(count).collect())
 }
 
 /// The size and the sectors of a disk.

@@ -9,13 +9,14 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::proto::{List, MESSAGE_SIZE, Message, NO_MINOR, Response, Stat, kind, text};
+use super::proto::{MESSAGE_SIZE, Message, NO_MINOR, Response, Stat, kind, text};
+use crate::sys;
 
 pub use disk::*;
 pub use ours::*;
@@ -24,27 +25,12 @@ pub use ours::*;
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// More than any answer has, in bytes.
 const TEXT_MAX: u64 = 256 << 20;
-/// Processes that are asked at a time: each takes a descriptor.
-const AT_ONCE: usize = 256;
-
-/// A tapdisk's disk, as LIST tells of it.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Listed {
-    /// Its process.
-    pub pid: i32,
-    /// Its number.
-    pub minor: i32,
-    /// State bits, see [`state`](super::proto::state).
-    pub state: i32,
-    /// `type:path`; empty where no image is open.
-    pub name: String,
-}
 
 /// Why something is refused, or not done.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct Refused {
-    /// A positive errno.
+    /// A positive errno; or the exit code of a tapdisk that did not start, which need not be one.
     pub errno: i32,
     /// The tapdisk's words, or ours where it says nothing.
     pub text: String,
@@ -60,7 +46,7 @@ pub fn errno(error: &io::Error) -> Errno {
     let refused = error.get_ref().and_then(|error| error.downcast_ref::<Refused>());
     let raw = refused.map(|refused| refused.errno).or(error.raw_os_error());
     match (raw, error.kind()) {
-        (Some(raw), _) => Errno::from_raw(raw),
+        (Some(raw), _) => sys::errno(raw),
         (None, ErrorKind::NotFound) => Errno::ENOENT,
         (None, ErrorKind::InvalidInput) => Errno::EINVAL,
         (None, ErrorKind::PermissionDenied) => Errno::EACCES,
@@ -112,25 +98,11 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Receives a message. One that refuses is an error.
-    fn message(&mut self) -> io::Result<Message> {
+    /// Receives a message of a type. One that refuses is an error.
+    fn expect(&mut self, wanted: u16) -> io::Result<Message> {
         let mut bytes = [0; MESSAGE_SIZE];
         self.stream.read_exact(&mut bytes).map_err(|error| self.explain(&error))?;
-        let message = Message::read_from_bytes(&bytes).map_err(|_| ErrorKind::InvalidData)?;
-        if message.kind == kind::ERROR {
-            check(&message)?;
-        }
-        Ok(message)
-    }
-
-    /// The same, of a type.
-    fn expect(&mut self, wanted: u16) -> io::Result<Message> {
-        let message = self.message()?;
-        if message.kind == wanted {
-            return Ok(message);
-        }
-        let path = self.path.display();
-        Err(refused(Errno::EPROTO, format!("{path}: an answer of type {}, not {wanted}", message.kind)))
+        message(&bytes, wanted)
     }
 
     /// The same where the answer only says that it is done, or with some tapdisks, blktap's, that it is not.
@@ -149,21 +121,6 @@ impl Connection {
         String::from_utf8(bytes).map_err(|_| Errno::EPROTO.into())
     }
 
-    /// The disks that answer LIST, until a moment.
-    fn disks(mut self, pid: i32, end: Instant) -> io::Result<Vec<Listed>> {
-        let mut disks = Vec::new();
-        loop {
-            let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            self.stream.set_read_timeout(Some(left))?;
-            let list: List = self.expect(kind::LIST_RSP)?.member();
-            if list.count <= 0 {
-                return Ok(disks);
-            }
-            let name = text(&list.path).ok_or(Errno::EPROTO)?.to_owned();
-            disks.push(Listed { pid, minor: list.minor, state: list.state, name });
-        }
-    }
-
     /// What a failed read or write means here. EIO is what blktap has for a connection that breaks off.
     fn explain(&self, error: &io::Error) -> io::Error {
         let path = self.path.display();
@@ -180,6 +137,18 @@ impl Connection {
     }
 }
 
+/// A message of a type. One that refuses is an error.
+pub fn message(bytes: &[u8; MESSAGE_SIZE], wanted: u16) -> io::Result<Message> {
+    let message = Message::read_from_bytes(bytes).map_err(|_| ErrorKind::InvalidData)?;
+    if message.kind == kind::ERROR {
+        check(&message)?;
+    }
+    if message.kind != wanted {
+        return Err(refused(Errno::EPROTO, format!("an answer of type {}, not {wanted}", message.kind)));
+    }
+    Ok(message)
+}
+
 /// Whether a message says that something is done; otherwise why not.
 fn check(message: &Message) -> io::Result<()> {
     let Response { error, message } = message.member();
@@ -187,8 +156,8 @@ fn check(message: &Message) -> io::Result<()> {
         return Ok(());
     }
     let words = text(&message).filter(|words| !words.is_empty());
-    let words = words.map_or_else(|| Errno::from_raw(error).desc().to_owned(), str::to_owned);
-    Err(io::Error::other(Refused { errno: error, text: words }))
+    let errno = sys::errno(error);
+    Err(refused(errno, words.map_or_else(|| errno.desc().to_owned(), str::to_owned)))
 }
 
 /// The standard library's connect() has no limit, and waits where a stopped tapdisk has many connections to take already.
@@ -217,28 +186,6 @@ fn ask_for_text(directory: &Path, pid: i32, request: &Message) -> io::Result<Str
     connection.text(&answer)
 }
 
-/// The disks of a process, in its order.
-pub fn list(directory: &Path, pid: i32) -> io::Result<Vec<Listed>> {
-    let request = Message::new(kind::LIST, NO_MINOR);
-    Connection::send(path(directory, pid), &request, &[], Some(TIMEOUT))?.disks(pid, Instant::now() + TIMEOUT)
-}
-
-/// The disks of each process that has a control socket in `directory`, or why it does not tell, in the order of their ids. All are
-/// asked at a time, so that many who do not answer take no longer than one.
-pub fn list_all(directory: &Path) -> io::Result<Vec<(i32, io::Result<Vec<Listed>>)>> {
-    let request = Message::new(kind::LIST, NO_MINOR);
-    let mut all = Vec::new();
-    for pids in pids(directory)?.chunks(AT_ONCE) {
-        let ask = |pid| (pid, Connection::send(path(directory, pid), &request, &[], Some(TIMEOUT)));
-        let asked: Vec<_> = pids.iter().copied().map(ask).collect();
-        let end = Instant::now() + TIMEOUT;
-        let answer =
-            |(pid, asked): (i32, io::Result<Connection>)| (pid, asked.and_then(|asked| asked.disks(pid, end)));
-        all.extend(asked.into_iter().map(answer));
-    }
-    Ok(all)
-}
-
 /// The text that answers STATS, DEBUG_QUEUE or another that is answered like them.
 pub fn text_of(directory: &Path, pid: i32, minor: u16, request: u16) -> io::Result<String> {
     ask_for_text(directory, pid, &Message::new(request, minor))
@@ -249,4 +196,21 @@ pub fn exit(directory: &Path, pid: i32) -> io::Result<()> {
     let request = Message::new(kind::EXIT, NO_MINOR);
     // It says that there was no error.
     Connection::send(path(directory, pid), &request, &[], Some(TIMEOUT))?.expect(kind::ERROR).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_error_has_the_errno_of_success() {
+        // Linux has numbers of its own, such as 524; and who answers may have any.
+        for number in [0, -5, 200, 524, i32::MIN] {
+            assert_eq!(errno(&io::Error::from_raw_os_error(number)), Errno::EIO, "{number}");
+        }
+        assert_eq!(errno(&io::Error::from_raw_os_error(libc::ENOMEDIUM)), Errno::ENOMEDIUM);
+        for number in [-5, 200, 524] {
+            assert_eq!(errno(&check(&Message::error(0, number, "why")).unwrap_err()), Errno::EIO, "{number}");
+        }
+    }
 }

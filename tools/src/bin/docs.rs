@@ -1,6 +1,4 @@
 //! Writes the man pages and shell completions of all programs, made of their command lines' definitions.
-//!
-//! `cargo run -p tools --bin docs -- DIRECTORY`
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,8 +8,18 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
-/// Writes man pages to DIRECTORY/man1 and man8, and completions to DIRECTORY/completions.
+/// Writes man pages and shell completions of all programs.
+///
+/// The pages are in man1 and man8 of the directory, the completions for bash, fish and zsh in its folder completions. Directories are
+/// made where they are missing, and files that are there already are written anew.
 #[derive(Parser)]
+#[command(
+    name = "docs",
+    version,
+    after_help = "Examples:
+  docs target/docs
+  man target/docs/man8/tap-ctl.8"
+)]
 struct Args {
     /// Where to
     directory: PathBuf,
@@ -24,6 +32,7 @@ fn main() -> io::Result<()> {
         (tools::tap_ctl::Args::command(), "8"),
         (tools::vhd_util::Args::command(), "8"),
         (tools::ring_load::Args::command(), "1"),
+        (Args::command(), "1"),
     ];
     let completions = directory.join("completions");
     std::fs::create_dir_all(&completions)?;

@@ -8,9 +8,6 @@ use tapdisk::config::Size;
 use super::engine;
 use super::top::Top;
 
-/// Where control sockets are, if nothing else is said: blktap's folder.
-pub(super) const DIRECTORY: &str = "/run/blktap-control";
-
 /// Starts, inspects and steers tapdisks through their control sockets.
 ///
 /// The exit code is 0, or the errno of what went wrong. Standard error says that errno's text, alone, after blktap's commands, because
@@ -19,7 +16,7 @@ pub(super) const DIRECTORY: &str = "/run/blktap-control";
 /// command line is EINVAL (22), with the usage on standard error.
 ///
 /// With --json, standard output is one JSON value: what the command is about, or {"error": {"errno": 16, "name": "EBUSY", "text":
-/// "..."}}.
+/// "..."}}, also for a wrong command line. Only top prints several: one a line, for each disk and look.
 #[derive(Debug, Parser)]
 #[command(
     name = "tap-ctl",
@@ -39,7 +36,7 @@ pub(super) const DIRECTORY: &str = "/run/blktap-control";
 )]
 pub struct Args {
     /// Where the control sockets and the minors' files are
-    #[arg(long, global = true, default_value = DIRECTORY, env = "TAPDISK_CONTROL_DIRECTORY")]
+    #[arg(long, global = true, default_value = "/run/blktap-control", env = "TAPDISK_CONTROL_DIRECTORY")]
     pub directory: PathBuf,
 
     /// Says more about an error; may stand anywhere
@@ -61,8 +58,9 @@ pub enum Command {
     /// Lists disks, one a line: pid, minor, state (0: running, 0x2a: paused) and image
     ///
     /// To a terminal it prints columns, otherwise `pid=… minor=… state=… args=type:path`. A disk without an image has no args, and a
-    /// process without disks, or that does not answer in 10 seconds, is `pid=…` alone. The order is that of the process ids, and
-    /// of the minors within a process. Options choose lines that have exactly that.
+    /// process without disks, or that does not tell, in 10 seconds or at all, is `pid=…` alone; with --json its `error`, which is null
+    /// otherwise, says why, with --debug a line on standard error. The order is that of the process ids, and of the minors within a
+    /// process. Options choose lines that have exactly that.
     #[command(after_help = "Examples:
   tap-ctl list
   tap-ctl list -t vhd -f /srv/vm/guest.vhd")]
@@ -248,7 +246,7 @@ pub enum Command {
     },
     /// Prints the metrics of all tapdisks of the host, as OpenMetrics text
     ///
-    /// One that does not answer within two seconds has tapdisk_process_up 0.
+    /// One that does not answer within two seconds has tapdisk_process_up 0. With --json it prints an array of what each process tells.
     #[command(after_help = "Example:
   tap-ctl metrics >/var/lib/node_exporter/tapdisk.prom.new")]
     Metrics,

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use nix::errno::Errno;
 use serde_json::json;
-use tapdisk::control::client;
+use tapdisk::control::client::{self, Refused};
 
 use super::Args;
 
@@ -15,14 +15,11 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     if error.kind() == io::ErrorKind::BrokenPipe {
         return ExitCode::SUCCESS;
     }
-    let errno = if is_exact(error) { Errno::EPERM } else { client::errno(error) };
-    let (number, known) = (errno as i32, strerror(errno));
+    let number = if is_exact(error) { Errno::EPERM as i32 } else { number(error) };
+    let known = strerror(number);
     let words = words(error);
     if args.json {
-        let name = format!("{errno:?}");
-        let value = json!({ "error": { "errno": number, "name": name, "text": words.as_ref().unwrap_or(&known) } });
-        // Where it can't be written, the exit code still says that something is wrong.
-        let _ = writeln!(io::stdout(), "{value}");
+        print_json(number, words.as_ref().unwrap_or(&known));
     }
     let detailed = args.debug || io::stderr().is_terminal();
     match words {
@@ -33,14 +30,28 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     ExitCode::from(u8::try_from(number).unwrap_or(1))
 }
 
+/// An error as the one value on standard output.
+pub(super) fn print_json(number: i32, text: &str) {
+    let value =
+        json!({ "error": { "errno": number, "name": format!("{:?}", Errno::from_raw(number)), "text": text } });
+    // Where it can't be written, the exit code still says that something is wrong.
+    let _ = writeln!(io::stdout(), "{value}");
+}
+
 /// What an error says beyond its errno.
 fn words(error: &io::Error) -> Option<String> {
     error.raw_os_error().is_none().then(|| error.to_string())
 }
 
+/// The errno, or the exit code of a tapdisk that did not start, whatever that means.
+fn number(error: &io::Error) -> i32 {
+    let refused = error.get_ref().and_then(|error| error.downcast_ref::<Refused>());
+    refused.map(|refused| refused.errno).filter(|code| (1..256).contains(code)).unwrap_or(client::errno(error) as i32)
+}
+
 /// What the C library says of an errno, and toolstacks look for.
-fn strerror(errno: Errno) -> String {
-    let text = io::Error::from(errno).to_string();
+fn strerror(number: i32) -> String {
+    let text = io::Error::from_raw_os_error(number).to_string();
     text.rsplit_once(" (os error").map_or(text.clone(), |(text, _)| text.to_owned())
 }
 

@@ -8,9 +8,11 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use tapdisk::config::Statistics;
 use tapdisk::control::client::{self, Opening, errno, is_gone, refused};
 use tapdisk::control::proto::{Image, open as flag};
 use tapdisk::minors::marker;
+use tapdisk::stats::shm;
 
 use super::failure::exact;
 use super::spawn::start;
@@ -18,7 +20,7 @@ use super::{Answer, Disk, Limit, Opened, is_terminal};
 
 /// The sizes that a key may have, bytes.
 const KEY_SIZES: [usize; 2] = [32, 64];
-/// How long a process that was killed may take to be gone.
+/// How long a process that ends may take to be gone.
 const DYING_MAX: Duration = Duration::from_secs(5);
 /// How often it is looked at.
 const DYING_EACH: Duration = Duration::from_millis(10);
@@ -76,6 +78,17 @@ fn give_back(directory: &Path, minor: u16) -> io::Result<()> {
         };
         refused(errno(&error), format!("minor {minor} in {}: {why}", directory.display()))
     })
+}
+
+/// The same for that of a process that ends: it has its files until the last of it is gone.
+fn give_back_late(directory: &Path, minor: u16) -> io::Result<()> {
+    let end = Instant::now() + DYING_MAX;
+    loop {
+        match give_back(directory, minor) {
+            Err(error) if errno(&error) == Errno::EAGAIN && Instant::now() < end => std::thread::sleep(DYING_EACH),
+            other => return other,
+        }
+    }
 }
 
 /// `spawn`.
@@ -140,7 +153,7 @@ pub(super) fn create(directory: &Path, slice: Option<&str>, image: &Opened) -> i
         opened.map(|_| pid).inspect_err(|_| end(directory, pid, minor))
     });
     // It is the first error that counts.
-    let pid = made.inspect_err(|_| drop(marker::free(directory, minor)))?;
+    let pid = made.inspect_err(|_| drop(give_back_late(directory, minor)))?;
     Ok(Answer::new(path.display(), json!({ "pid": pid, "minor": minor, "path": path })))
 }
 
@@ -152,12 +165,14 @@ fn end(directory: &Path, pid: i32, minor: u16) {
     if ended.is_err_and(|error| !is_gone(&error)) {
         // It does not listen. Nothing can be done where it has ended meanwhile.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        sweep(directory, pid, minor);
+        sweep(directory, &Statistics::default().directory, pid, minor);
     }
 }
 
-/// Removes the sockets that a killed process has left; there may be none.
-fn sweep(directory: &Path, pid: i32, minor: u16) {
+/// Removes the sockets that a killed process has left, and the statistics of all such; there may be none.
+fn sweep(directory: &Path, statistics: &Path, pid: i32, minor: u16) {
+    // Where they are somewhere else, the next guest's tapdisk sweeps them.
+    let _ = shm::sweep_dead(statistics);
     for name in [format!("ctl{pid}"), format!("nbd{pid}.{minor}"), format!("nbd-old{pid}.{minor}")] {
         let _ = std::fs::remove_file(directory.join(name));
     }
@@ -167,17 +182,15 @@ fn sweep(directory: &Path, pid: i32, minor: u16) {
 pub(super) fn destroy(directory: &Path, disk: Disk, limit: Limit) -> io::Result<Answer> {
     let Disk { pid, minor } = disk;
     step("close", || client::close(directory, pid, minor, false, limit.duration()))?;
-    if step("detach", || client::detach(directory, pid, minor))? == Step::Nobody {
-        sweep(directory, pid, minor);
+    let detached = step("detach", || client::detach(directory, pid, minor))?;
+    let given = give_back_late(directory, minor);
+    if detached == Step::Nobody {
+        // By now the process is no more.
+        sweep(directory, &Statistics::default().directory, pid, minor);
     }
-    let end = Instant::now() + DYING_MAX;
-    loop {
-        match give_back(directory, minor) {
-            // A process that was killed has its files until the last of it is gone.
-            Err(error) if errno(&error) == Errno::EAGAIN && Instant::now() < end => std::thread::sleep(DYING_EACH),
-            Err(error) if errno(&error) != Errno::ENOENT => return Err(error),
-            _ => return Ok(Answer::done(disk)),
-        }
+    match given {
+        Err(error) if errno(&error) != Errno::ENOENT => Err(error),
+        _ => Ok(Answer::done(disk)),
     }
 }
 
@@ -201,5 +214,38 @@ fn step(name: &str, mut ask: impl FnMut() -> io::Result<()>) -> io::Result<Step>
         Err(error) if is_gone(&error) => Ok(Step::Nobody),
         Err(error) if errno(&error) == Errno::ENODEV => Ok(Step::Done),
         other => other.map(|()| Step::Done).map_err(|error| refused(errno(&error), format!("{name}: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn the_sockets_and_the_statistics_of_a_killed_process_are_removed() {
+        let (directory, statistics) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        // There is no such process: its id is the largest number that one could have.
+        let (gone, alive) = (i32::MAX, std::process::id());
+        let make = |folder: &Path, path: &str| {
+            let path = folder.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "").unwrap();
+            path
+        };
+        let socket = make(directory.path(), &format!("ctl{gone}"));
+        let dead = [format!("td3-{gone}/vbd-3-51712"), "vbd3-3-51712/statistics".to_owned()];
+        let stays = [format!("td3-{alive}/vbd-4-51712"), "vbd3-4-51712/statistics".to_owned()];
+        let dead = dead.map(|path| make(statistics.path(), &path));
+        let stays = stays.map(|path| make(statistics.path(), &path));
+        sweep(directory.path(), statistics.path(), gone, 0);
+        assert!(!socket.exists());
+        for path in dead {
+            assert!(!path.parent().unwrap().exists(), "{}", path.display());
+        }
+        for path in stays {
+            assert!(path.exists(), "{}", path.display());
+        }
     }
 }

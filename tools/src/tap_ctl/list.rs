@@ -1,13 +1,25 @@
 //! `list`, as storage managers parse it, and which disk a command means.
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
 use nix::errno::Errno;
 use serde::Serialize;
-use tapdisk::control::client::{self, Listed, refused};
+use tapdisk::control::client::{self, TIMEOUT, refused};
+use tapdisk::control::proto::{self, kind, text};
 
+use super::collect::{Answer, Collector, message};
 use super::{Args, Disk, List, Which, is_terminal};
+
+/// A disk, as LIST tells of it.
+#[derive(Clone, Debug)]
+struct Listed {
+    minor: i32,
+    state: i32,
+    /// `type:path`; empty where no image is open.
+    name: String,
+}
 
 /// A line: a disk, or a process that has none or does not tell.
 #[derive(Debug, Serialize)]
@@ -16,16 +28,18 @@ struct Line {
     minor: Option<i32>,
     state: Option<i32>,
     name: Option<String>,
+    /// Why the process does not tell.
+    error: Option<String>,
 }
 
 impl Line {
-    fn of_disk(disk: Listed) -> Line {
+    fn of_disk(pid: i32, disk: Listed) -> Line {
         let name = Some(disk.name).filter(|name| !name.is_empty());
-        Line { pid: disk.pid, minor: Some(disk.minor), state: Some(disk.state), name }
+        Line { pid, minor: Some(disk.minor), state: Some(disk.state), name, error: None }
     }
 
-    fn of_process(pid: i32) -> Line {
-        Line { pid, minor: None, state: None, name: None }
+    fn of_process(pid: i32, error: Option<String>) -> Line {
+        Line { pid, minor: None, state: None, name: None, error }
     }
 
     fn is_wanted(&self, wanted: &List) -> bool {
@@ -58,34 +72,50 @@ fn hex(state: i32) -> String {
     if state == 0 { "0".into() } else { format!("{state:#x}") }
 }
 
-/// What each process, or the one that is meant, says of its disks; in the order of process ids. Those whose process is gone are left
-/// out.
-fn processes(directory: &Path, pid: Option<i32>) -> io::Result<Vec<(i32, io::Result<Vec<Listed>>)>> {
-    let mut all = match pid {
-        Some(pid) => vec![(pid, client::list(directory, pid))],
-        None => client::list_all(directory)?,
+/// What each process, or the one that is meant, says of its disks. Those whose process is gone are left out.
+fn processes(directory: &Path, pid: Option<i32>) -> io::Result<BTreeMap<i32, Answer<Vec<Listed>>>> {
+    let pids = match pid {
+        Some(pid) => vec![pid],
+        None => client::pids(directory)?,
     };
-    all.retain(|(_, listed)| !listed.as_ref().is_err_and(client::is_gone));
-    for (_, listed) in &mut all {
-        if let Ok(disks) = listed {
-            disks.sort_by_key(|disk| disk.minor);
+    Collector::new(directory, kind::LIST, disks).ask(pids, TIMEOUT)
+}
+
+/// The answer to LIST, in the order of minors.
+fn disks(received: &[u8]) -> io::Result<Option<Vec<Listed>>> {
+    let (mut disks, mut left) = (Vec::new(), received);
+    while let Some((message, rest)) = message(left, kind::LIST_RSP)? {
+        let list: proto::List = message.member();
+        if list.count <= 0 {
+            disks.sort_by_key(|disk: &Listed| disk.minor);
+            return Ok(Some(disks));
         }
+        let name = text(&list.path).ok_or_else(|| io::Error::other("a path that is no text"))?.to_owned();
+        disks.push(Listed { minor: list.minor, state: list.state, name });
+        left = rest;
     }
-    Ok(all)
+    Ok(None)
 }
 
 /// `list`.
 pub(super) fn list(out: &mut impl Write, args: &Args, wanted: &List) -> io::Result<()> {
     let processes = match processes(&args.directory, wanted.pid) {
         // Nobody has ever been there.
-        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(error) if error.kind() == ErrorKind::NotFound => BTreeMap::new(),
         other => other.map_err(|error| in_directory(args, &error))?,
     };
-    let of_process = |(pid, listed): (i32, io::Result<Vec<Listed>>)| match listed {
-        Ok(disks) if !disks.is_empty() => disks.into_iter().map(Line::of_disk).collect(),
-        _ => vec![Line::of_process(pid)],
+    let of_process = |(pid, answer): (i32, Answer<Vec<Listed>>)| match answer {
+        Answer::Told(disks) if !disks.is_empty() => disks.into_iter().map(|disk| Line::of_disk(pid, disk)).collect(),
+        Answer::Told(_) => vec![Line::of_process(pid, None)],
+        Answer::Hangs(_) => vec![Line::of_process(pid, Some(format!("no answer in {} seconds", TIMEOUT.as_secs())))],
+        Answer::Refused(why) => vec![Line::of_process(pid, Some(why))],
     };
-    let lines: Vec<Line> = processes.into_iter().flat_map(of_process).filter(|line| line.is_wanted(wanted)).collect();
+    let mut lines: Vec<Line> = processes.into_iter().flat_map(of_process).collect();
+    if args.debug {
+        let silent = lines.iter().filter_map(|line| Some((line.pid, line.error.as_ref()?)));
+        silent.for_each(|(pid, why)| eprintln!("process {pid}: {why}"));
+    }
+    lines.retain(|line| line.is_wanted(wanted));
     if args.json {
         return writeln!(out, "{}", serde_json::to_string(&lines)?);
     }
@@ -110,11 +140,13 @@ pub(super) fn find(args: &Args, which: &Which) -> io::Result<Disk> {
         return Ok(Disk { pid, minor });
     }
     let processes = processes(&args.directory, which.pid).map_err(|error| in_directory(args, &error))?;
-    let wanted = |disk: &Listed| which.minor.is_none_or(|minor| disk.minor == i32::from(minor));
-    let disks = processes.into_iter().flat_map(|(_, listed)| listed.unwrap_or_default());
-    let found: Vec<_> = disks.filter(wanted).collect();
+    let disks = processes.into_iter().flat_map(|(pid, answer)| {
+        let disks = if let Answer::Told(disks) = answer { disks } else { Vec::new() };
+        disks.into_iter().map(move |disk| Disk { pid, minor: disk.minor as u16 })
+    });
+    let found: Vec<_> = disks.filter(|disk| which.minor.is_none_or(|minor| disk.minor == minor)).collect();
     match found.as_slice() {
-        [disk] => Ok(Disk { pid: disk.pid, minor: disk.minor as u16 }),
+        [disk] => Ok(*disk),
         [] => {
             let text = "no such tapdisk, or it has no such disk";
             Err(in_directory(args, &refused(Errno::ENOENT, text.into())))

@@ -13,15 +13,19 @@ use super::collect::{Answer, Collector};
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Prints it. A tapdisk that does not answer is in it as one that is not up.
-pub(super) fn metrics(out: &mut impl Write, directory: &Path) -> io::Result<()> {
-    let answers = Collector::new(directory).round(PATIENCE)?;
+pub(super) fn metrics(out: &mut impl Write, directory: &Path, json: bool) -> io::Result<()> {
+    let answers = Collector::of_metrics(directory).round(PATIENCE)?;
     let processes = answers.into_iter().filter_map(|(pid, answer)| match answer {
-        Answer::Metrics(process) => Some(process),
+        Answer::Told(process) => Some(process),
         Answer::Hangs(_) => Some(ProcessMetrics { pid, ..ProcessMetrics::default() }),
         Answer::Refused(why) => {
             eprintln!("process {pid}: {why}");
             None
         }
     });
-    write!(out, "{}", Exposition(&processes.collect::<Vec<_>>()))
+    let processes: Vec<_> = processes.collect();
+    if json {
+        return writeln!(out, "{}", serde_json::to_string(&processes)?);
+    }
+    write!(out, "{}", Exposition(&processes))
 }

@@ -54,7 +54,15 @@ fn usage(error: &clap::Error) -> ExitCode {
         | ErrorKind::DisplayVersion
         | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
         | ErrorKind::MissingSubcommand => ExitCode::SUCCESS,
-        _ => ExitCode::from(Errno::EINVAL as u8),
+        _ => {
+            if std::env::args_os().skip(1).take_while(|word| word != "--").any(|word| word == "--json") {
+                let text = error.render().to_string();
+                // The usage follows, which is for people.
+                let text = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ").trim_end();
+                failure::print_json(Errno::EINVAL as i32, text);
+            }
+            ExitCode::from(Errno::EINVAL as u8)
+        }
     }
 }
 
@@ -88,7 +96,7 @@ fn command(args: &Args) -> io::Result<()> {
             life::unpause(directory, find(disk)?, &opening)?
         }
         Command::Stats { disk } => return writeln!(out, "{}", text(args, disk, kind::STATS)?),
-        Command::Metrics => return metrics::metrics(out, directory),
+        Command::Metrics => return metrics::metrics(out, directory, json),
         Command::Top(options) => return top::top(out, directory, options, json),
         Command::Commit { disk, image } => commit::commit(directory, find(disk)?, image)?,
         Command::Query { disk } => commit::query(directory, find(disk)?)?,

@@ -4,15 +4,12 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, absolute};
 use std::process::{Command, ExitStatus, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use tapdisk::control::client::{errno, refused};
-
-use super::args::DIRECTORY;
+use tapdisk::control::client::{Refused, errno, refused};
 
 /// More than a path has, in bytes.
 const LINE_MAX: u64 = 4096;
@@ -39,9 +36,8 @@ pub(super) fn start(directory: &Path, slice: Option<&str>) -> io::Result<i32> {
     if let Some(slice) = slice {
         command.args(["--quiet", "--scope", "--slice", slice, "--"]).arg(&program);
     }
-    if directory != Path::new(DIRECTORY) {
-        command.arg("--control-directory").arg(absolute(directory)?);
-    }
+    // Always: the host's defaults may name another than ours.
+    command.arg("--control-directory").arg(absolute(directory)?);
     // What it says if it fails. A file does not block it, and need not have an end.
     let errors = File::from(memfd_create(c"stderr", MFdFlags::MFD_CLOEXEC)?);
     // As blktap's, it holds no folder of whoever started it.
@@ -84,12 +80,12 @@ fn pid_of(line: &[u8]) -> Option<i32> {
 
 /// Its exit code becomes ours.
 fn failed(program: &str, status: ExitStatus, said: &str) -> io::Error {
-    let errno = match (status.code(), status.signal()) {
-        (Some(0), _) => Errno::EPROTO,
-        (Some(code), _) => Errno::from_raw(code),
-        // As blktap has it.
-        _ => Errno::EINTR,
+    let errno = match status.code() {
+        Some(0) => Errno::EPROTO as i32,
+        Some(code) => code,
+        // A signal's, as blktap has it.
+        None => Errno::EINTR as i32,
     };
     let said = if said.is_empty() { "it printed no control socket" } else { said };
-    refused(errno, format!("{program} did not start ({status}): {said}"))
+    io::Error::other(Refused { errno, text: format!("{program} did not start ({status}): {said}") })
 }

@@ -67,7 +67,7 @@ struct Seen {
 
 /// Looks until it is told to end.
 pub(super) fn top(out: &mut impl Write, directory: &Path, options: &Top, json: bool) -> io::Result<()> {
-    let mut collector = Collector::new(directory);
+    let mut collector = Collector::of_metrics(directory);
     let mut seen = BTreeMap::new();
     // What there is to compare with.
     rows(collector.round(PATIENCE)?, &mut seen);
@@ -96,12 +96,12 @@ pub(super) fn top(out: &mut impl Write, directory: &Path, options: &Top, json: b
 }
 
 /// What there is to see since the last time, the busiest first; before them, those that do not answer.
-fn rows(answers: BTreeMap<i32, Answer>, seen: &mut BTreeMap<i32, Seen>) -> Vec<Row> {
+fn rows(answers: BTreeMap<i32, Answer<ProcessMetrics>>, seen: &mut BTreeMap<i32, Seen>) -> Vec<Row> {
     seen.retain(|pid, _| answers.contains_key(pid));
     let mut rows = Vec::new();
     for (pid, answer) in answers {
         match answer {
-            Answer::Metrics(process) => rows.extend(of_process(process, seen)),
+            Answer::Told(process) => rows.extend(of_process(process, seen)),
             Answer::Hangs(since) => rows.extend(unknown(pid, seen, "hangs", since)),
             Answer::Refused(why) => {
                 let image = format!("({why})");
@@ -310,8 +310,8 @@ mod tests {
         ProcessMetrics { pid, up: true, disks: vec![disk], ..ProcessMetrics::default() }
     }
 
-    fn answers(all: Vec<ProcessMetrics>) -> BTreeMap<i32, Answer> {
-        all.into_iter().map(|process| (process.pid, Answer::Metrics(process))).collect()
+    fn answers(all: Vec<ProcessMetrics>) -> BTreeMap<i32, Answer<ProcessMetrics>> {
+        all.into_iter().map(|process| (process.pid, Answer::Told(process))).collect()
     }
 
     #[test]

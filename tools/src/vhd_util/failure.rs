@@ -7,7 +7,7 @@ use drivers::vhd::ReadError;
 use drivers::vhd::layout::LayoutError;
 use nix::errno::Errno;
 use tapdisk::vhd::merge;
-use tapdisk::{chain, image};
+use tapdisk::{chain, image, sys};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Failure {
 
 /// The errno of a system's error.
 pub(super) fn errno_of(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+    error.raw_os_error().map_or(Errno::EIO, sys::errno)
 }
 
 impl From<chain::Error> for Failure {
