@@ -50,6 +50,10 @@ pub fn errno(error: &io::Error) -> Errno {
         (None, ErrorKind::NotFound) => Errno::ENOENT,
         (None, ErrorKind::InvalidInput) => Errno::EINVAL,
         (None, ErrorKind::PermissionDenied) => Errno::EACCES,
+        (None, ErrorKind::AddrInUse) => Errno::EADDRINUSE,
+        (None, ErrorKind::AlreadyExists) => Errno::EEXIST,
+        (None, ErrorKind::StorageFull) => Errno::ENOSPC,
+        (None, ErrorKind::ReadOnlyFilesystem) => Errno::EROFS,
         (None, ErrorKind::InvalidData | ErrorKind::UnexpectedEof) => Errno::EPROTO,
         _ => Errno::EIO,
     }

@@ -181,8 +181,12 @@ fn sweep(directory: &Path, statistics: &Path, pid: i32, minor: u16) {
 /// `destroy`, whatever there is of a disk.
 pub(super) fn destroy(directory: &Path, disk: Disk, limit: Limit) -> io::Result<Answer> {
     let Disk { pid, minor } = disk;
-    step("close", || client::close(directory, pid, minor, false, limit.duration()))?;
-    let detached = step("detach", || client::detach(directory, pid, minor))?;
+    let closed = step("close", || client::close(directory, pid, minor, false, limit.duration()));
+    let detached = match (step("detach", || client::detach(directory, pid, minor)), &closed) {
+        // What was not closed can't be detached.
+        (Err(_), Err(_)) => return closed.map(|_| Answer::done(disk)),
+        (detached, _) => detached?,
+    };
     let given = give_back_late(directory, minor);
     if detached == Step::Nobody {
         // By now the process is no more.
@@ -190,7 +194,8 @@ pub(super) fn destroy(directory: &Path, disk: Disk, limit: Limit) -> io::Result<
     }
     match given {
         Err(error) if errno(&error) != Errno::ENOENT => Err(error),
-        _ => Ok(Answer::done(disk)),
+        // What was written last may be lost, and nothing but this tells it.
+        _ => closed.map(|_| Answer::done(disk)),
     }
 }
 
