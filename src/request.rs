@@ -177,8 +177,10 @@ pub struct Request {
     pub planned: u64,
     /// tiocbs that are not finished, and tickets that are not settled.
     pub pieces: u32,
-    /// The image's metadata was written for it.
+    /// The image's metadata has to be durable with it.
     pub metadata: bool,
+    /// How many writes of that its flush has seen.
+    pub meta_seen: u64,
     /// The first error of a piece.
     pub error: Option<Errno>,
 }
@@ -247,6 +249,7 @@ impl Slots {
                 planned: 0,
                 pieces: 0,
                 metadata: false,
+                meta_seen: 0,
                 error: None,
             },
             used: false,

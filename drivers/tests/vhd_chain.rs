@@ -79,7 +79,9 @@ impl Layer {
         let image = Image::read(&file, &mut problems).unwrap();
         assert_eq!(problems, [], "it was closed");
         if on == Where::File {
+            // The end is nobody's, and zeros.
             file.0.truncate(image.end() as usize);
+            file.0.resize(image.end() as usize + 512, 0);
         }
         let usable = if on == Where::File { file.size() } else { image.footer_at };
         let settings = Settings {

@@ -379,6 +379,8 @@ impl Disk {
                 self.log_failure(&transfer, errno, false);
             }
         }
+        // The next flush says so, as it would if the kernel had told it.
+        self.owed_error = self.owed_error.or(self.stack.lost());
         while let Some(id) = self.stack.next_done() {
             worked = true;
             self.done.push_back(id);

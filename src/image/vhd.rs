@@ -79,7 +79,12 @@ fn layer(
             Box::new(raw.map_err(|source| Error::Format { path: path.clone(), source })?)
         }
         Some(image) => match Fixed::new(image) {
-            Some(fixed) => Box::new(fixed),
+            Some(fixed) => {
+                let options = || file::options(false, false).open(&path);
+                let plain = (tickets > 0).then(options).transpose();
+                let plain = plain.map_err(|source| Error::Io { path: path.clone(), action: "open it", source })?;
+                return Ok(Layer { format: Box::new(fixed), path, plain });
+            }
             None => return blocks(config, &path, image, &found.problems, opened, tickets, depth),
         },
     };
@@ -132,7 +137,10 @@ fn blocks(
         }
         plain = Some(file);
     }
-    let disk = Disk::new(image, &settings).ok_or_else(|| unfit("it has no header"))?;
+    let mut disk = Disk::new(image, &settings).ok_or_else(|| unfit("it has no header"))?;
+    if writable && image.footer_at == opened.geometry.size {
+        disk.was_in_use();
+    }
     Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain })
 }
 
@@ -146,7 +154,18 @@ fn mark_in_use(file: &File, image: &Image, problems: &[Problem], footer_at: Opti
     }
     match footer_at {
         Some(at) => file.write_all_at(&IN_USE, at)?,
-        None => file.set_len(image.end().next_multiple_of(u64::from(SECTOR)))?,
+        None => clear_end(file, image.end().next_multiple_of(u64::from(SECTOR)))?,
     }
     file.sync_all()
+}
+
+/// Makes a file end at byte `end`, and with a sector of zeros, where its footer is or was: what a guest writes is never there.
+fn clear_end(file: &File, end: u64) -> std::io::Result<()> {
+    let mut there = [0; FOOTER_SIZE];
+    let read = file.read_at(&mut there, end)?;
+    // Where there is no room, zeros that are there already need none.
+    if there[..read].iter().any(|byte| *byte != 0) {
+        file.write_all_at(&[0; FOOTER_SIZE], end)?;
+    }
+    file.set_len(end + FOOTER_SIZE as u64)
 }

@@ -92,6 +92,7 @@ impl Stack {
         (request.frontend, request.tag, request.born) = (OWN, meta.id.0, now());
         (request.planning, request.planned, request.pieces) = (false, meta.len, 1);
         let file = FileId(layer as u16);
+        request.meta_seen = self.meta_written;
         let transfer = Transfer { op: op.1, file, offset: meta.at, len: meta.len, owner: id, at: 0, ticket: None };
         let pushed = queue.push(transfer);
         debug_assert!(pushed);
@@ -99,6 +100,12 @@ impl Stack {
 
     /// An I/O of a format's own has ended.
     pub(super) fn meta_finished(&mut self, transfer: &Transfer, result: Result<(), Errno>, slots: &mut Slots) {
+        match (transfer.op, result) {
+            (IoOp::Read, _) => {}
+            // The kernel tells of what it could not write only once.
+            (IoOp::Flush, _) => self.lost = self.lost.or(result.err()),
+            _ => self.meta_written += 1,
+        }
         let layer = usize::from(transfer.file.0);
         let id = MetaId(slots.get(transfer.owner).tag);
         let metas = self.metas.as_mut().expect("an I/O of metadata has memory");

@@ -130,6 +130,11 @@ pub struct Stack {
     /// Something is done that a request may have waited for.
     progress: bool,
     metas: Option<MetaMemory>,
+    /// Writes of metadata so far, and those of them that are durable.
+    meta_written: u64,
+    meta_durable: u64,
+    /// A flush of a format's own has failed: what was answered before may be lost.
+    lost: Option<Errno>,
     /// Requests whose last piece is done and that are planned wholly.
     done: VecDeque<RequestId>,
     /// Requests that are done when what they wrote is durable, and that there was no room in the queue for.
@@ -152,6 +157,9 @@ impl Stack {
             meta_due: true,
             progress: false,
             metas,
+            meta_written: 0,
+            meta_durable: 0,
+            lost: None,
             done: VecDeque::with_capacity(requests),
             to_flush: VecDeque::with_capacity(requests),
         })
@@ -202,6 +210,7 @@ impl Stack {
             Op::Status => (drivers::Op::Read, IoOp::Status),
             Op::Flush => return if self.flush(id, slots, queue) { Started::Planned } else { Started::NoRoom },
         };
+        slots.get_mut(id).metadata = matches!(op, IoOp::Write { fua: true });
         loop {
             let request = slots.get_mut(id);
             if request.planned == request.len {
@@ -223,7 +232,6 @@ impl Stack {
                     request.pieces += 1;
                     request.planned += count;
                     if let Some(ticket) = ticket {
-                        request.metadata = true;
                         self.owners[ticket.0 as usize] = Some(id);
                         self.meta_due = true;
                     }
@@ -313,7 +321,9 @@ impl Stack {
         let (op, file) = (IoOp::Flush, FileId(0));
         let room = queue.push(Transfer { op, file, offset: 0, len: 0, owner: id, at: 0, ticket: None });
         if room {
-            slots.get_mut(id).pieces += 1;
+            let request = slots.get_mut(id);
+            request.pieces += 1;
+            request.meta_seen = self.meta_written;
         }
         room
     }
@@ -323,6 +333,9 @@ impl Stack {
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
         let result = self.whole(transfer, result, slots);
         let error = result.err();
+        if transfer.op == IoOp::Flush && transfer.file == FileId(0) && error.is_none() {
+            self.meta_durable = self.meta_durable.max(slots.get(transfer.owner).meta_seen);
+        }
         if slots.get(transfer.owner).frontend == OWN {
             self.meta_finished(transfer, result, slots);
             return error;
@@ -383,17 +396,23 @@ impl Stack {
         self.all_done(id, slots);
     }
 
-    /// All of a request is planned and done: it is finished, or its metadata is to be made durable with it.
+    /// All of a request is planned and done: it is finished, or the metadata that says where its data is, which may be that of an
+    /// earlier write, is to be made durable with it.
     pub fn all_done(&mut self, id: RequestId, slots: &mut Slots) {
         let request = slots.get_mut(id);
-        let durable = matches!(request.op, Op::Write { fua: true } | Op::Barrier);
-        let flush = durable && std::mem::take(&mut request.metadata) && request.error.is_none();
+        let first = std::mem::take(&mut request.metadata);
+        let flush = first && request.error.is_none() && self.meta_durable < self.meta_written;
         if flush { self.to_flush.push_back(id) } else { self.done.push_back(id) }
     }
 
     /// A request that is finished.
     pub fn next_done(&mut self) -> Option<RequestId> {
         self.done.pop_front()
+    }
+
+    /// Why what was answered before may be lost, once.
+    pub fn lost(&mut self) -> Option<Errno> {
+        self.lost.take()
     }
 
     /// Whether something is done since it was last asked that a request may have waited for.

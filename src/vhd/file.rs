@@ -151,13 +151,15 @@ pub fn write_footers(to: &dyn Medium, footer: &Footer, end: u64) -> io::Result<(
 }
 
 /// Cuts off a file's footer, and what is beyond it, so that something else can go there. The copy is used until the footer is
-/// written again, and so it must be good.
+/// written again, and so it must be good. The file's last sector is zeros from here on, in the place of a footer: as long as it is no
+/// block's, no guest can have written a footer of its own there.
 pub fn cut_footer(of: &dyn Medium, footer: &Footer, end: u64) -> io::Result<()> {
     let mut footer = *footer;
     footer.seal();
     of.write_at(0, footer.as_bytes())?;
     of.sync()?;
-    of.set_len(end)
+    of.write_at(end, &[0; FOOTER_SIZE])?;
+    of.set_len(end + FOOTER_SIZE as u64)
 }
 
 /// Where the footer at the end goes.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::layout::{self, batmap_pieces};
-use drivers::vhd::{Header, Image, KeyHash, Kind, SECTORS_MAX, Source, Uuid, bitmap};
+use drivers::vhd::{FOOTER_SIZE, Header, Image, KeyHash, Kind, SECTORS_MAX, Source, Uuid, bitmap};
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
@@ -284,7 +284,7 @@ impl<'a> Target<'a> {
             if !self.added {
                 cut_footer(self.to, &image.footer, self.end)?;
             }
-            self.to.set_len(end)?;
+            self.to.set_len(end + FOOTER_SIZE as u64)?;
         }
         self.added = true;
         image.table.set(block, at);

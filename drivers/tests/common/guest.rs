@@ -91,9 +91,10 @@ fn settings(setup: &Setup, image: &Image) -> Settings {
 fn open(setup: &Setup, mut image: Image) -> (Disk, Image) {
     let (vhd, _) = check(&image);
     if setup.on == Where::File {
-        // Whoever opens a file to write it cuts off what is behind the image.
-        image.size = vhd.end().next_multiple_of(512);
-        image.sectors.retain(|sector, _| (sector + 1) * 512 <= image.size);
+        // Whoever opens a file to write it cuts off what is behind the image, but for a sector of zeros.
+        let end = vhd.end().next_multiple_of(512);
+        image.sectors.retain(|sector, _| (sector + 1) * 512 <= end);
+        image.size = end + 512;
     }
     (Disk::new(&vhd, &settings(setup, &image)).unwrap(), image)
 }
@@ -306,6 +307,10 @@ impl Guest {
     pub(crate) fn cut(&mut self, cut: Cut) -> Result<Image, String> {
         self.cuts += 1;
         let image = self.medium.cut(cut, &mut self.rng);
+        let last = image.sectors.get(&(image.size / 512 - 1));
+        if self.setup.on == Where::File && last.is_some_and(|last| last.iter().any(|byte| *byte != 0)) {
+            return Err("the place of the footer has something in it".into());
+        }
         let (vhd, _) = check(&image);
         for (sector, known) in &self.sectors {
             let found = content(&vhd, &image, *sector);

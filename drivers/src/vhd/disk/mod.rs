@@ -40,7 +40,7 @@ pub struct Settings {
     pub durability: Durability,
     /// What is written beyond the end of the file leaves zeros before it: it is a regular file, and nothing is behind the image.
     pub zeros: bool,
-    /// Bytes of the file, as far as blocks can be there.
+    /// Bytes of the file, or those of the device that blocks can have. A file's last sector is none's, and zeros.
     pub usable: u64,
     /// Bytes that it can have.
     pub limit: u64,
@@ -163,6 +163,7 @@ impl Disk {
         let bitmaps = Bitmaps::new((bitmap_cache / 3 / len).min(blocks), len);
         let pages = Pages::new((bitmap_cache / 3 * 2 / Pages::cost(len)).min(blocks), len);
         let differencing = image.kind == Kind::Differencing;
+        let tail = if settings.zeros { SECTOR_SIZE } else { 0 };
         let mut disk = Disk {
             size: image.footer.size(),
             block_size: header.block_size().into(),
@@ -175,7 +176,7 @@ impl Disk {
             pages,
             tickets: Tickets::new(settings.tickets),
             blocks: Blocks::new(settings.tickets),
-            space: Space::new(image.end(), settings.usable, limit, step, preallocate, durability),
+            space: Space::new(image.end(), settings.usable, tail, limit, step, preallocate),
             flush: Flush::default(),
             durability,
             footer: image.footer,
@@ -189,6 +190,11 @@ impl Disk {
         disk.loads.reserve_exact(disk.bitmaps.count());
         disk.writes.reserve_exact(disk.bitmaps.count());
         Some(disk)
+    }
+
+    /// It was not closed when it was used last, and may have been written then: closing it says so to its children.
+    pub fn was_in_use(&mut self) {
+        self.written = true;
     }
 
     fn read(&mut self, block: u32, first: u32, count: u32) -> Plan {

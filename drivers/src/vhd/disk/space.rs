@@ -1,8 +1,8 @@
 //! Room for new blocks, at the end of the file.
 
+use crate::SECTOR_SIZE;
 use crate::vhd::SECTORS_MAX;
 use crate::vhd::layout::{DATA_ALIGN, aligned};
-use crate::{Durability, SECTOR_SIZE};
 
 /// What is being done about the file's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,15 +25,17 @@ pub(super) enum Growing {
 pub(super) struct Space {
     /// Where the next block can begin.
     pub(super) end: u64,
-    /// Bytes that the file has.
+    /// Bytes of the file that blocks can have.
     usable: u64,
+    /// Bytes behind them that stay zeros, the place of a footer. A guest that had its data there could write a footer of its own,
+    /// which after a crash would be taken for the image's.
+    tail: u64,
     /// Bytes that it can have.
     limit: u64,
     /// Bytes that it grows by.
     step: u64,
     /// All of those get their blocks of the file system at once, rather than when they are written.
     preallocate: bool,
-    durability: Durability,
     pub(super) growing: Growing,
 }
 
@@ -49,16 +51,10 @@ pub(super) enum Room {
 }
 
 impl Space {
-    /// Of a file of `usable` bytes, of which those from `end` on are free; it grows by `step` bytes at a time, to `limit`.
-    pub(super) fn new(
-        end: u64,
-        usable: u64,
-        limit: u64,
-        step: u64,
-        preallocate: bool,
-        durability: Durability,
-    ) -> Space {
-        Space { end, usable, limit, step, preallocate, durability, growing: Growing::No }
+    /// Of a file of `size` bytes, of which those from `end` on are free, but for `tail` at its end; it grows by `step` bytes at a
+    /// time, to `limit`.
+    pub(super) fn new(end: u64, size: u64, tail: u64, limit: u64, step: u64, preallocate: bool) -> Space {
+        Space { end, usable: size.saturating_sub(tail), tail, limit, step, preallocate, growing: Growing::No }
     }
 
     /// Takes room for a bitmap and its block, `len` bytes together.
@@ -86,7 +82,7 @@ impl Space {
 
     fn want(&mut self, least: u64) {
         if self.growing == Growing::No {
-            let size = (least.max(self.usable) + self.step).next_multiple_of(DATA_ALIGN);
+            let size = (least.max(self.usable) + self.tail + self.step).next_multiple_of(DATA_ALIGN);
             self.growing = Growing::Wanted(size.min(self.limit));
         }
     }
@@ -102,12 +98,8 @@ impl Space {
 
     pub(super) fn extended(&mut self, done: bool) {
         let Growing::Extending(size) = self.growing else { return };
-        match (done, self.durability) {
-            (false, _) => self.growing = Growing::Failed,
-            (true, Durability::Order) => self.have(size),
-            // A block that the table points to is within the file also after a crash.
-            (true, Durability::Flush) => self.growing = Growing::Flush(size),
-        }
+        // What the table points to, and the zeros at the end, are there also after a crash.
+        self.growing = if done { Growing::Flush(size) } else { Growing::Failed };
     }
 
     /// Whether a flush is wanted. It is the one that begins now.
@@ -119,11 +111,11 @@ impl Space {
 
     pub(super) fn flushed(&mut self, done: bool) {
         let Growing::Flushing(size) = self.growing else { return };
-        if done { self.have(size) } else { self.growing = Growing::Failed }
-    }
-
-    fn have(&mut self, size: u64) {
-        (self.usable, self.growing) = (size, Growing::No);
+        if done {
+            (self.usable, self.growing) = (size - self.tail, Growing::No);
+        } else {
+            self.growing = Growing::Failed;
+        }
     }
 }
 
@@ -133,11 +125,11 @@ mod tests {
 
     #[test]
     fn blocks_have_their_data_at_a_page_and_the_file_grows_ahead() {
-        let mut space = Space::new(2048, 2048, 1 << 30, 8 << 20, false, Durability::Flush);
+        let mut space = Space::new(2048, 2560, 512, 1 << 30, 8 << 20, false);
         let take = |space: &mut Space| space.take(512, 512 + (2 << 20));
         assert_eq!(take(&mut space), Room::Soon);
         let (at, len) = space.extend().unwrap();
-        assert_eq!((at + len, len), ((2 << 20) + 4096 + (8 << 20), 4096));
+        assert_eq!((at + len, len), ((2 << 20) + 8192 + (8 << 20), 4096));
         space.extended(true);
         assert_eq!(take(&mut space), Room::Soon);
         assert!(space.flush());
@@ -155,12 +147,33 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_a_file_is_never_a_blocks() {
+        for preallocate in [false, true] {
+            let mut space = Space::new(2048, 2560, 512, 1 << 40, 1 << 20, preallocate);
+            let mut size = 2560;
+            for _ in 0..50 {
+                match space.take(512, 512 + (2 << 20)) {
+                    Room::At(at) => assert!(at + 512 + (2 << 20) + 512 <= size),
+                    room => assert_eq!(room, Room::Soon),
+                }
+                if let Some((at, len)) = space.extend() {
+                    size = at + len;
+                    space.extended(true);
+                    assert!(space.flush());
+                    space.flushed(true);
+                }
+            }
+            assert!(space.end > 40 << 20);
+        }
+    }
+
+    #[test]
     fn a_device_and_a_table_have_an_end() {
-        let mut space = Space::new(512, 3 << 20, 3 << 20, 1 << 20, false, Durability::Order);
+        let mut space = Space::new(512, 3 << 20, 0, 3 << 20, 1 << 20, false);
         assert_eq!(space.take(512, 512 + (2 << 20)), Room::At(3584));
         assert_eq!(space.take(512, 512 + (2 << 20)), Room::None);
         let end = SECTORS_MAX * SECTOR_SIZE - 4096;
-        let mut space = Space::new(end, u64::MAX, u64::MAX, 1 << 20, false, Durability::Order);
+        let mut space = Space::new(end, u64::MAX, 0, u64::MAX, 1 << 20, false);
         assert!(matches!(space.take(512, 4096 + 512), Room::At(_)));
         assert_eq!(space.take(512, 4096 + 512), Room::None);
     }
