@@ -4,10 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use drivers::vhd::layout::Piece;
 use drivers::vhd::{FOOTER_SIZE, Footer, Image, Kind, Problem, Source, Table};
-use nix::fcntl::Flock;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, Flock, fcntl};
+use nix::libc;
 use zerocopy::IntoBytes;
 
 use crate::chain;
@@ -36,6 +39,9 @@ fn explain<'a>(path: &'a Path, action: &'static str) -> impl Fn(io::Error) -> im
     move |source| image::Error::Io { path: path.to_owned(), action, source }
 }
 
+/// How long a program that was killed may have its locks.
+const DYING: Duration = Duration::from_secs(1);
+
 /// An image's file that no tapdisk writes.
 pub struct ImageFile {
     /// Its path.
@@ -53,10 +59,11 @@ impl ImageFile {
     }
 
     /// Takes the lock of a file that is open: shared, since storage managers coalesce, hide and relink images that a running
-    /// tapdisk only reads. One that it writes, it has for itself.
+    /// tapdisk only reads. One that it writes, it has for itself. Of those who change one, there is one at a time.
     pub fn of(file: File, path: &Path) -> Result<ImageFile, image::Error> {
         let device = geometry(&file).map_err(explain(path, "use it"))?.block_device;
         let file = lock(file, path, true)?;
+        change_alone(&file, path)?;
         Ok(ImageFile { path: path.to_owned(), file, device })
     }
 
@@ -68,6 +75,27 @@ impl ImageFile {
     /// Its metadata, and what is wrong with it.
     pub fn image_with(&self, problems: &mut Vec<Problem>) -> Result<Image, chain::Error> {
         Image::read(self, problems).map_err(|source| chain::Error::Image { path: self.path.clone(), source })
+    }
+}
+
+/// Locks a byte that no image has, for as long as the file is open: another lock than that which readers share.
+fn change_alone(file: &File, path: &Path) -> Result<(), image::Error> {
+    let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
+    let byte = libc::flock { l_type, l_whence, l_start: i64::MAX - 1, l_len: 1, l_pid: 0 };
+    let end = Instant::now() + DYING;
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&byte)) {
+            Ok(_) => return Ok(()),
+            // Whoever has it may be about to go.
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20))
+            }
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                let holder = "a program that changes it, such as vhd-util or a coalesce".into();
+                return Err(image::Error::Locked { path: path.to_owned(), holder });
+            }
+            Err(errno) => return Err(explain(path, "lock it")(errno.into())),
+        }
     }
 }
 
