@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 
 use crate::chain;
 use crate::image::{self, lock};
-use crate::sys::file::{Backing, geometry};
+use crate::sys::file::{Backing, geometry, open_storage};
 
 /// What is written to.
 pub trait Medium: Source {
@@ -114,9 +114,8 @@ pub struct ReadFile {
 impl ReadFile {
     /// Opens one for reading and takes its lock, as tapdisk does for what it only reads.
     pub fn open(path: &Path) -> Result<ReadFile, image::Error> {
-        let file = File::open(path).map_err(explain(path, "open it"))?;
-        let size = geometry(&file).map_err(explain(path, "use it"))?.size;
-        Ok(ReadFile { file: lock(file, path, true)?, size })
+        let (file, geometry) = open_storage(path).map_err(explain(path, "open it"))?;
+        Ok(ReadFile { file: lock(file, path, true)?, size: geometry.size })
     }
 }
 
