@@ -22,6 +22,11 @@ pub trait Medium: Source {
     /// What was written before is safe when this returns.
     fn sync(&self) -> io::Result<()>;
 
+    /// The same of data, and of no more of what a file system knows than it takes to read that.
+    fn sync_data(&self) -> io::Result<()> {
+        self.sync()
+    }
+
     /// Cuts the file off, or lets it grow by zeros. Of a device, whose size is what it is, nothing changes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
@@ -88,6 +93,10 @@ impl Medium for ImageFile {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
