@@ -136,12 +136,12 @@ fn many_small_runs_are_held_back_as_a_large_one_is() {
     let path = |number| image(folder.path(), number);
     good("create -n {} -s 1024", &[&path(0)]);
     good("snapshot -e -n {} -p {}", &[&path(1), &path(0)]);
-    // A page takes less than a millisecond, all of them two thirds of a second.
+    // A page takes less than a millisecond, all of them half a second.
     let blocks = 512;
     (0..blocks).for_each(|block| common::vhd::write(&path(1), block * 2 * MIB, 4096, 7));
     good("snapshot -n {} -p {}", &[&path(2), &path(1)]);
     let served = Served::start(&table(&path(2)), BOTH);
-    let rate = 6 * MIB;
+    let rate = 4 * MIB;
     let begin = Instant::now();
     run(served.tap_ctl().args(["coalesce", "--wait", "--rate", &rate.to_string()]));
     let took = begin.elapsed();
