@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use drivers::vhd::{self, Image, Kind, Platform, Problem, ReadError, Source, Uuid};
 use nix::errno::Errno;
 
-use crate::sys::{self, file::geometry};
+use crate::sys::{self, file::open_storage};
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
 pub const DEPTH_MAX: usize = 256;
@@ -142,11 +142,11 @@ pub struct Layer {
     pub problems: Vec<Problem>,
 }
 
+/// A path comes from an image that anybody may have made, and opening a FIFO would wait for its writer, which never comes.
 fn open(path: &Path) -> Result<Opened, Error> {
     let explain = |source| Error::Open { path: path.to_owned(), source };
-    let file = File::open(path).map_err(explain)?;
-    let size = geometry(&file).map_err(explain)?.size;
-    Ok(Opened { file, size })
+    let (file, geometry) = open_storage(path).map_err(explain)?;
+    Ok(Opened { file, size: geometry.size })
 }
 
 /// The VHD image in a file, without its parents.

@@ -5,7 +5,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::served::{folder, output, run, tool};
+use common::served::{Served, folder, output, run, tool};
 use common::vhd_made as vhd;
 use drivers::vhd::{FOOTER_SIZE, Kind, Uuid};
 use serde_json::Value;
@@ -90,6 +90,42 @@ fn a_parent_that_is_not_there_or_another_is_refused() {
     let error = chain::chain(&paths[0], &Rules::ANY).unwrap_err().to_string();
     assert!(error.contains("c/../b/größe 2.vhd") && error.contains("c/größe 2.vhd"), "{error}");
     assert_eq!(vhd_util(&["query", "-p", "-n"], &paths[0]), ("query failed\n".to_owned(), libc::ENOENT));
+}
+
+#[test]
+fn a_parent_that_is_no_storage_is_refused_and_not_waited_for() {
+    type Make = fn(&Path);
+    let folder = folder();
+    let [leaf, odd] = ["leaf.vhd", "odd"].map(|name| folder.path().join(name));
+    let neither = "cannot open it: is neither a regular file nor a block device";
+    let make: [(Make, &str); 4] = [
+        (|path| run(Command::new("mkfifo").arg(path)).clear(), neither),
+        (|path| std::fs::create_dir(path).unwrap(), "cannot open it: Is a directory"),
+        (|path| drop(std::os::unix::net::UnixListener::bind(path).unwrap()), neither),
+        (|path| std::os::unix::fs::symlink("/dev/tty", path).unwrap(), neither),
+    ];
+    for (make, text) in make {
+        make(&odd);
+        let text = format!("odd: {text}");
+        for parent in [Uuid([9; 16]), Uuid::NIL] {
+            child(&leaf, 1, "./odd", parent);
+            let mut check = Command::new("timeout");
+            check.arg("10").arg(tool("vhd-util").get_program()).args(["check", "-p", "-n"]).arg(&leaf);
+            let output = output(&mut check);
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(output.status.code() != Some(124) && said.contains(&text), "{said}");
+            let (code, said) = Served::refused(&vhd::table(&leaf), "[frontend.local]\nsocket = '{s}/ring'\n");
+            assert!(code == 1 && said.contains(&text), "{said}");
+        }
+        // Those that are named themselves, too.
+        for words in [&["check", "-n"][..], &["query", "-v", "-n"], &["scan"], &["coalesce", "-n"]] {
+            let mut command = Command::new("timeout");
+            let status = output(command.arg("10").arg(tool("vhd-util").get_program()).args(words).arg(&odd)).status;
+            assert_ne!(status.code(), Some(124), "{words:?}");
+        }
+        std::fs::remove_file(&odd).or_else(|_| std::fs::remove_dir(&odd)).unwrap();
+    }
 }
 
 #[test]

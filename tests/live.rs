@@ -460,6 +460,18 @@ fn a_pause_whose_flush_fails_says_so() {
 }
 
 #[test]
+fn a_disk_that_cannot_grow_for_a_failed_flush_goes_on() {
+    let (served, path, _folder) = vhd("[[fault]]\ntype = 'error'\non = ['flush']\n");
+    let mut guest = Guest::connect(&served.ring());
+    for _ in 0..2 {
+        refused(&served, &["resize", "--size", "128 MiB"], libc::EIO, "it was resumed, and is as large as before");
+        assert_eq!((state(&served).as_str(), locked(&path)), ("0", true));
+        assert_eq!(guest.read(0, 4096), Ok(vec![0; 4096]));
+    }
+    assert_eq!(served.debug_queue()["size"], 64 << 20);
+}
+
+#[test]
 fn the_engine_that_was_set_stays() {
     let (served, _path, _folder) = vhd("[engine]\nname = 'aio'\n");
     let engine = |more: &[&str]| -> serde_json::Value {

@@ -3,7 +3,7 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::guest::Guest;
 use common::live::*;
@@ -128,6 +128,30 @@ fn how_far_it_is_is_shown_and_it_is_held_back_and_ended() {
     intact(&served, 4);
     stop(served, &leaf);
     assert!(good("check -b -p -n {}", &[&leaf]).lines().count() == 3);
+}
+
+#[test]
+fn many_small_runs_are_held_back_as_a_large_one_is() {
+    let folder = folder();
+    let path = |number| image(folder.path(), number);
+    good("create -n {} -s 1024", &[&path(0)]);
+    good("snapshot -e -n {} -p {}", &[&path(1), &path(0)]);
+    // A page takes less than a millisecond, all of them half a second.
+    let blocks = 512;
+    (0..blocks).for_each(|block| common::vhd::write(&path(1), block * 2 * MIB, 4096, 7));
+    good("snapshot -n {} -p {}", &[&path(2), &path(1)]);
+    let served = Served::start(&table(&path(2)), BOTH);
+    let rate = 4 * MIB;
+    let begin = Instant::now();
+    run(served.tap_ctl().args(["coalesce", "--wait", "--rate", &rate.to_string()]));
+    let took = begin.elapsed();
+    let (data, least) = (blocks * 4096, Duration::from_millis(blocks * 4096 * 1000 / rate));
+    assert!(took >= least, "{data} bytes in {took:?}");
+    assert_eq!(coalesce_report(&served)["bytes"], data);
+    let mut guest = Guest::connect(&served.ring());
+    assert_eq!(guest.read((blocks - 1) * 4096, 8192), Ok([[7; 4096], [0; 4096]].concat()));
+    drop(guest);
+    stop(served, &path(2));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drivers::vhd::{FOOTER_SIZE, Source, relink};
 use nix::errno::Errno;
@@ -133,29 +133,40 @@ impl Drop for Coalescing {
 impl Shared {
     /// The thread: merges, and wakes the main loop.
     fn run(&self, image: &Path) {
-        let outcome = merge(image, &mut |done, bytes| {
-            self.percent.store((done * 100.0) as u64, Relaxed);
-            self.bytes.fetch_add(bytes, Relaxed);
-            self.rest(bytes)
+        let mut due = Instant::now();
+        let outcome = merge(image, &mut |progress| {
+            self.percent.store((progress.done * 100.0) as u64, Relaxed);
+            self.bytes.fetch_add(progress.data, Relaxed);
+            due = self.due(due, Instant::now(), progress.data + progress.bitmaps);
+            self.rest(due)
         });
         *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
         // An eventfd's counter can't reach its limit by ones.
         let _ = self.event.write(1);
     }
 
-    /// Sleeps as long as so many bytes take. An error: it is to stop.
-    fn rest(&self, bytes: u64) -> io::Result<()> {
-        let mut left = Duration::from_nanos((bytes * 1000).checked_div(self.rate).unwrap_or(0) * 1_000_000);
+    /// When so many bytes more may be done, if those before may be by `due`. What is owed is carried on to the last nanosecond:
+    /// many small runs are held back as one large one is. Time that slow I/O took is not made up for later, but for a moment.
+    fn due(&self, due: Instant, now: Instant, bytes: u64) -> Instant {
+        if self.rate == 0 {
+            return now;
+        }
+        let takes = u128::from(bytes) * 1_000_000_000 / u128::from(self.rate);
+        let since = now.checked_sub(NAP).map_or(due, |since| due.max(since));
+        since + Duration::from_nanos(takes.try_into().unwrap_or(u64::MAX))
+    }
+
+    /// Sleeps until then. An error: it is to stop.
+    fn rest(&self, until: Instant) -> io::Result<()> {
         loop {
             if self.cancel.load(Relaxed) {
                 return Err(Errno::ECANCELED.into());
             }
+            let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(());
             }
-            let now = left.min(NAP);
-            std::thread::sleep(now);
-            left -= now;
+            std::thread::sleep(left.min(NAP));
         }
     }
 }

@@ -12,7 +12,7 @@ use slog::{Logger, warn};
 
 use super::Error;
 use crate::config::{Direct, Image, Size};
-use crate::sys::file::{Geometry, direct_alignment, geometry};
+use crate::sys::file::{Geometry, check_storage, direct_alignment, geometry};
 
 /// A file that is open for an engine.
 pub(super) struct Opened {
@@ -35,6 +35,7 @@ pub(super) fn open(
 ) -> Result<Opened, Error> {
     let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let unfit = |message: String| Error::Unfit { path: path.to_owned(), message };
+    check_storage(path).map_err(io("open it"))?;
     let plain = options(read_only, false).open(path).map_err(io("open it"))?;
     let geometry = geometry(&plain).map_err(io("serve it"))?;
     let sector_size = sector_size.unwrap_or(geometry.logical);

@@ -1,12 +1,13 @@
 //! What image files need beyond std: sizes and alignments of block devices, discard, locks.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use super::io::IoOp;
 
@@ -47,10 +48,35 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
         return Ok(Geometry { block_device: true, size: size as u64, logical: logical as u32, physical });
     }
     if !meta.file_type().is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "is neither a regular file nor a block device"));
+        return Err(neither());
     }
     let physical = meta.blksize().clamp(512, 4096) as u32;
     Ok(Geometry { block_device: false, size: meta.len(), logical: 512, physical })
+}
+
+/// Opens a regular file or a block device for reading, and nothing else, be it only for a moment.
+pub fn open_storage(path: &Path) -> io::Result<(File, Geometry)> {
+    check_storage(path)?;
+    // It may have become something else meanwhile.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let geometry = geometry(&file)?;
+    // Only to open it must not wait.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok((file, geometry))
+}
+
+/// An error where it is neither, or not there: to open a FIFO waits for its other side, and some character devices do something.
+pub fn check_storage(path: &Path) -> io::Result<()> {
+    let kind = std::fs::metadata(path)?.file_type();
+    match kind.is_file() || kind.is_block_device() {
+        true => Ok(()),
+        false if kind.is_dir() => Err(Errno::EISDIR.into()),
+        false => Err(neither()),
+    }
+}
+
+fn neither() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "is neither a regular file nor a block device")
 }
 
 /// Whether two are the same file, or the same block device.

@@ -15,7 +15,7 @@ use zerocopy::IntoBytes;
 
 use crate::chain;
 use crate::image::{self, lock};
-use crate::sys::file::{Backing, geometry};
+use crate::sys::file::{Backing, geometry, open_storage};
 
 /// What is written to.
 pub trait Medium: Source {
@@ -24,6 +24,11 @@ pub trait Medium: Source {
 
     /// What was written before is safe when this returns.
     fn sync(&self) -> io::Result<()>;
+
+    /// The same of data, and of no more of what a file system knows than it takes to read that.
+    fn sync_data(&self) -> io::Result<()> {
+        self.sync()
+    }
 
     /// Cuts the file off, or lets it grow by zeros. Of a device, whose size is what it is, nothing changes.
     fn set_len(&self, len: u64) -> io::Result<()>;
@@ -118,6 +123,10 @@ impl Medium for ImageFile {
         self.file.sync_all()
     }
 
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         if self.device { Ok(()) } else { self.file.set_len(len) }
     }
@@ -142,9 +151,8 @@ pub struct ReadFile {
 impl ReadFile {
     /// Opens one for reading and takes its lock, as tapdisk does for what it only reads.
     pub fn open(path: &Path) -> Result<ReadFile, image::Error> {
-        let file = File::open(path).map_err(explain(path, "open it"))?;
-        let size = geometry(&file).map_err(explain(path, "use it"))?.size;
-        Ok(ReadFile { file: lock(file, path, true)?, size })
+        let (file, geometry) = open_storage(path).map_err(explain(path, "open it"))?;
+        Ok(ReadFile { file: lock(file, path, true)?, size: geometry.size })
     }
 }
 

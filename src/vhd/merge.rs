@@ -19,6 +19,10 @@ use crate::chain::{self, Layer, Rules};
 use crate::image;
 
 const SECTOR: u64 = 512;
+/// Bytes that are written before they are made safe: what the page cache holds is written back all at once, beside what guests do.
+const SYNC_EACH: u64 = 32 << 20;
+/// How much of a merge is done where only bitmaps are left.
+const DATA_SHARE: f64 = 0.99;
 
 /// Why an image is not merged into its parent. Both are as they were, or as an interrupted merge leaves them.
 #[derive(Debug, thiserror::Error)]
@@ -97,9 +101,20 @@ fn forget_time(path: &Path, child: &Image) -> Result<(), Error> {
     })
 }
 
-/// Merges all that an image holds into its parent, and says how many sectors that are. `progress` is told of each run: how much is
-/// done, from 0 to 1, and how many bytes were merged since it was asked last; an error of its ends the merge.
-pub fn merge(path: &Path, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> Result<u64, Error> {
+/// How far a merge is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// From 0 to 1.
+    pub done: f64,
+    /// Bytes that were merged since it was told last.
+    pub data: u64,
+    /// Bytes of bitmaps that were looked at since then, to say that the data is there.
+    pub bitmaps: u64,
+}
+
+/// Merges all that an image holds into its parent, and says how many sectors that are. `progress` is told before each block; an error
+/// of its ends the merge.
+pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> Result<u64, Error> {
     let io = |path: &Path, action| {
         let path = path.to_owned();
         move |source| Error::Io { path, action, source }
@@ -192,21 +207,23 @@ pub struct Target<'a> {
     end: u64,
     /// Blocks that the file's table does not have yet.
     added: bool,
+    /// Bytes that were written since the last sync.
+    unsynced: u64,
 }
 
 impl<'a> Target<'a> {
     fn raw(to: &'a dyn Medium) -> Target<'a> {
-        Target { to, image: None, size: to.size(), end: 0, added: false }
+        Target { to, image: None, size: to.size(), end: 0, added: false, unsynced: 0 }
     }
 
     /// An image in a file.
     pub fn image(to: &'a dyn Medium, image: Image) -> Target<'a> {
         let (size, end) = (image.footer.size(), image.end());
-        Target { to, image: Some(image), size, end, added: false }
+        Target { to, image: Some(image), size, end, added: false, unsynced: 0 }
     }
 
     /// Merges all that the child holds, and says how many sectors that are.
-    pub fn merge(&mut self, from: &Child, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> io::Result<u64> {
+    pub fn merge(&mut self, from: &Child, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> io::Result<u64> {
         let done = self.steps(from, progress);
         if done.is_err() && self.added {
             // Blocks that the table does not have are lost, and there is room again for the footer. If it can't be written,
@@ -218,30 +235,51 @@ impl<'a> Target<'a> {
         done
     }
 
-    fn steps(&mut self, from: &Child, progress: &mut dyn FnMut(f64, u64) -> io::Result<()>) -> io::Result<u64> {
+    fn steps(&mut self, from: &Child, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> io::Result<u64> {
         let blocks: Vec<_> = from.image.table.allocated().collect();
-        let (mut sectors, mut moved) = (0, 0);
+        let marks = self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed);
+        let share = if marks { DATA_SHARE } else { 1.0 };
+        let (mut sectors, mut data) = (0, 0);
         let mut buffer = Vec::new();
         for (i, (block, at)) in blocks.iter().enumerate() {
-            progress(i as f64 / blocks.len() as f64, std::mem::take(&mut moved))?;
+            let done = share * i as f64 / blocks.len() as f64;
+            progress(Progress { done, data: std::mem::take(&mut data), bitmaps: 0 })?;
             from.each(*block, *at, |file, disk, len| {
                 sectors += len / SECTOR;
-                moved += len;
+                data += len;
                 buffer.resize(len as usize, 0);
                 from.source.read_at(file, &mut buffer)?;
-                self.write(disk, &buffer)
+                self.write(disk, &buffer)?;
+                self.written(len)
             })?;
         }
         self.to.sync()?;
-        if self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed) {
-            for (block, at) in &blocks {
-                from.each(*block, *at, |_, disk, len| self.mark(disk, len))?;
+        let mut bitmaps = 0;
+        if marks {
+            for (i, (block, at)) in blocks.iter().enumerate() {
+                let done = share + (1.0 - share) * i as f64 / blocks.len() as f64;
+                progress(Progress { done, data: std::mem::take(&mut data), bitmaps: std::mem::take(&mut bitmaps) })?;
+                from.each(*block, *at, |_, disk, len| {
+                    let bytes = self.mark(disk, len)?;
+                    bitmaps += bytes;
+                    self.written(bytes)
+                })?;
             }
             self.to.sync()?;
             self.finish()?;
         }
-        progress(1.0, moved)?;
+        progress(Progress { done: 1.0, data, bitmaps })?;
         Ok(sectors)
+    }
+
+    /// So many bytes more were written: what is not safe yet must not become much.
+    fn written(&mut self, bytes: u64) -> io::Result<()> {
+        self.unsynced += bytes;
+        if self.unsynced >= SYNC_EACH {
+            self.to.sync_data()?;
+            self.unsynced = 0;
+        }
+        Ok(())
     }
 
     /// Writes data, whatever is said of it.
@@ -292,14 +330,14 @@ impl<'a> Target<'a> {
         Ok((at, header.bitmap_size()))
     }
 
-    /// Says in the blocks' bitmaps that sectors are there.
-    fn mark(&mut self, disk: u64, len: u64) -> io::Result<()> {
+    /// Says in the blocks' bitmaps that sectors are there, and gives those bitmaps' bytes.
+    fn mark(&mut self, disk: u64, len: u64) -> io::Result<u64> {
         let Some((image, header)) = self.image.as_mut().and_then(|image| image.header.map(|header| (image, header)))
         else {
-            return Ok(());
+            return Ok(0);
         };
         let block_size = u64::from(header.block_size());
-        let (mut disk, end) = (disk, disk + len);
+        let (mut disk, end, mut bytes) = (disk, disk + len, 0);
         while disk < end {
             let (block, within) = ((disk / block_size) as u32, disk % block_size);
             let now = (end - disk).min(block_size - within);
@@ -315,9 +353,10 @@ impl<'a> Target<'a> {
             {
                 batmap.set(block, true);
             }
+            bytes += header.bitmap_size();
             disk += now;
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// Writes what says where blocks are, and which are full.

@@ -43,7 +43,14 @@ pub(super) fn resize(directory: &Path, disk: Disk, size: Option<u64>) -> io::Res
 /// its table.
 fn grow_vhd(directory: &Path, (pid, minor): (i32, u16), path: &Path, size: u64) -> io::Result<u64> {
     let place = Path::new("/proc").join(pid.to_string()).join("cwd").join(path);
-    client::pause(directory, pid, minor, None)?;
+    if let Err(error) = client::pause(directory, pid, minor, None) {
+        // It may be paused all the same, as where its last flush failed; and nobody else would resume it. One that is not refuses.
+        let now = match client::resume(directory, pid, minor, &Opening::default()) {
+            Ok(()) => "it was resumed, and is as large as before".to_owned(),
+            Err(error) => format!("it was not resumed: {error}"),
+        };
+        return Err(refused(client::errno(&error), format!("{error}; {now}")));
+    }
     let grown = vhd_util::grow(&place, size).map_err(|(errno, text)| refused(errno, text));
     // Whatever came of it.
     client::resume(directory, pid, minor, &Opening::default())?;

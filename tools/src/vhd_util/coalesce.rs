@@ -2,14 +2,14 @@
 
 use std::io::{self, Write};
 
-use tapdisk::vhd::merge;
+use tapdisk::vhd::merge::{self, Progress};
 
 use super::Coalesce;
 use super::failure::{Failure, Result};
 
 /// Merges an image into its parent.
 pub(super) fn coalesce(args: &Coalesce, out: &mut dyn Write) -> Result<()> {
-    let mut shown = |done: f64, _: u64| -> io::Result<()> {
+    let mut shown = |Progress { done, .. }: Progress| -> io::Result<()> {
         if args.progress {
             write!(out, "\r{:6.2}%{}", 100.0 * done, if done >= 1.0 { "\n" } else { "" })?;
             out.flush()?;
@@ -33,9 +33,17 @@ mod tests {
 
     /// Merges, and gives what the two are afterwards.
     fn merge(child: &Memory, parent: &Memory) -> io::Result<u64> {
+        merge_telling(child, parent, &mut |_| Ok(()))
+    }
+
+    fn merge_telling(
+        child: &Memory,
+        parent: &Memory,
+        progress: &mut dyn FnMut(Progress) -> io::Result<()>,
+    ) -> io::Result<u64> {
         let image = Image::read(child, &mut Vec::new()).unwrap();
         let into = Image::read(parent, &mut Vec::new()).unwrap();
-        Target::image(parent, into).merge(&Child { source: child, image: &image }, &mut |_, _| Ok(()))
+        Target::image(parent, into).merge(&Child { source: child, image: &image }, progress)
     }
 
     #[test]
@@ -62,6 +70,32 @@ mod tests {
             assert_eq!(merge(&child, &parent).unwrap(), 12);
             merged(&parent);
         }
+    }
+
+    #[test]
+    fn a_merge_that_is_canceled_anywhere_leaves_a_good_parent() {
+        let parent = testing::image(Kind::Dynamic, false, &[(1, 0..3), (2, 0..8)], 1);
+        let child = testing::image(Kind::Differencing, false, &[(0, 0..8), (2, 3..5), (3, 7..8)], 2);
+        let before = testing::content(&[&child, &parent]);
+        let bytes = parent.bytes();
+        let mut told = Vec::new();
+        // Before each of three blocks, for their data and for their bitmaps, and when all is done.
+        for left in 0..7 {
+            let parent = Memory::new(bytes.clone(), false);
+            told.clear();
+            let canceled = merge_telling(&child, &parent, &mut |progress| {
+                told.push(progress);
+                if told.len() > left { Err(Errno::ECANCELED.into()) } else { Ok(()) }
+            });
+            assert_eq!(canceled.unwrap_err().raw_os_error(), Some(Errno::ECANCELED as i32));
+            assert_eq!(testing::problems(&parent), [], "after {left}");
+            assert_eq!(testing::content(&[&child, &parent]), before, "after {left}");
+            assert_eq!(merge(&child, &parent).unwrap(), 11);
+            assert_eq!(testing::content(&[&parent]), before, "after {left}");
+        }
+        assert_eq!(told.iter().map(|told| told.data).sum::<u64>(), 11 * 512);
+        assert_eq!(told.iter().map(|told| told.bitmaps).sum::<u64>(), 3 * 512);
+        assert!(told.is_sorted_by(|one, next| one.done < next.done) && told[6].done == 1.0 && told[5].done < 1.0);
     }
 
     #[test]

@@ -141,9 +141,8 @@ pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
 
 /// A raw image.
 pub(super) fn raw(path: &Path) -> Result<Layer> {
-    let file = std::fs::File::open(path).map_err(Failure::io(path, "open it"))?;
-    let file_size = tapdisk::sys::file::geometry(&file).map_err(Failure::io(path, "use it"))?.size;
-    Ok(Layer { path: path.to_owned(), file_size, image: None, problems: Vec::new() })
+    let (_, geometry) = tapdisk::sys::file::open_storage(path).map_err(Failure::io(path, "open it"))?;
+    Ok(Layer { path: path.to_owned(), file_size: geometry.size, image: None, problems: Vec::new() })
 }
 
 /// The size of an image's disk; of a raw one whole sectors.

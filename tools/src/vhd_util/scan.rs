@@ -1,13 +1,12 @@
 //! `scan`: a line for each of many images.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Source, Uuid};
 use tapdisk::chain::{self, Error, Opened};
-use tapdisk::sys::file::geometry;
+use tapdisk::sys::file::open_storage;
 
 use super::Scan;
 use super::failure::{Failure, Result, errno_of, read};
@@ -164,9 +163,8 @@ fn look(
     let source: Box<dyn Source> = match volume {
         Some(volume) => Box::new(volume.open().map_err(|error| bad("opening file")(io(error)))?),
         None => {
-            let file = File::open(path).map_err(|error| bad("opening file")(io(error)))?;
-            let size = geometry(&file).map_err(|error| bad("getting physical size")(io(error)))?.size;
-            Box::new(Opened { file, size })
+            let (file, geometry) = open_storage(path).map_err(|error| bad("opening file")(io(error)))?;
+            Box::new(Opened { file, size: geometry.size })
         }
     };
     let size = source.size();
