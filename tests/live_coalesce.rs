@@ -9,7 +9,7 @@ use common::guest::Guest;
 use common::live::*;
 use common::served::{Served, folder, run};
 use common::small_fs::SmallFs;
-use common::vhd::good;
+use common::vhd::{good, vhd_util};
 use common::vhd_made::{stop, table};
 use nix::libc;
 use nix::sys::signal::Signal;
@@ -117,8 +117,13 @@ fn how_far_it_is_is_shown_and_it_is_held_back_and_ended() {
     intact(&served, 4);
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(coalesce_report(&served)["stage"], "merging");
+    // Nobody else changes what it changes.
+    let parent = image(folder.path(), 1);
+    let said = vhd_util("set -n {} -f hidden -v 1", &[&parent]);
+    assert!(said.code == libc::EBUSY && said.err.contains("a program that changes it"), "{} {}", said.code, said.err);
     cancel(&served);
     assert_eq!(numbers(&served), ["3", "2", "1", "0"]);
+    good("set -n {} -f hidden -v 1", &[&parent]);
     intact(&served, 4);
     assert!(show(&["--show"]).contains("(") && state(&served) == "0");
     // Another time from the beginning, by default the one below the leaf.

@@ -93,7 +93,7 @@ fn change_alone(file: &File, path: &Path) -> Result<(), image::Error> {
             Ok(_) => return Ok(()),
             // Whoever has it may be about to go.
             Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(20))
+                std::thread::sleep(Duration::from_millis(20));
             }
             Err(Errno::EAGAIN | Errno::EACCES) => {
                 let holder = "a program that changes it, such as vhd-util or a coalesce".into();

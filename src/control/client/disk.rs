@@ -30,7 +30,7 @@ pub struct Opening<'a> {
     pub secondary: Option<&'a str>,
     /// A log of changed blocks.
     pub log: Option<&'a str>,
-    /// How long requests may take, seconds; 0: as long as they take.
+    /// How long I/O that fails is tried again, seconds; 0: as the tapdisk's configuration says.
     pub timeout_s: u16,
     /// A key, 32 or 64 bytes; empty: none.
     pub key: &'a [u8],

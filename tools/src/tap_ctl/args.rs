@@ -442,7 +442,7 @@ pub struct Opened {
     /// The secondary image takes over where the first has no space: refused
     #[arg(short = 's')]
     pub standby: bool,
-    /// How long a request may take; 0 or not given: as the configuration says
+    /// How long I/O that fails is tried again; 0 or not given: as the configuration says
     #[arg(short = 't', value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
     pub timeout_s: u16,
     /// A log of changed blocks: refused
