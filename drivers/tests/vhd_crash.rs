@@ -27,11 +27,9 @@ fn run(setup: Setup, cut: Cut, cuts: u64, seed: u64) -> Result<(), String> {
         let mut guest = Guest::new(setup, seed);
         for step in 0..1500 {
             guest.step();
-            if step % 3 == 0 {
-                let left = guest.cut(cut).map_err(|error| format!("{setup:?} seed {seed} step {step}: {error}"))?;
-                if step % 50 == 0 {
-                    guest.restart(left);
-                }
+            let left = guest.cut(cut).map_err(|error| format!("{setup:?} seed {seed} step {step}: {error}"))?;
+            if step % 50 == 0 {
+                guest.restart(left);
             }
         }
         done += guest.cuts;

@@ -57,6 +57,8 @@ pub(crate) struct Guest {
     medium: Medium,
     sectors: HashMap<u64, Known>,
     under_way: Vec<(u64, Under)>,
+    /// What is wrong with the image before anything is written.
+    flaws: Vec<Problem>,
     /// Data that is down, and whose ticket is not settled.
     tickets: HashMap<Ticket, (u64, Vec<u64>)>,
     version: u64,
@@ -65,6 +67,9 @@ pub(crate) struct Guest {
     pub(crate) cuts: u64,
     pub(crate) out_of_space: u64,
 }
+
+/// When it is looked at, seconds of Unix.
+const NOW: u64 = 2_000_000_000;
 
 fn stamp(sector: u64, version: u64) -> [u8; 512] {
     let mut bytes = [0x5a; 512];
@@ -122,10 +127,12 @@ impl Guest {
         for (sector, data) in (0..).zip(bytes.chunks_exact(512)) {
             image.sectors.insert(sector, <[u8; 512]>::try_from(data).unwrap().into());
         }
+        let flaws = Vhd::check(&image, NOW).unwrap();
         let (disk, image) = open(&setup, image);
         let hot = (0..4).map(|_| rng.u64(..u64::from(setup.blocks))).collect();
         Guest {
             setup,
+            flaws,
             rng,
             disk,
             medium: Medium::new(image),
@@ -312,6 +319,12 @@ impl Guest {
             return Err("the place of the footer has something in it".into());
         }
         let (vhd, _) = check(&image);
+        // What vhd-util check says of it is what it said of the empty image, or what opening mends.
+        let mended = |problem: &Problem| matches!(problem.what, Corrupt::Cookie { what: "footer" });
+        let problems = Vhd::check(&image, NOW).map_err(|error| error.to_string())?;
+        if let Some(problem) = problems.iter().find(|problem| !mended(problem) && !self.flaws.contains(problem)) {
+            return Err(problem.what.to_string());
+        }
         for (sector, known) in &self.sectors {
             let found = content(&vhd, &image, *sector);
             let lost = match cut {
