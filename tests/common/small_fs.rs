@@ -6,19 +6,21 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::needs::skipped;
 use super::served::{folder, run};
 
 /// A loop device over a file, gone when this is dropped. None where the machine does not let us have one.
 pub struct Loop(pub String);
 
 impl Loop {
+    #[track_caller]
     pub fn new(file: &Path, sector: u32) -> Option<Loop> {
         let mut command = Command::new("losetup");
         let output = command.args(["--find", "--show", "--sector-size"]).arg(sector.to_string()).arg(file).output();
         let output = output.expect("losetup is installed");
         let name = String::from_utf8(output.stdout).unwrap().trim().to_owned();
         if !output.status.success() {
-            eprintln!("SKIPPED: no loop devices here: {}", String::from_utf8_lossy(&output.stderr));
+            skipped(&format!("no loop device: {}", String::from_utf8_lossy(&output.stderr)));
         }
         output.status.success().then_some(Loop(name))
     }
@@ -40,6 +42,7 @@ pub struct SmallFs {
 
 impl SmallFs {
     /// Of that size, such as "8m". None where the machine has no loop devices for us.
+    #[track_caller]
     pub fn new(size: &str) -> Option<SmallFs> {
         let folder = folder();
         let file = folder.path().join("fs.ext4");

@@ -12,29 +12,10 @@ use tapdisk::sys::evtchn::Evtchn;
 use tapdisk::sys::gntalloc::Granted;
 use tapdisk::sys::memory::PAGE_SIZE;
 
-use super::served::tool;
-use super::xenstored::{Client, rig};
+use super::xenstored::Client;
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Runs the ignored tests of this program in dom0 of a real Xen; there must be `count`, and all of them pass.
-pub fn pass_in_dom0(count: u32) {
-    let share = tempfile::tempdir().unwrap();
-    std::fs::copy(std::env::current_exe().unwrap(), share.path().join("test")).unwrap();
-    for name in ["tapdisk", "tap-ctl"] {
-        std::fs::copy(tool(name).get_program(), share.path().join(name)).unwrap();
-    }
-    let mut boot = rig("run");
-    boot.args(["-t", "550", "-s"]).arg(share.path()).args(["--", "env", "TAPDISK_TEST_BIN=/share"]);
-    boot.args(["TAPDISK_TEST_FOLDER=/scratch", "./test", "--ignored", "--test-threads=1"]);
-    let output = boot.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    let passed = format!("test result: ok. {count} passed");
-    assert!(output.status.success() && text.contains(&passed), "{}\n{errors}", output.status);
-}
 
 /// A device's nodes in XenStore.
 pub struct Nodes {

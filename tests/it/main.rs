@@ -1,0 +1,22 @@
+//! The tests of tapdisk and its tools from outside, by subject. `tests/run NAME` runs those whose path has the name.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bad_guests;
+mod conf;
+mod control;
+mod disk;
+mod engine;
+mod image;
+mod killed;
+mod live;
+mod metrics;
+mod nbd;
+mod process;
+mod queue;
+mod real_input;
+mod style;
+mod tap_ctl;
+mod vhd;
+mod xen;

@@ -1,0 +1,11 @@
+//! VHD images, served and as `vhd-util` changes them.
+
+mod chain;
+mod change;
+mod interop;
+mod open;
+mod repair;
+mod safe;
+mod served;
+mod util;
+mod volumes;
