@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::alone;
+use crate::common::PATIENCE;
 use crate::common::needs::skipped;
 use crate::common::served::{Served, folder, tool};
 
@@ -70,7 +71,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         // Empty once its last process is reaped, which takes a moment.
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + PATIENCE;
         while fs::remove_dir(&self.path).is_err() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));
         }

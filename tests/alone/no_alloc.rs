@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::alone;
+use crate::common::PATIENCE;
 use crate::common::served::{folder, tool};
 use crate::common::vhd_made as vhd;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -45,7 +46,7 @@ fn none_between_warm_up_and_the_end_of_a_mixed_load() {
 
 /// Waits until a client of the ring and one of NBD have had a few hundred requests answered: machines can be slow.
 fn wait_until_loaded(sockets: &Path) {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + PATIENCE;
     let pid = std::process::id() as i32;
     let loaded = || {
         let text = control::client::text_of(sockets, pid, 0, control::proto::kind::DEBUG_QUEUE).unwrap();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::alone;
+use crate::common::PATIENCE;
 use crate::common::served::{folder, output, run};
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -89,7 +90,7 @@ fn threads_are_the_loops_and_never_the_requesters() {
     });
     let requester = requester.unwrap();
     let mut count = 0;
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + PATIENCE;
     while count < 200 * 32 {
         count += engine.reap.reap(&mut |_, result| assert_eq!(result, Ok(4096)));
         assert!(Instant::now() < end, "{count}");
@@ -145,7 +146,7 @@ mod in_own_process {
         pool.set(4, 8).unwrap();
         assert_eq!(submit.submit(&mut batch, usize::MAX), Ok(64));
         let mut count = 0;
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + PATIENCE;
         while count < 64 || pool.report().failed < 5 {
             count += engine.reap.reap(&mut |_, result| assert_eq!(result, Ok(4096)));
             assert!(Instant::now() < end, "{count}, {:?}", pool.report());

@@ -10,6 +10,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tapdisk::engine::{Engine, Inline, Reap, Submit};
 use tapdisk::sys::io::{Io, IoOp};
 
+use super::PATIENCE;
+
 /// What the engine has seen of an I/O.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
@@ -78,7 +80,7 @@ impl Double {
 
     /// What was accepted so far, once there are `count`.
     pub fn wait_seen(&self, count: usize) -> Vec<Seen> {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         loop {
             let seen = self.shared.state.lock().unwrap().seen.clone();
             if seen.len() >= count {

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use tapdisk::client::{Client, Disk, Options, Queue};
 use tapdisk::frontend::blkif::wire::{Abi, Entry, MAX_SEGMENTS, OP_READ, OP_WRITE, Response, Segment};
 
+use super::PATIENCE;
+
 pub struct Guest {
     pub disk: Disk,
     pub queue: Queue,
@@ -48,7 +50,7 @@ impl Guest {
     }
 
     pub fn response(&mut self) -> Response {
-        self.try_response(Duration::from_secs(20)).expect("no response")
+        self.try_response(PATIENCE).expect("no response")
     }
 
     pub fn try_response(&mut self, timeout: Duration) -> Option<Response> {
@@ -64,7 +66,7 @@ impl Guest {
 
     /// Whether the server has hung up, at the latest after some time.
     pub fn is_hung_up(&mut self) -> bool {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if self.queue.wait(Some(Duration::from_millis(50))).unwrap() == tapdisk::client::Wake::HungUp {
                 return true;

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use super::PATIENCE;
 use super::served::{output, tool};
 use super::vhd::Said;
 
@@ -95,7 +96,7 @@ impl Host {
 
     /// Waits until nothing is left: no process, no socket, no minor.
     pub fn wait_empty(&self) {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + PATIENCE;
         while !(self.files().is_empty() && self.pids().is_empty()) {
             assert!(Instant::now() < end, "{:?} {:?}", self.files(), self.pids());
             std::thread::sleep(Duration::from_millis(10));

@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tapdisk::frontend::blkif::wire::{OP_FLUSH_DISKCACHE, OP_WRITE, Segment};
 
+use super::PATIENCE;
 use super::guest::{Guest, page};
 use super::served::Served;
 
@@ -86,7 +87,7 @@ impl Numbered {
                 written.push((sector, self.number));
             }
             let all = |guest: &mut Guest, count| {
-                (0..count).all(|_| matches!(guest.try_response(Duration::from_secs(20)), Some(r) if r.status == 0))
+                (0..count).all(|_| matches!(guest.try_response(PATIENCE), Some(r) if r.status == 0))
             };
             if guest.queue.publish().is_err() || !all(guest, written.len()) {
                 return sectors;

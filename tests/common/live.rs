@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
 
+use super::PATIENCE;
 use super::served::{Served, output, run, tool};
 use super::vhd::{Said, good};
 
@@ -160,7 +161,7 @@ pub fn wait_stage(served: &Served, stage: &str) -> Value {
 
 /// Waits until there is something.
 pub fn wait_for<T>(mut what: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = what() {
             return found;

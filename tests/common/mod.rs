@@ -16,3 +16,9 @@ pub mod vhd_made;
 pub mod world;
 pub mod xen_guest;
 pub mod xenstored;
+
+use std::time::Duration;
+
+/// How long something may take that takes a moment: so long that only a hang is longer, on a machine that is busy with other
+/// things as well.
+pub const PATIENCE: Duration = Duration::from_secs(100);

@@ -9,6 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use super::PATIENCE;
+
 /// A program of the workspace, where it was built or, in another machine, where TAPDISK_TEST_BIN says.
 pub fn tool(name: &str) -> Command {
     let path = match std::env::var_os("TAPDISK_TEST_BIN") {
@@ -28,10 +30,10 @@ pub fn run(command: &mut Command) -> String {
     text
 }
 
-/// Runs a command to its end, whatever that is. `timeout` ends it after two minutes.
+/// Runs a command to its end, whatever that is. `timeout` ends it after ten minutes.
 pub fn output(command: &mut Command) -> Output {
     let mut limited = Command::new("timeout");
-    limited.arg("120").arg(command.get_program()).args(command.get_args());
+    limited.arg("600").arg(command.get_program()).args(command.get_args());
     for (key, value) in command.get_envs() {
         limited.env(key, value.unwrap_or_default());
     }
@@ -125,7 +127,7 @@ impl Served {
 
     /// Waits until the log has `text`.
     pub fn wait_log(&self, text: &str) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         while !self.log().contains(text) {
             assert!(Instant::now() < end, "no {text:?} in the log:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
@@ -144,9 +146,18 @@ impl Served {
         serde_json::from_str(&run(self.tap_ctl().args(["debug-queue", "--json"]))).unwrap()
     }
 
-    /// Open descriptors.
+    /// Open descriptors. A connection that its client has closed may still be among them.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// Waits until it has no more than so many.
+    pub fn wait_descriptors(&self, most: usize) {
+        let end = Instant::now() + PATIENCE;
+        while self.descriptors() > most {
+            assert!(Instant::now() < end, "{} descriptors, {most} expected", self.descriptors());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Whether it runs.
@@ -166,7 +177,7 @@ impl Served {
     /// Ends it in order, and gives its exit code and log.
     pub fn stop(mut self) -> (Option<i32>, String) {
         self.signal(Signal::SIGTERM);
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return (status.code(), self.log());

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::PATIENCE;
 use super::needs::skipped;
 use super::served::{folder, run};
 
@@ -86,7 +87,7 @@ impl Drop for SmallFs {
     fn drop(&mut self) {
         // A killed process's io_uring keeps its files for a moment.
         let umount = || Command::new("umount").arg(&self.mount).output().is_ok_and(|output| output.status.success());
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         while !umount() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));
         }

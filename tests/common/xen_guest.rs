@@ -12,10 +12,8 @@ use tapdisk::sys::evtchn::Evtchn;
 use tapdisk::sys::gntalloc::Granted;
 use tapdisk::sys::memory::PAGE_SIZE;
 
+use super::PATIENCE;
 use super::xenstored::Client;
-
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device's nodes in XenStore.
 pub struct Nodes {

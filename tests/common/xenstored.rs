@@ -15,8 +15,7 @@ use nix::unistd::Pid;
 use tapdisk::xenstore::{Store, Task, Tx};
 use tempfile::TempDir;
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+use super::PATIENCE;
 
 /// A program of the rig, which is built if it is not; that takes half a minute, and says so.
 pub fn rig(program: &str) -> Command {

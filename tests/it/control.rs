@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::common::guest::Guest;
 use crate::common::host::{Host, said};
@@ -484,11 +484,7 @@ fn ten_thousand_connects_disturb_nobody() {
     }
     assert!(served.descriptors() < before + 100, "{} descriptors", served.descriptors());
     drop(silent);
-    let end = Instant::now() + Duration::from_secs(20);
-    while served.descriptors() > before {
-        assert!(Instant::now() < end, "{} descriptors, {before} before", served.descriptors());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    served.wait_descriptors(before);
     assert!(served.alive());
 }
 

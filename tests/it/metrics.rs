@@ -5,8 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
+use crate::common::PATIENCE;
 use crate::common::guest::Guest;
 use crate::common::host::Host;
 use crate::common::live;
@@ -272,7 +272,7 @@ fn clients_of_the_socket_that_say_nothing_are_let_go() {
     let socket = served.sockets().join(format!("metrics.{}", served.pid()));
     let connect = || {
         let stream = UnixStream::connect(&socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream
     };
     let mut idle: Vec<_> = (0..8).map(|_| connect()).collect();

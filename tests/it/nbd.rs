@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::served::{Served, folder, output, run};
 use tempfile::TempDir;
 
@@ -179,7 +180,7 @@ fn tcp_is_served_on_loopback_only() {
 /// The handshake up to transmission, by hand.
 fn connect(served: &Served) -> UnixStream {
     let mut socket = UnixStream::connect(served.sockets().join("nbd")).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut greeting = [0; 18];
     socket.read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
@@ -237,11 +238,7 @@ fn clients_that_leave_stall_or_lie_disturb_nobody() {
     let silent: Vec<_> = (0..20).map(|_| UnixStream::connect(served.sockets().join("nbd")).unwrap()).collect();
     nbdsh(&served, "assert h.pread(1048576, 4194304) == b'\\x11' * 1048576\nh.pwrite(b'\\x11' * 4096, 0)\nh.flush()");
     drop((garbage, greedy, deaf, stalled, silent));
-    let end = Instant::now() + Duration::from_secs(10);
-    while served.descriptors() > before {
-        assert!(Instant::now() < end, "{} descriptors, {before} before", served.descriptors());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    served.wait_descriptors(before);
     assert_eq!(served.debug_queue()["slots_used"], 0);
     assert!(served.alive());
     assert_eq!(served.stop().0, Some(0));
@@ -261,7 +258,7 @@ fn a_flush_is_a_real_one() {
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + PATIENCE;
     while !std::fs::read_to_string(format!("/proc/{}/status", served.pid()))
         .unwrap()
         .contains(&format!("TracerPid:\t{}", strace.id()))

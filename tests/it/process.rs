@@ -4,6 +4,7 @@ use std::io::Read;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::guest::{Guest, page};
 use crate::common::served::{Served, folder, output, run, tool};
 use nix::sys::signal::Signal;
@@ -47,7 +48,7 @@ fn sigterm_and_sigint_finish_what_is_in_flight_flush_and_exit_0() {
         assert_eq!(first.status, 0);
         served.signal(signal);
         while guest.try_response(Duration::from_secs(5)).is_some() {}
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         while served.alive() {
             assert!(Instant::now() < end);
         }

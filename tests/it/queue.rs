@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::double::{Double, Seen};
 use nix::errno::Errno;
 use tapdisk::engine::Inline;
@@ -50,7 +51,7 @@ impl Bench {
 
     /// Turns until `count` transfers are finished: their requests' slots and results.
     fn finished(&mut self, count: usize) -> Vec<(u32, Result<u64, Errno>)> {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         let mut all = Vec::new();
         while all.len() < count {
             self.queue.reap();
@@ -309,20 +310,20 @@ fn load(mode: SubmitMode) -> usize {
     done
 }
 
-/// Whether the load ends within a time that is long for it.
-fn ends(mode: SubmitMode) -> bool {
+/// Whether the load ends within a time.
+fn ends(mode: SubmitMode, within: Duration) -> bool {
     let (sender, receiver) = channel();
     // Where it hangs, the thread stays behind until the test process ends.
     std::thread::spawn(move || sender.send(load(mode)));
-    receiver.recv_timeout(Duration::from_secs(2)) == Ok(64)
+    receiver.recv_timeout(within) == Ok(64)
 }
 
 #[test]
 fn the_submit_thread_outlives_a_submission_that_waits_for_a_completion() {
-    assert!(ends(SubmitMode::Thread));
+    assert!(ends(SubmitMode::Thread, PATIENCE));
 }
 
 #[test]
 fn without_the_submit_thread_the_same_load_deadlocks() {
-    assert!(!ends(SubmitMode::Inline));
+    assert!(!ends(SubmitMode::Inline, Duration::from_secs(2)));
 }

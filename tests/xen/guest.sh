@@ -8,6 +8,11 @@ step() { # WORD
     read -r _ <&9
 }
 
+# Whether dom0 has said go. `read` with a time-out loses a line that comes as its time runs out; with none it only looks.
+told_to_go() {
+    read -t 0 <&9 && read -r _ <&9
+}
+
 # The value of a setting of a disk's queue.
 queue() { # DEVICE SETTING
     cat "/sys/block/$1/queue/$2"

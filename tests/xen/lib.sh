@@ -1,11 +1,10 @@
 # Functions for the cases, which run in dom0:  . ./lib.sh
 set -eu -o pipefail
 . /rig/lib.sh
-cp bin/* /usr/bin/
-mkdir -p /etc/xen/scripts /run/tapdisk /mnt
-cp bin/block-tapdisk bin/block-tap /etc/xen/scripts/
-# On the host, so that they are there whatever happens.
-ln -s /share/log /var/log/tapdisk
+# What a case's `# essential:` line sets in the short run.
+eval "${CASE_SETTINGS:-}"
+# Limits are for a quiet machine: one that is busy is up to so many times slower.
+SLOW=${SLOW:-5}
 set -E
 trap 'echo "FAILED: ${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND"' ERR
 
@@ -21,6 +20,22 @@ fail() {
     trap - ERR
     exit 1
 }
+# A case that passes takes away what it has brought; series.sh looks whether that is all.
+trap finish EXIT
+finish() {
+    local rc=$? known name
+    [ $rc = 0 ] || exit $rc
+    # shellcheck disable=SC2046
+    kill $(jobs -p) 2>/dev/null || true
+    wait
+    # Guests that went by themselves: nobody has told block-tapdisk.
+    for known in /run/tapdisk/vbd-*.toml; do
+        [ -e "$known" ] || continue
+        name=${known##*/vbd-} name=${name%.toml}
+        block-tapdisk detach "${name%%-*}" "${name#*-}"
+    done
+    find /scratch /run/block-tap -mindepth 1 -maxdepth 1 ! -name lost+found -exec rm -rf {} +
+}
 
 # Checks.
 is() { # WHAT WANTED FOUND
@@ -34,10 +49,11 @@ at_most() { # WHAT MAXIMUM FOUND
 }
 # Until a command succeeds.
 within() { # SECONDS WHAT COMMAND...
-    local end=$((SECONDS + $1)) what=$2
+    local start=$SECONDS limit=$(($1 * SLOW)) what=$2 told=''
     shift 2
     until "$@" >/dev/null 2>&1; do
-        [ $SECONDS -lt $end ] || fail "not in time: $what"
+        [ $((SECONDS - start)) -lt $limit ] || fail "not within $limit s: $what"
+        [ -n "$told" ] || [ $((SECONDS - start)) -lt 5 ] || { say "waits for: $what"; told=1; }
         sleep 0.1
     done
 }
@@ -70,11 +86,12 @@ id() { eval "echo \$id_$1"; }
 console() { tr -d '\r' <"/var/log/xen/console/guest-$1.log" 2>/dev/null; }
 # Waits until a guest is at a step.
 at_step() { # GUEST WORD [SECONDS]
-    local end=$((SECONDS + ${3:-90}))
+    local start=$SECONDS limit=$((${3:-90} * SLOW))
+    say "waits for guest $1 to come to step $2"
     until console "$1" | grep -q "^\[step\] $2\$"; do
-        if [ $SECONDS -ge $end ] || ! xl domid "$1" >/dev/null 2>&1; then
+        if [ $((SECONDS - start)) -ge $limit ] || ! xl domid "$1" >/dev/null 2>&1; then
             console "$1" | tail -n 40
-            fail "guest $1 does not come to step $2"
+            fail "guest $1 has not come to step $2 within $limit s, or is gone"
         fi
         sleep 0.2
     done
@@ -86,7 +103,8 @@ go() { # GUEST
 # Waits until a guest has done its script without an error.
 ends() { # GUEST [SECONDS]
     local rc=0
-    domu_wait "$1" "${2:-120}" >"/tmp/console-$1" || rc=$?
+    say "waits for the end of guest $1"
+    domu_wait "$1" $((${2:-120} * SLOW)) >"/tmp/console-$1" || rc=$?
     [ $rc = 0 ] || { tail -n 50 "/tmp/console-$1"; fail "guest $1 ends with $rc"; }
 }
 # What a guest has said behind a word.

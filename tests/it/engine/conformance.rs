@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::model::{Model, Moment, SECTOR, pattern};
 use crate::common::served::folder;
 use nix::errno::Errno;
@@ -141,7 +142,7 @@ impl Bench {
 
     /// Turns until `count` are finished, in the order in which they did.
     fn finish(&mut self, count: usize) -> Vec<(Transfer, Result<u64, Errno>)> {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + PATIENCE;
         let mut finished = Vec::new();
         while finished.len() < count {
             self.turn(&mut finished);

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::guest::{Guest, page};
 use crate::common::served::{Served, folder, output, run, tool};
 use crate::common::small_fs::SmallFs;
@@ -274,7 +275,7 @@ fn threads_are_set_while_the_pool_works() {
     assert!((2..=20).contains(&most), "{most} threads were made for 16 requests at a time");
     let set = pool(&["--threads-min", "6", "--threads-max", "6"]).unwrap();
     assert_eq!((&set["min"], &set["max"]), (&6.into(), &6.into()));
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + PATIENCE;
     while pool(&[]).unwrap()["threads"] != 6 {
         assert!(Instant::now() < end, "{:?}", pool(&[]));
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::served::folder;
 use crate::common::small_fs::SmallFs;
 use nix::errno::Errno;
@@ -97,7 +98,7 @@ impl Bench {
 }
 
 fn until(mut is: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + PATIENCE;
     while !is() {
         assert!(Instant::now() < end, "it does not come to that");
         std::thread::sleep(Duration::from_millis(1));

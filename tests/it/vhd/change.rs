@@ -2,8 +2,9 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use crate::common::PATIENCE;
 use crate::common::served::{folder, run, tool};
 use crate::common::vhd::{disk, good, image, vhd_util, write};
 use drivers::vhd::Kind;
@@ -100,7 +101,7 @@ fn a_convert_that_is_interrupted_leaves_nothing_or_all() {
     let [raw, target] = ["raw", "target"].map(|name| folder.path().join(name));
     std::fs::write(&raw, vec![0x5a; 200 << 20]).unwrap();
     let mut child = tool("vhd-util").args(["convert", "--to", "vhd"]).arg(&raw).arg(&target).spawn().unwrap();
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + PATIENCE;
     while !target.exists() && Instant::now() < end {
         std::thread::yield_now();
     }

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::xenstored::{Client, Xenstored};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -157,7 +158,7 @@ impl World {
     }
 
     fn until(&mut self, what: &str, done: impl Fn(&World) -> bool) {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + PATIENCE;
         while !done(self) {
             assert!(Instant::now() < end, "no {what}; state {:?}", self.back("state"));
             self.turn();

@@ -5,8 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
+use crate::common::PATIENCE;
 use crate::common::guest::{Guest, page};
 use crate::common::served::{Served, folder, run};
 use nix::libc;
@@ -31,7 +31,7 @@ pub(super) fn disk(image: &str, rest: &str) -> (Served, TempDir) {
 /// Sends a message, and does not wait for the answer.
 pub(super) fn send(served: &Served, request: &Message) -> UnixStream {
     let mut socket = UnixStream::connect(client::path(served.sockets(), served.pid())).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket.write_all(request.as_bytes()).unwrap();
     socket
 }

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::time::Duration;
 
+use crate::common::PATIENCE;
 use crate::common::live::{pause, unpause};
 use crate::common::served::{Served, run};
 use crate::common::xen_guest::{Nodes, XenGuest};
@@ -39,17 +40,22 @@ fn guests(served: &Served) -> Vec<serde_json::Value> {
     tapback["guests"].as_array().unwrap().clone()
 }
 
-/// Mappings and open descriptors that a guest brings.
-fn held(served: &Served) -> (bool, usize) {
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", served.pid())).unwrap();
-    (maps.contains("gntdev"), served.descriptors())
+/// Whether a guest's ring is mapped.
+fn is_mapped(served: &Served) -> bool {
+    std::fs::read_to_string(format!("/proc/{}/maps", served.pid())).unwrap().contains("gntdev")
+}
+
+/// Nothing of a guest is there any more. `before` are the descriptors that there were without one.
+fn nothing_left(served: &Served, before: usize) {
+    assert_eq!((guests(served), is_mapped(served)), (Vec::new(), false));
+    served.wait_descriptors(before);
 }
 
 #[test]
 #[ignore = "in a dom0: tests/xen/run in_dom0"]
 fn guests_come_and_go_and_leave_nothing() {
     let (served, _folder) = disk("", "");
-    let before = held(&served);
+    let before = served.descriptors();
     for (abi, order) in [(Abi::X86_64, 0), (Abi::X86_32, 0), (Abi::X86_64, 3)] {
         let (mut guest, said) = frontend(51712, abi, order);
         done(&served, kind::XENBLKIF_CONNECT, &said);
@@ -69,7 +75,7 @@ fn guests_come_and_go_and_leave_nothing() {
         done(&served, kind::XENBLKIF_DISCONNECT, &said);
         let again = ask(&served, kind::XENBLKIF_DISCONNECT, &said);
         assert_eq!(refused(&again, "device 51712 of domain 0 is not connected"), libc::ENODEV);
-        assert_eq!((guests(&served), held(&served)), (Vec::new(), before));
+        nothing_left(&served, before);
         guest.nodes.remove();
     }
 }
@@ -109,7 +115,7 @@ fn several_guests_have_the_same_disk() {
 fn a_ring_that_is_not_there_is_refused_and_leaves_nothing() {
     let (served, _folder) = disk("", "");
     let (mut guest, said) = frontend(51712, Abi::X86_64, 0);
-    let before = held(&served);
+    let before = served.descriptors();
     let foreign = Granted::new(77, 1, true).unwrap();
     for gref in [4_000_000, u32::MAX, foreign.grefs[0]] {
         let wrong = Blkif { gref: [gref; 8], ..said };
@@ -121,7 +127,7 @@ fn a_ring_that_is_not_there_is_refused_and_leaves_nothing() {
     refused(&ask(&served, kind::XENBLKIF_CONNECT, &wrong), "cannot map the ring");
     let wrong = Blkif { port: 3999, ..said };
     refused(&ask(&served, kind::XENBLKIF_CONNECT, &wrong), "cannot bind event channel 3999");
-    assert_eq!((guests(&served), held(&served)), (Vec::new(), before));
+    nothing_left(&served, before);
     done(&served, kind::XENBLKIF_CONNECT, &said);
     assert_eq!(guest.read(0, 512), Ok(vec![0x11; 512]));
     guest.nodes.remove();
@@ -140,16 +146,17 @@ fn disconnect_is_answered_when_the_last_request_is_finished_and_holds_nobody_up(
     while served.debug_queue()["faults"]["stuck"] != 1 {}
     let mut first = send(&served, &Message::new(kind::XENBLKIF_DISCONNECT, 0).with(&said));
     let second = send(&served, &Message::new(kind::XENBLKIF_DISCONNECT, 0).with(&said));
+    while guests(&served)[0]["leaving"] == false {}
     // What comes now is not taken any more, and the ring's page is the guest's again.
     let read = guest.entry(OP_READ).with_sector(8).with_segments(1, &[page]);
     guest.ring.push(&read);
     guest.send();
     first.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
     assert!(first.read(&mut [0]).is_err(), "it is answered too early");
-    first.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    first.set_read_timeout(Some(PATIENCE)).unwrap();
     let queue = served.debug_queue();
     assert_eq!((&queue["slots_used"], guests(&served)[0]["leaving"].as_bool()), (&1.into(), Some(true)), "{queue}");
-    assert!(!held(&served).0, "the ring is mapped");
+    assert!(!is_mapped(&served), "the ring is mapped");
     let connect = ask(&served, kind::XENBLKIF_CONNECT, &said);
     let words = "device 51712 of domain 0 was disconnected, and its requests are not finished";
     assert_eq!(refused(&connect, words), libc::EBUSY);
@@ -203,7 +210,7 @@ fn a_guest_that_breaks_the_rules_is_served_no_more_until_it_comes_anew() {
     guest.kick();
     served.wait_log("is beyond the ring");
     assert!(guests(&served)[0]["broken"].as_str().unwrap().contains("req_prod 1000"));
-    assert!(!held(&served).0, "its ring is mapped");
+    assert!(!is_mapped(&served), "its ring is mapped");
     let again = ask(&served, kind::XENBLKIF_CONNECT, &said);
     assert_eq!(refused(&again, "connected already"), libc::EALREADY, "tapback has to disconnect it first");
     done(&served, kind::XENBLKIF_DISCONNECT, &said);
