@@ -250,7 +250,6 @@ fn asleep_when_idle(rest: &str) {
     let served = Served::start(RAM, rest);
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(0, &[1; 512]), 0);
-    std::thread::sleep(Duration::from_millis(500));
     let switches = || -> u64 {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", served.pid())).unwrap();
         tasks
@@ -261,7 +260,15 @@ fn asleep_when_idle(rest: &str) {
             })
             .sum()
     };
-    let before = switches();
-    std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(switches() - before, 0, "something woke up");
+    // What woke up for the write may still be on its way to sleep, on a machine that is busy.
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let before = switches();
+        std::thread::sleep(Duration::from_secs(2));
+        let woken = switches() - before;
+        if woken == 0 {
+            return;
+        }
+        assert!(Instant::now() < end, "something wakes up, {woken} times in two seconds");
+    }
 }

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
+use crate::common::PATIENCE;
 use crate::common::guest::{Guest, page};
 use crate::common::live::*;
 use crate::common::served::{Served, folder, run, tool};
@@ -406,6 +408,55 @@ fn ten_snapshots_are_taken_under_load() {
     assert!(check.lines().count() == 11 && check.lines().all(|line| line.ends_with(" is valid")), "{check}");
     assert!(good("query -d -n {}", &[&top]).contains("11"));
     kept(&Served::start(&table(&top), BOTH));
+}
+
+/// Writes eight pages at once and reads them back, one by one, again and again; sleeps whenever it waits. Counts in `rounds`.
+fn sleeping_client(ring: &Path, rounds: &AtomicU32, stop: &AtomicBool) {
+    let mut guest = Guest::connect(ring);
+    for byte in (1..=u8::MAX).cycle() {
+        if stop.load(SeqCst) {
+            return;
+        }
+        for i in 0..8 {
+            guest.queue.memory().write(guest.queue.page_at(i), &[byte; 4096]);
+            let entry = guest.entry(OP_WRITE).with_sector(u64::from(i) * 4096).with_segments(1, &[page(i)]);
+            guest.queue.ring.push(&entry);
+        }
+        guest.queue.publish().unwrap();
+        (0..8).for_each(|_| assert_eq!(guest.response().status, 0));
+        (0..8).for_each(|i| assert_eq!(guest.read(i * 4096, 4096), Ok(vec![byte; 4096])));
+        rounds.fetch_add(1, SeqCst);
+    }
+}
+
+/// Each of ten snapshots, many times over: TAPDISK_TEST_ROUNDS says how many.
+#[test]
+#[ignore = "slow"]
+fn a_client_that_sleeps_is_woken_after_every_resume() {
+    let rounds = std::env::var("TAPDISK_TEST_ROUNDS").map_or(20, |rounds| rounds.parse().unwrap());
+    for round in 0..rounds {
+        let (served, base, folder) = vhd("");
+        let (done, stop) = (AtomicU32::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| sleeping_client(&served.ring(), &done, &stop));
+            let mut top = base;
+            for i in 0..10 {
+                let next = folder.path().join(format!("{i}.vhd"));
+                snapshot(&served, &next, &top);
+                // Two rounds: one may have been under way.
+                let before = done.load(SeqCst);
+                let end = Instant::now() + PATIENCE;
+                while done.load(SeqCst) < before + 2 && Instant::now() < end {
+                    std::thread::yield_now();
+                }
+                let woken = done.load(SeqCst) >= before + 2;
+                stop.fetch_or(!woken, SeqCst);
+                assert!(woken, "round {round}, snapshot {i}: {}", served.debug_queue());
+                top = next;
+            }
+            stop.store(true, SeqCst);
+        });
+    }
 }
 
 #[test]

@@ -368,7 +368,8 @@ fn list_takes_ten_seconds_for_all_who_let_nobody_in() {
     let begin = Instant::now();
     let lines = pids.map(|pid| format!("pid={pid}")).join("\n");
     assert_eq!(host.good(&["list"]), format!("{lines}\npid=900000004 minor=5 state=0 args=aio:/x"));
-    assert!((10..13).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+    // One after the other they would take thirty.
+    assert!((10..30).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
 }
 
 #[test]
