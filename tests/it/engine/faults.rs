@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::PATIENCE;
 use crate::common::guest::{Guest, page};
+use crate::common::live::wait_for;
 use crate::common::served::{Served, folder, output, run, tool};
 use crate::common::small_fs::SmallFs;
 use nix::libc;
@@ -201,8 +202,7 @@ fn writes_without_space_are_held_until_there_is_some() {
     let entry = guest.entry(OP_WRITE).with_sector(6144).with_segments(1, &[page(0)]);
     guest.queue.ring.push(&entry);
     guest.queue.publish().unwrap();
-    served.wait_log("no space for writes");
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for(|| (served.debug_queue()["queue"]["without_space"] == 1).then_some(()));
     served.signal(Signal::SIGTERM);
     std::thread::sleep(Duration::from_millis(300));
     assert!(served.alive(), "{}", served.log());
