@@ -120,7 +120,7 @@ impl Served {
         self.child.id() as i32
     }
 
-    /// What it has logged.
+    /// What it has logged. While it runs, a thread of its own writes the log: [`wait_log`](Self::wait_log) waits for a text.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }

@@ -83,7 +83,7 @@ fn a_block_device_with_4096_byte_sectors_is_served_as_it_is() {
     let served = Served::start(&format!("path = '{}'", device.0), LOCAL);
     let mut guest = Guest::connect(&served.ring());
     assert_eq!((guest.disk.sectors, guest.disk.sector_size), (2048, 4096), "sectors count 512 bytes");
-    assert!(served.log().contains("direct: true"), "{}", served.log());
+    served.wait_log("direct: true");
     // In both directions: the 512-byte sector number 16 is byte 8192.
     assert_eq!(guest.write(16, &[0x77; 8192]), 0);
     assert_eq!(guest.read(16, 4096), Ok(vec![0x77; 4096]));
@@ -205,6 +205,7 @@ fn a_full_disk_fails_the_writes_that_met_it_and_nothing_else() {
     for (i, status) in statuses.iter().enumerate().filter(|(_, status)| **status == 0) {
         assert_eq!(guest.read(i as u64 * 64, 32768), Ok(vec![i as u8; 32768]), "write {i} had status {status}");
     }
+    served.wait_log("I/O error");
     let log = served.log();
     assert!(log.contains("I/O error") && log.contains("ENOSPC") && log.contains("offset: "), "{log}");
     assert!(log.matches("I/O error").count() < failed, "repeated errors are limited:\n{log}");

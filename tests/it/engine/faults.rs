@@ -297,7 +297,7 @@ fn the_budget_is_what_a_disk_takes() {
         let rest = format!("{LOCAL}[engine]\ndepth = {requests}\n[frontend.nbd]\nsocket = '{{s}}/nbd'\n");
         let served = Served::start_with(&top, "type = 'ram'\nsize = '1 MiB'", &rest);
         let stats: Value = serde_json::from_str(&run(served.tap_ctl().arg("stats"))).unwrap();
-        assert!(served.log().contains("fixed: "), "{}", served.log());
+        served.wait_log("fixed: ");
         let memory = &stats["memory"];
         let clients = memory["parts"].as_array().unwrap().iter().filter(|part| part["most"] != 0).count();
         assert_eq!(clients, 2, "{memory}");

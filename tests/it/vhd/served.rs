@@ -322,6 +322,7 @@ fn on_a_device_nothing_old_is_shown_and_a_full_one_says_so() {
         let full = "import errno\ntry: h.pwrite(b'x' * 512, 60 << 20)\nexcept nbd.Error as x: assert x.errnum == errno.ENOSPC\n\
                     else: assert False";
         nbdsh(&served, full);
+        served.wait_log("the image has no room for a write");
         let log = served.log();
         assert!(log.contains("the image has no room for a write") && log.contains("ENOSPC"), "{log}");
         // What is there can be written still.
@@ -360,7 +361,7 @@ fn a_full_file_system_fails_writes_and_they_go_on_when_there_is_room() {
         };
         let done = (0..512).filter(|at| write(&mut guest, at * 3, 1)).count();
         assert!(done > 50 && done < 500, "{kind}: {done} of 512");
-        assert!(served.log().contains("ENOSPC"), "{}", served.log());
+        served.wait_log("ENOSPC");
         // Those that were there before are written still.
         assert!(write(&mut guest, 0, 2));
         std::fs::remove_file(&filler).unwrap();
