@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use drivers::vhd::layout::batmap_pieces;
 use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, IN_USE, Image, Problem, Settings};
 use drivers::{Format, OddSize, Raw};
 use slog::{Logger, info};
@@ -150,6 +151,14 @@ fn mark_in_use(file: &File, image: &Image, problems: &[Problem], footer_at: Opti
     let copy_is_bad = |problem: &Problem| matches!(problem.what, Corrupt::Copy(_) | Corrupt::CopyDiffers);
     if problems.iter().any(copy_is_bad) {
         file.write_all_at(image.footer.as_bytes(), 0)?;
+        file.sync_data()?;
+    }
+    if image.batmap_is_stale
+        && let Some(batmap) = &image.batmap
+    {
+        for piece in batmap_pieces(batmap) {
+            file.write_all_at(&piece.bytes, piece.at)?;
+        }
         file.sync_data()?;
     }
     match footer_at {

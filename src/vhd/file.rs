@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use drivers::vhd::layout::Piece;
+use drivers::vhd::layout::{Piece, batmap_pieces};
 use drivers::vhd::{FOOTER_SIZE, Footer, Image, Kind, Problem, Source, Table};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, fcntl};
@@ -164,6 +164,13 @@ impl Source for ReadFile {
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(to, at)
     }
+}
+
+/// Writes the batmap again, without what the file's says of blocks that are not there: from here on the table can have them.
+pub fn write_batmap(to: &dyn Medium, image: &Image) -> io::Result<()> {
+    let Some(batmap) = &image.batmap else { return Ok(()) };
+    write_pieces(to, &batmap_pieces(batmap))?;
+    to.sync()
 }
 
 /// Writes parts of an image.

@@ -14,7 +14,9 @@ use drivers::vhd::{FOOTER_SIZE, Header, Image, KeyHash, Kind, SECTORS_MAX, Sourc
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
-use super::file::{ImageFile, Medium, ReadFile, cut_footer, footer_place, table_piece, write_footers, write_pieces};
+use super::file::{
+    ImageFile, Medium, ReadFile, cut_footer, footer_place, table_piece, write_batmap, write_footers, write_pieces,
+};
 use crate::chain::{self, Layer, Rules};
 use crate::image;
 
@@ -310,6 +312,9 @@ impl<'a> Target<'a> {
         };
         if let Some(at) = image.table.get(block) {
             return Ok((at, header.bitmap_size()));
+        }
+        if std::mem::take(&mut image.batmap_is_stale) {
+            write_batmap(self.to, image)?;
         }
         let at = layout::block_place(self.end, &header);
         let end = at + header.block_len();

@@ -1,5 +1,7 @@
 //! A small ext4 file system on a loop device, for what only a full or frozen file system shows.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -58,6 +60,25 @@ impl SmallFs {
     /// A file in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.mount.join(name)
+    }
+
+    /// Fills it with a file of that name, until nothing is left when all is on the disk: what was reserved for metadata, and is not needed, is
+    /// free again then.
+    pub fn fill(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        let mut file = File::options().create(true).append(true).open(&path).unwrap();
+        let mut full = 0;
+        while full < 2 {
+            match file.write_all(&[0; 1 << 16]).or_else(|_| file.write_all(&[0; 512])) {
+                Ok(()) => full = 0,
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+                    full += 1;
+                    nix::unistd::syncfs(&file).unwrap();
+                }
+            }
+        }
+        path
     }
 
     /// Unmounts it, which nothing may be in the way of, and mounts it again.

@@ -47,7 +47,7 @@ impl Image {
             let bits = read(source, at, header.bitmap_size())?;
             let own = own_sectors(&image, header, block);
             if image.batmap.as_ref().is_some_and(|batmap| batmap.is_full(block)) && !bitmap::is_full(&bits, own) {
-                found.push(Corrupt::NotFull { block, why: "its bitmap denies" });
+                found.push(Corrupt::NotFull { block });
             }
             // Others set all bits of a disk's last block, whatever of it the disk has.
             let end = if image.footer.creator == TAP { own } else { sectors };
@@ -122,12 +122,6 @@ fn check_batmap(image: &Image, header: &Header) -> Vec<Corrupt> {
     }
     if !batmap.bits_at.is_multiple_of(SECTOR_SIZE) {
         found.push(Corrupt::Odd { what: "batmap", why: "has its bits at a byte that begins no sector" });
-    }
-    for block in 0..8 * batmap.bits().len() as u32 {
-        if batmap.is_full(block) && image.table.get(block).is_none() {
-            let why = if block < image.table.blocks() { "is not there" } else { "the disk does not have" };
-            found.push(Corrupt::NotFull { block, why });
-        }
     }
     found
 }

@@ -64,8 +64,11 @@ pub struct Image {
     pub header: Option<Header>,
     /// Where the disk's blocks are.
     pub table: Table,
-    /// Which of them are full, if the image has that. One that is not right knows of none.
+    /// Which of them are full, if the image has that. One that is not right knows of none, and none knows of a block that the table
+    /// does not have.
     pub batmap: Option<Batmap>,
+    /// The file's says something of blocks that the table does not have. It is written again before the table gets one of them.
+    pub batmap_is_stale: bool,
     /// Where the parent is, as the locators name it.
     pub parents: Vec<(Platform, String)>,
 }
@@ -141,6 +144,7 @@ impl Reader<'_> {
             header: None,
             table: Table::default(),
             batmap: None,
+            batmap_is_stale: false,
             parents: Vec::new(),
         };
         if kind == Kind::Fixed {
@@ -165,6 +169,10 @@ impl Reader<'_> {
         image.parents = self.locators(&header, &mut taken)?;
         let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
         image.batmap = self.batmap(table_end, &table, block_len, &mut taken)?;
+        if let Some((block, blocks)) = image.batmap.as_mut().and_then(|batmap| batmap.forget_absent(&table)) {
+            image.batmap_is_stale = true;
+            self.minor(Corrupt::AbsentFull { block, blocks });
+        }
         table.check(block_len, &taken, footer_at)?;
         image.metadata_end = taken.iter().map(|region| region.end()).fold(table_end, u64::max);
         (image.header, image.table) = (Some(header), table);

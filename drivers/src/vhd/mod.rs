@@ -66,6 +66,11 @@ fn checksum(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(0, |sum: u32, byte| sum.wrapping_add((*byte).into()))
 }
 
+/// For the first of so many blocks.
+fn and_others(blocks: u32) -> String {
+    if blocks > 1 { format!(", and so of {} more", blocks - 1) } else { String::new() }
+}
+
 /// What is wrong with an image. Nothing of it was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Corrupt {
@@ -216,12 +221,18 @@ pub enum Corrupt {
         at: u64,
     },
     /// What the batmap says of a block is wrong.
-    #[error("its batmap says that block {block} is full, which {why}")]
+    #[error("its batmap says that block {block} is full, which its bitmap denies")]
     NotFull {
         /// Which.
         block: u32,
-        /// Why it can't be.
-        why: &'static str,
+    },
+    /// The batmap says something of blocks that the table does not have. It is not believed.
+    #[error("its batmap says that block {block} is full, which is not there{}", and_others(*blocks))]
+    AbsentFull {
+        /// The first of them.
+        block: u32,
+        /// How many.
+        blocks: u32,
     },
     /// A bitmap has more bits than its block has sectors.
     #[error("the bitmap of block {block} has bits for sectors that are not there")]

@@ -48,7 +48,8 @@ impl Repair {
                 Corrupt::Checksum { what: "batmap", .. }
                 | Corrupt::Place { what: "batmap", .. }
                 | Corrupt::Odd { what: "batmap", .. }
-                | Corrupt::NotFull { .. } => batmap = true,
+                | Corrupt::NotFull { .. }
+                | Corrupt::AbsentFull { .. } => batmap = true,
                 _ => repair.left.push(problem),
             }
         }

@@ -247,6 +247,15 @@ impl Batmap {
         })
     }
 
+    /// Forgets what it says of blocks that the table does not have: whoever believed it would show zeros in the place of the parent's
+    /// data as soon as such a block is made. Gives the first of those, and how many there are.
+    pub(super) fn forget_absent(&mut self, table: &Table) -> Option<(u32, u32)> {
+        let full = (0..8 * self.bits.len() as u32).filter(|block| self.is_full(*block));
+        let absent: Vec<_> = full.filter(|block| table.get(*block).is_none()).collect();
+        absent.iter().for_each(|block| self.set(*block, false));
+        Some((*absent.first()?, absent.len() as u32))
+    }
+
     /// Says whether a block is full. One that it has no bit for never is.
     pub fn set(&mut self, block: u32, full: bool) {
         let bit = 0x80 >> (block % 8);

@@ -172,9 +172,7 @@ fn writes_without_space_are_held_until_there_is_some() {
     let mut served = Served::start(&format!("path = '{}'\ncreate = '4 MiB'", image.display()), &rest);
     let mut guest = Guest::connect(&served.ring());
     assert_eq!(guest.write(0, &[1; 32768]), 0);
-    let filler = fs.path("filler");
-    let filled = std::fs::write(&filler, vec![0; 16 << 20]).unwrap_err();
-    assert_eq!(filled.raw_os_error(), Some(libc::ENOSPC));
+    let filler = fs.fill("filler");
     let held = |guest: &mut Guest| {
         let entry = guest.entry(OP_WRITE).with_sector(4096).with_segments(1, &[page(0)]);
         guest.queue.ring.push(&entry);
@@ -198,7 +196,7 @@ fn writes_without_space_are_held_until_there_is_some() {
     assert_eq!(guest.response().status, 0);
     served.wait_log("there is space again");
     // A drain waits for them; a second signal does not.
-    std::fs::write(&filler, vec![0; 16 << 20]).unwrap_err();
+    fs.fill("filler");
     let entry = guest.entry(OP_WRITE).with_sector(6144).with_segments(1, &[page(0)]);
     guest.queue.ring.push(&entry);
     guest.queue.publish().unwrap();

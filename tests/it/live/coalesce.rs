@@ -326,9 +326,7 @@ fn a_full_file_system_leaves_the_chain_as_it_was() {
     let Some(fs) = SmallFs::new("24m") else { return };
     let folder = fs.path("");
     let served = chain_of(&folder, 3, "");
-    let filler = fs.path("filler");
-    let filled = std::fs::write(&filler, vec![0; 64 << 20]).unwrap_err();
-    assert_eq!(filled.raw_os_error(), Some(libc::ENOSPC));
+    let filler = fs.fill("filler");
     let said = ctl(&served, &["coalesce", "--wait"]);
     assert!(said.code == libc::EIO && said.err.contains("No space left"), "{} {}", said.code, said.err);
     assert_eq!((numbers(&served).len(), &coalesce_report(&served)["stage"]), (3, &"failed".into()));

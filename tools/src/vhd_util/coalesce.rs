@@ -73,6 +73,22 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_was_said_to_be_full_before_it_was_there_is_not() {
+        let parent = testing::image(Kind::Differencing, false, &[(1, 0..3)], 1);
+        testing::say_full(&parent, 3);
+        assert!(testing::image_of(&parent).unwrap().batmap_is_stale);
+        let child = testing::image(Kind::Differencing, false, &[(3, 7..8)], 2);
+        let before = testing::content(&[&child, &parent]);
+        crashes(
+            &parent,
+            |parent| merge(&child, parent).map(drop),
+            |after| assert_eq!(testing::content(&[&child, after]), before),
+        );
+        merge(&child, &parent).unwrap();
+        assert_eq!(testing::problems(&parent), []);
+    }
+
+    #[test]
     fn a_merge_that_is_canceled_anywhere_leaves_a_good_parent() {
         let parent = testing::image(Kind::Dynamic, false, &[(1, 0..3), (2, 0..8)], 1);
         let child = testing::image(Kind::Differencing, false, &[(0, 0..8), (2, 3..5), (3, 7..8)], 2);

@@ -117,14 +117,15 @@ fn grow_in_place(file: &dyn Medium, image: &Image, size: u64) -> io::Result<()> 
     write_footers(file, &footer, image.end())
 }
 
-/// The batmap, changed if the disk ends within a block: that is not full any more when the disk has more of it.
+/// The batmap, if the file's has to change: a block that the disk ends in is not full any more when the disk has more of it, and of
+/// blocks that are to come it says nothing.
 fn with_open_end(image: &Image) -> Option<Batmap> {
     let (header, mut batmap) = (image.header.as_ref()?, image.batmap.clone()?);
     let block_size = u64::from(header.block_size());
     let last = (image.footer.size() / block_size) as u32;
     let open = !image.footer.size().is_multiple_of(block_size) && batmap.is_full(last);
     batmap.set(last, false);
-    open.then_some(batmap)
+    (open || image.batmap_is_stale).then_some(batmap)
 }
 
 /// Undoes a resize that was interrupted.

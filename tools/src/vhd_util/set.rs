@@ -73,16 +73,17 @@ pub(super) fn modify(args: &Modify) -> Result<()> {
     Ok(())
 }
 
-/// Forgets all blocks: first the table, without which nothing else counts.
+/// Forgets all blocks: first that they are full, which must not be said of a block that is not there, then where they are.
 fn zero(to: &dyn Medium, image: &mut Image) -> io::Result<()> {
     let Some(header) = &image.header else { return Ok(()) };
     image.table = Table::empty(image.table.blocks());
+    if let Some(batmap) = &mut image.batmap {
+        (0..8 * batmap.bits().len() as u32).for_each(|block| batmap.set(block, false));
+        write_pieces(to, &batmap_pieces(batmap))?;
+        to.sync()?;
+    }
     write_pieces(to, &[table_piece(header.table_at(), &image.table)])?;
     to.sync()?;
-    if let Some(batmap) = &mut image.batmap {
-        (0..image.table.blocks()).for_each(|block| batmap.set(block, false));
-        write_pieces(to, &batmap_pieces(batmap))?;
-    }
     write_footers(to, &image.footer, image.end())
 }
 
@@ -160,6 +161,7 @@ mod tests {
         let forget = |image: &Memory| zero(image, &mut testing::image_of(image).unwrap());
         crashes(&image, forget, |after| {
             assert_eq!(testing::fatal(after), None);
+            assert!(!testing::image_of(after).unwrap().batmap_is_stale);
             forget(after).unwrap();
             assert_eq!(testing::problems(after), []);
             assert!(testing::content(&[after]).iter().all(|byte| *byte == 0));

@@ -147,6 +147,10 @@ impl Medium for Memory {
 /// some of the states that a crash can leave then.
 pub(super) fn crashes(start: &Memory, act: impl Fn(&Memory) -> io::Result<()>, look: impl Fn(&Memory)) {
     let mut random = fastrand::Rng::with_seed(7);
+    let look = |after: &Memory| {
+        assert_eq!(wrongly_full(after), []);
+        look(after);
+    };
     for left in 0.. {
         let memory = start.failing_after(left);
         let done = act(&memory).is_ok();
@@ -160,6 +164,21 @@ pub(super) fn crashes(start: &Memory, act: impl Fn(&Memory) -> io::Result<()>, l
             return;
         }
     }
+}
+
+/// Blocks that the batmap says are full, and are not: a reader takes what is not held for data.
+fn wrongly_full(memory: &Memory) -> Vec<Problem> {
+    let mut problems = Image::check_bitmaps(memory).unwrap_or_default();
+    problems.retain(|problem| matches!(problem.what, Corrupt::NotFull { .. }));
+    problems
+}
+
+/// Lets an image's batmap say that a block is full which is not there, as programs do that know no batmaps.
+pub(super) fn say_full(memory: &Memory, block: u32) {
+    let mut batmap = image_of(memory).unwrap().batmap.unwrap();
+    batmap.set(block, true);
+    write_pieces(memory, &batmap_pieces(&batmap)).unwrap();
+    memory.sync().unwrap();
 }
 
 /// An image that holds some sectors of some blocks, with a content that `seed` says.

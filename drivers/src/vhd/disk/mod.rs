@@ -405,8 +405,15 @@ impl Format for Disk {
         let count = extent.len.min(self.block_size - within) / SECTOR_SIZE;
         let (first, count) = ((within / SECTOR_SIZE) as u32, count as u32);
         match op {
-            Op::Read | Op::Discard => self.read(block, first, count),
-            Op::WriteZeroes if !self.differencing => self.read(block, first, count),
+            Op::Read => self.read(block, first, count),
+            Op::Discard => {
+                self.written = true;
+                self.read(block, first, count)
+            }
+            Op::WriteZeroes if !self.differencing => {
+                self.written = true;
+                self.read(block, first, count)
+            }
             Op::Write | Op::WriteZeroes => {
                 self.written = true;
                 self.write(block, first, count)
