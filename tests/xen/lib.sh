@@ -32,7 +32,8 @@ finish() {
     for known in /run/tapdisk/vbd-*.toml; do
         [ -e "$known" ] || continue
         name=${known##*/vbd-} name=${name%.toml}
-        block-tapdisk detach "${name%%-*}" "${name#*-}"
+        # One that halted may not be gone for its backend yet.
+        within 20 "the end of disk $name" block-tapdisk detach "${name%%-*}" "${name#*-}"
     done
     find /scratch /run/block-tap -mindepth 1 -maxdepth 1 ! -name lost+found -exec rm -rf {} +
 }
