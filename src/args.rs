@@ -75,6 +75,12 @@ impl Args {
         if let Some(directory) = &self.control_directory {
             config.control.directory.clone_from(directory);
         }
+        if self.config.is_none() {
+            // Its folder is another one when it serves.
+            for path in [Some(&mut config.control.directory), config.log.file.as_mut()].into_iter().flatten() {
+                *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+            }
+        }
         Ok(config)
     }
 

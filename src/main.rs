@@ -77,6 +77,10 @@ fn open(args: &Args, config: &Config) -> Result<MainLoop, Box<dyn Error>> {
     denied.iter().for_each(|denied| denied.log(&log));
     let open = if args.config.is_some() { serve::open } else { serve::wait };
     let main_loop = open(config, logging, &log)?;
+    if args.config.is_none() {
+        // It holds no folder of whoever started it, and the images' paths begin at the root.
+        std::env::set_current_dir("/")?;
+    }
     // Whoever started us reads this line to learn that we serve, and where. It may have gone.
     let _ = writeln!(io::stdout(), "{}", main_loop.control_path().display());
     Ok(main_loop)

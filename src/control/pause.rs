@@ -74,10 +74,14 @@ pub(super) fn commit(request: &Message, disk: &mut Disk) -> Vec<u8> {
 pub(super) fn query(cookie: u16, disk: &Disk) -> Vec<u8> {
     let report = disk.coalesce_report();
     let status = match report.stage {
-        Stage::None => "undefined",
         Stage::Merging | Stage::Relinking => "running",
         Stage::Done => "concluded",
-        Stage::Failed => "aborting",
+        // In QEMU's words a job that failed ends as one that did not, and its image is deleted; one that there is not, too.
+        Stage::None => return refuse(cookie, &MinorError::new(Errno::ENOENT, "nothing was committed")),
+        Stage::Failed => {
+            let text = report.error.unwrap_or_else(|| "the merge failed".into());
+            return refuse(cookie, &MinorError::new(Errno::EIO, text));
+        }
     };
     let query = Query { current_progress: report.percent, total_progress: 100, status: string(status) };
     Message::new(kind::QUERY_COMMIT_RSP, cookie).with(&query).as_bytes().to_vec()

@@ -27,6 +27,24 @@ fn folder(directory: &Path) -> PathBuf {
     directory.join("tapdisk")
 }
 
+/// Minors that are taken, in their order: attached or not. Those of a tapdisk that took them by itself are not among them.
+pub fn taken(directory: &Path) -> io::Result<Vec<u16>> {
+    let entries = match std::fs::read_dir(folder(directory)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut minors = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix("tapdisk-")?.parse::<u16>().ok());
+        let empty = entry.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == 0);
+        minors.extend(number.filter(|_| empty));
+    }
+    minors.sort_unstable();
+    Ok(minors)
+}
+
 /// Takes the lowest minor that is free, and gives it and its file. ENOSPC: there is none.
 pub fn allocate(directory: &Path) -> io::Result<(u16, PathBuf)> {
     let _lock = lock_folder(directory)?;

@@ -25,6 +25,23 @@ pub fn share_one_arena() {
     }
 }
 
+/// No program that this process starts gets a descriptor of its, but for the standard ones (close_range(2), since Linux 5.11; before that
+/// one by one).
+pub fn keep_from_children() -> io::Result<()> {
+    // SAFETY: takes integers only, and changes a flag of descriptors, whoever has them.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) } == 0 {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        if fd > 2 {
+            // SAFETY: as above. One that is closed by now is an error, and nothing else.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+    }
+    Ok(())
+}
+
 /// Goes on in a new process; gives None in it, and its id in this one. Nothing else may run in this process yet: of its threads
 /// only the one that calls would go on.
 pub fn fork() -> io::Result<Option<i32>> {

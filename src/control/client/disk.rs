@@ -43,7 +43,8 @@ impl Opening<'_> {
         let mut params = Params::new_zeroed();
         params.path = field("image", self.image)?;
         params.secondary = field("secondary image", self.secondary.unwrap_or_default())?;
-        params.prt_devnum = self.parent.unwrap_or_default().into();
+        // blktap's tapdisk takes every other number for a parent that is meant.
+        params.prt_devnum = self.parent.map_or(u32::MAX, u32::from);
         params.req_timeout = self.timeout_s;
         params.flags = self.flags
             | given(flag::REUSE_PRT, self.parent.is_some())

@@ -63,6 +63,8 @@ impl Killer {
                     (Some(pid), Some(minor)) => host.done(&["destroy", "-p", pid, "-m", minor]),
                     // It may be gone already.
                     (Some(pid), None) => drop(host.ctl(&["exit", "-p", pid])),
+                    // Nobody has attached it.
+                    (None, Some(minor)) => drop(host.ctl(&["free", "-m", minor])),
                     _ => panic!("{line}"),
                 }
             }

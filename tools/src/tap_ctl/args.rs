@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use tapdisk::config::Size;
 
-use super::engine;
 use super::top::Top;
+use super::{CONTROL_DIRECTORY, engine};
 
 /// Starts, inspects and steers tapdisks through their control sockets.
 ///
@@ -36,7 +36,7 @@ use super::top::Top;
 )]
 pub struct Args {
     /// Where the control sockets and the minors' files are
-    #[arg(long, global = true, default_value = "/run/blktap-control", env = "TAPDISK_CONTROL_DIRECTORY")]
+    #[arg(long, global = true, default_value = CONTROL_DIRECTORY, env = "TAPDISK_CONTROL_DIRECTORY")]
     pub directory: PathBuf,
 
     /// Says more about an error; may stand anywhere

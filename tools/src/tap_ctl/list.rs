@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use serde::Serialize;
 use tapdisk::control::client::{self, TIMEOUT, refused};
 use tapdisk::control::proto::{self, kind, text};
+use tapdisk::minors::marker;
 
 use super::collect::{Answer, Collector, message};
 use super::{Args, Disk, List, Which, is_terminal};
@@ -24,7 +25,8 @@ struct Listed {
 /// A line: a disk, or a process that has none or does not tell.
 #[derive(Debug, Serialize)]
 struct Line {
-    pid: i32,
+    /// None: nobody has attached the minor.
+    pid: Option<i32>,
     minor: Option<i32>,
     state: Option<i32>,
     name: Option<String>,
@@ -35,11 +37,15 @@ struct Line {
 impl Line {
     fn of_disk(pid: i32, disk: Listed) -> Line {
         let name = Some(disk.name).filter(|name| !name.is_empty());
-        Line { pid, minor: Some(disk.minor), state: Some(disk.state), name, error: None }
+        Line { pid: Some(pid), minor: Some(disk.minor), state: Some(disk.state), name, error: None }
     }
 
     fn of_process(pid: i32, error: Option<String>) -> Line {
-        Line { pid, minor: None, state: None, name: None, error }
+        Line { pid: Some(pid), minor: None, state: None, name: None, error }
+    }
+
+    fn of_minor(minor: i32) -> Line {
+        Line { pid: None, minor: Some(minor), state: None, name: None, error: None }
     }
 
     fn is_wanted(&self, wanted: &List) -> bool {
@@ -51,11 +57,11 @@ impl Line {
 
     /// For programs: what is not there is left out.
     fn fields(&self) -> String {
-        let minor = self.minor.map(|minor| format!(" minor={minor}"));
-        let state = self.state.map(|state| format!(" state={}", hex(state)));
-        let name = self.name.as_ref().map(|name| format!(" args={name}"));
-        let rest: String = [minor, state, name].into_iter().flatten().collect();
-        format!("pid={}{rest}", self.pid)
+        let pid = self.pid.map(|pid| format!("pid={pid}"));
+        let minor = self.minor.map(|minor| format!("minor={minor}"));
+        let state = self.state.map(|state| format!("state={}", hex(state)));
+        let name = self.name.as_ref().map(|name| format!("args={name}"));
+        [pid, minor, state, name].into_iter().flatten().collect::<Vec<_>>().join(" ")
     }
 
     /// For people.
@@ -63,7 +69,8 @@ impl Line {
         let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
         let (minor, state) = (or_dash(self.minor.map(|minor| minor.to_string())), or_dash(self.state.map(hex)));
         let (kind, path) = self.name.as_deref().and_then(|name| name.split_once(':')).unwrap_or(("-", "-"));
-        format!("{:>8} {minor:>4} {state:>4} {kind:>10} {path}", self.pid)
+        let pid = or_dash(self.pid.map(|pid| pid.to_string()));
+        format!("{pid:>8} {minor:>4} {state:>4} {kind:>10} {path}")
     }
 }
 
@@ -111,9 +118,15 @@ pub(super) fn list(out: &mut impl Write, args: &Args, wanted: &List) -> io::Resu
         Answer::Refused(why) => vec![Line::of_process(pid, Some(why))],
     };
     let mut lines: Vec<Line> = processes.into_iter().flat_map(of_process).collect();
+    if wanted.pid.is_none() {
+        let taken =
+            marker::taken(&args.directory).map_err(|error| in_directory(args, &error))?.into_iter().map(i32::from);
+        let known: Vec<_> = lines.iter().filter_map(|line| line.minor).collect();
+        lines.extend(taken.filter(|minor| !known.contains(minor)).map(Line::of_minor));
+    }
     if args.debug {
         let silent = lines.iter().filter_map(|line| Some((line.pid, line.error.as_ref()?)));
-        silent.for_each(|(pid, why)| eprintln!("process {pid}: {why}"));
+        silent.for_each(|(pid, why)| eprintln!("process {}: {why}", pid.unwrap_or_default()));
     }
     lines.retain(|line| line.is_wanted(wanted));
     if args.json {

@@ -91,14 +91,14 @@ fn command(args: &Args) -> io::Result<()> {
         Command::Destroy { disk, limit } => life::destroy(directory, *disk, *limit)?,
         Command::Pause { disk, limit } => life::pause(directory, find(disk)?, *limit)?,
         Command::Unpause { disk, image, secondary, log } => {
-            let (image, secondary) = (image.as_deref().unwrap_or_default(), secondary.as_deref());
-            let opening = Opening { image, secondary, log: log.as_deref(), ..Opening::default() };
+            let (image, secondary) = (absolute_name(image.as_deref().unwrap_or_default())?, secondary.as_deref());
+            let opening = Opening { image: &image, secondary, log: log.as_deref(), ..Opening::default() };
             life::unpause(directory, find(disk)?, &opening)?
         }
         Command::Stats { disk } => return writeln!(out, "{}", text(args, disk, kind::STATS)?),
         Command::Metrics => return metrics::metrics(out, directory, json),
         Command::Top(options) => return top::top(out, directory, options, json),
-        Command::Commit { disk, image } => commit::commit(directory, find(disk)?, image)?,
+        Command::Commit { disk, image } => commit::commit(directory, find(disk)?, &absolute_name(image)?)?,
         Command::Query { disk } => commit::query(directory, find(disk)?)?,
         Command::Cancel { disk, wait } => commit::cancel(directory, find(disk)?, *wait)?,
         // It may have no disk.
@@ -154,6 +154,22 @@ impl Answer {
 fn text(args: &Args, which: &Which, request: u16) -> io::Result<String> {
     let Disk { pid, minor } = list::find(args, which)?;
     client::text_of(&args.directory, pid, minor, request)
+}
+
+/// Where control sockets are unless somebody says otherwise.
+const CONTROL_DIRECTORY: &str = "/run/blktap-control";
+
+/// A name, `type:path` or a path alone, whose path begins at the root: a tapdisk has a folder of its own.
+fn absolute_name(name: &str) -> io::Result<String> {
+    let (kind, path) = match name.split_once(':') {
+        Some((kind, path)) if !kind.contains('/') => (format!("{kind}:"), path),
+        _ => (String::new(), name),
+    };
+    if path.is_empty() || path.starts_with('/') {
+        return Ok(name.to_owned());
+    }
+    let path = std::path::absolute(path)?;
+    Ok(format!("{kind}{}", path.to_str().ok_or(Errno::EINVAL)?))
 }
 
 /// Whether standard output is a terminal.

@@ -9,7 +9,12 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tapdisk::control::client::{Refused, errno, refused};
+use tapdisk::sys::process::keep_from_children;
+
+use super::CONTROL_DIRECTORY;
 
 /// More than a path has, in bytes.
 const LINE_MAX: u64 = 4096;
@@ -36,8 +41,14 @@ pub(super) fn start(directory: &Path, slice: Option<&str>) -> io::Result<i32> {
     if let Some(slice) = slice {
         command.args(["--quiet", "--scope", "--slice", slice, "--"]).arg(&program);
     }
-    // Always: the host's defaults may name another than ours.
-    command.arg("--control-directory").arg(absolute(directory)?);
+    // blktap's tapdisk has one folder, and no such option.
+    let directory = absolute(directory)?;
+    let told = directory != Path::new(CONTROL_DIRECTORY);
+    if told {
+        command.arg("--control-directory").arg(&directory);
+    }
+    // Whoever waits for the end of a pipe of our caller's must not wait for the end of a disk.
+    keep_from_children()?;
     // What it says if it fails. A file does not block it, and need not have an end.
     let errors = File::from(memfd_create(c"stderr", MFdFlags::MFD_CLOEXEC)?);
     // As blktap's, it holds no folder of whoever started it.
@@ -53,6 +64,19 @@ pub(super) fn start(directory: &Path, slice: Option<&str>) -> io::Result<i32> {
     let output = child.stdout.take().ok_or(Errno::EIO)?;
     BufReader::new(output.take(LINE_MAX)).read_until(b'\n', &mut line)?;
     let pid = pid_of(&line);
+    // Where it was not told, it goes by the host's defaults.
+    let folder = std::str::from_utf8(&line).ok().and_then(|line| Path::new(line.trim_end()).parent());
+    if let (Some(pid), Some(elsewhere)) = (pid, folder.filter(|folder| *folder != directory && !told)) {
+        // It waits for nobody who finds it.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        let text = format!(
+            "{}: it has its control socket in {}, as its defaults say, and not in {}; --directory names the folder",
+            program.display(),
+            elsewhere.display(),
+            directory.display()
+        );
+        return Err(refused(Errno::EINVAL, text));
+    }
     if pid == Some(child.id() as i32) {
         // It stays in the foreground, and is its own master.
         return Ok(child.id() as i32);
