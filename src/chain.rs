@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{self, Image, Kind, Platform, Problem, ReadError, Source, Uuid};
+use drivers::vhd::{self, Image, Kind, Parts, Platform, Problem, ReadError, Source, Uuid};
 use nix::errno::Errno;
 
 use crate::sys::{self, file::open_storage};
+use crate::volume;
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
 pub const DEPTH_MAX: usize = 256;
@@ -154,14 +155,15 @@ pub fn layer(path: &Path) -> Result<Layer, Error> {
     layer_with(path, Image::read)
 }
 
-/// The same by the footer's copy at the beginning, whatever is at the end: an image that is in use has none there.
-pub fn layer_by_copy(path: &Path) -> Result<Layer, Error> {
-    layer_with(path, Image::read_by_copy)
+/// Parts of it. `by_copy`: by the footer's copy at the beginning, whatever is at the end; an image that is in use has none there.
+pub fn parts(path: &Path, parts: Parts, by_copy: bool) -> Result<Layer, Error> {
+    let read = if by_copy { Image::read_by_copy } else { Image::read_parts };
+    layer_with(path, |source, problems| read(source, parts, problems))
 }
 
 fn layer_with(
     path: &Path,
-    read: fn(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
+    read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
 ) -> Result<Layer, Error> {
     let opened = open(path)?;
     let mut problems = Vec::new();
@@ -189,38 +191,50 @@ pub struct Rules<'a> {
     pub folders: Option<&'a [PathBuf]>,
     /// Also those that were written after their child was made.
     pub changed: bool,
+    /// What is read of each image.
+    pub parts: Parts,
 }
 
 impl Rules<'_> {
     /// All of them, to be looked at.
-    pub const ANY: Rules<'static> = Rules { folders: None, changed: true };
+    pub const ANY: Rules<'static> = Rules { folders: None, changed: true, parts: Parts::All };
 
-    /// Whether a parent may be in its folder, of an image whose leaf is in the folder `leaf`.
+    /// All of them, to be counted: their blocks are none of our business.
+    pub const HEADS: Rules<'static> = Rules { folders: None, changed: true, parts: Parts::Heads };
+
+    /// Whether a parent may be where it is, of an image whose leaf is at `leaf`.
     fn allow(&self, leaf: &Path, parent: &Path) -> bool {
         let (Some(folders), Some(folder)) = (self.folders, parent.parent()) else { return self.folders.is_none() };
         let allowed = |allowed: &Path| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed));
-        let here = if leaf == Path::new("") { Path::new(".") } else { leaf };
-        allowed(here) || folders.iter().any(|each| allowed(each))
+        // Volumes of one group are beside each other. All else that the host has is in /dev, too.
+        let group = |path: &Path| Some(volume::group_and_name(path)?.0);
+        let own = volume::lasting_name(leaf).ok().as_deref().and_then(group);
+        let beside = volume::folders(leaf).into_iter().filter(|folder| !folder.starts_with("/dev"));
+        own.is_some_and(|own| group(parent) == Some(own))
+            || beside.chain(folders.iter().cloned()).any(|each| allowed(&each))
     }
 }
 
 /// Where the parent of a differencing image is, as an absolute path. None: it has none.
 pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
     let Some(header) = image.header.as_ref().filter(|_| image.kind == Kind::Differencing) else { return Ok(None) };
-    let folder = path.parent().unwrap_or(Path::new(""));
-    // Paths that are relative first: an image is copied together with its parent more often than not.
     let named = |wanted: &'static [Platform]| {
-        image.parents.iter().filter(|(platform, _)| wanted.contains(platform)).map(|(_, path)| folder.join(path))
+        image.parents.iter().filter(|(platform, _)| wanted.contains(platform)).map(|(_, path)| PathBuf::from(path))
     };
-    let beside = header.parent_name().into_iter().map(|name| folder.join(name));
+    // Paths that are relative first: an image is copied together with its parent more often than not.
+    let beside = header.parent_name().into_iter().map(PathBuf::from);
+    let names: Vec<_> =
+        named(&[Platform::W2ru, Platform::MacX]).chain(named(&[Platform::W2ku])).chain(beside).collect();
     let mut tried = Vec::new();
-    for candidate in named(&[Platform::W2ru, Platform::MacX]).chain(named(&[Platform::W2ku])).chain(beside) {
-        // What the parent names is relative to its folder, also where its name there is a link to a device.
-        let folder = candidate.parent().map(Path::canonicalize);
-        match (candidate.metadata(), folder) {
-            (Ok(_), Some(Ok(folder))) => return Ok(Some(folder.join(candidate.file_name().unwrap_or_default()))),
-            _ if tried.contains(&candidate) => {}
-            _ => tried.push(candidate),
+    for folder in volume::folders(path) {
+        for candidate in names.iter().map(|name| folder.join(name)) {
+            // What the parent names is relative to its folder, also where its name there is a link to a device.
+            let folder = candidate.parent().map(Path::canonicalize);
+            match (candidate.metadata(), folder) {
+                (Ok(_), Some(Ok(folder))) => return Ok(Some(folder.join(candidate.file_name().unwrap_or_default()))),
+                _ if tried.contains(&candidate) => {}
+                _ => tried.push(candidate),
+            }
         }
     }
     Err(Error::NoParent { path: path.to_owned(), tried })
@@ -228,7 +242,7 @@ pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
 
 /// An image and all that it is made of, the leaf first.
 pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
-    let mut layers = vec![layer(leaf)?];
+    let mut layers = vec![parts(leaf, rules.parts, false)?];
     let mut seen = vec![identity(leaf)?];
     loop {
         let Layer { path, image: Some(image), .. } = &layers[layers.len() - 1] else { return Ok(layers) };
@@ -241,10 +255,10 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
         if layers.len() == DEPTH_MAX {
             return Err(endless(format!("it has more than {DEPTH_MAX} parents")));
         }
-        if !rules.allow(leaf.parent().unwrap_or(Path::new("")), &next) {
+        if !rules.allow(leaf, &next) {
             return Err(Error::Folder { path: path.clone(), parent: next });
         }
-        let below = identified(path, image, next)?;
+        let below = identified(path, image, next, rules.parts)?;
         if !rules.changed {
             unchanged(path, image, &below)?;
         }
@@ -254,13 +268,16 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
 }
 
 /// What is in the place of an image's parent, if it is that.
-fn identified(path: &Path, image: &Image, parent: PathBuf) -> Result<Layer, Error> {
+fn identified(path: &Path, image: &Image, parent: PathBuf, read: Parts) -> Result<Layer, Error> {
     let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
     if expected == Uuid::NIL {
         let file_size = open(&parent)?.size;
         return Ok(Layer { path: parent, file_size, image: None, problems: Vec::new() });
     }
-    let layer = layer(&parent)?;
+    let layer = match read {
+        Parts::All => layer_with(&parent, Image::read_parent)?,
+        _ => parts(&parent, read, false)?,
+    };
     match layer.image.as_ref().map(|image| image.footer.uuid) {
         Some(found) if found != expected => {
             Err(Error::OtherParent { path: path.to_owned(), parent, expected, found })
@@ -271,22 +288,29 @@ fn identified(path: &Path, image: &Image, parent: PathBuf) -> Result<Layer, Erro
 
 /// The parent of an image, without its own parents. None: it has none.
 pub fn below(path: &Path, image: &Image) -> Result<Option<Layer>, Error> {
-    parent(path, image)?.map(|parent| identified(path, image, parent)).transpose()
+    parent(path, image)?.map(|parent| identified(path, image, parent, Parts::All)).transpose()
 }
 
-/// Looks whether a parent was written after its child was made, as far as they say: its footer has the time when it was written
-/// last, by us, or when it was made, by others; the child has that or, by others, a later one, when the parent's file was changed.
+/// How far the clocks of hosts and file servers may differ, seconds (blktap's check).
+const CLOCK_SLACK: u32 = 1800;
+
+/// Looks whether a parent was written after its child was made. Its footer has the time when it was written last, by us, or when it was
+/// made, by others. A child of ours has that time, and so no clock matters; one of others has the time when the parent's file was
+/// changed last, by the file server's clock.
 fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
-    let expected = image.header.as_ref().map_or(0, |header| header.parent_timestamp.get());
-    let found = match &parent.image {
-        Some(image) => image.footer.timestamp.get(),
+    let in_header = image.header.as_ref().map_or(0, |header| header.parent_timestamp.get());
+    let (found, expected, slack) = match &parent.image {
+        Some(parent) => match image.parent_time {
+            Some(time) => (parent.footer.timestamp.get(), time, 0),
+            None => (parent.footer.timestamp.get(), in_header, CLOCK_SLACK),
+        },
         // A device's time says nothing of its content.
         None => match parent.path.metadata() {
-            Ok(metadata) if metadata.is_file() => vhd::timestamp(metadata.mtime().max(0) as u64),
+            Ok(metadata) if metadata.is_file() => (vhd::timestamp(metadata.mtime().max(0) as u64), in_header, 0),
             _ => return Ok(()),
         },
     };
-    if expected == 0 || found <= expected {
+    if in_header == 0 || found <= expected.saturating_add(slack) {
         return Ok(());
     }
     Err(Error::ChangedParent { path: path.to_owned(), parent: parent.path.clone(), expected, found })

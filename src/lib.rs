@@ -89,6 +89,7 @@
 pub mod args;
 pub mod config;
 pub mod daemon;
+pub mod record;
 pub mod serve;
 
 pub mod event;
@@ -121,6 +122,7 @@ pub mod image;
 pub mod job;
 pub mod memory;
 pub mod vhd;
+pub mod volume;
 
 pub mod client;
 pub mod control;

@@ -1,11 +1,11 @@
 //! From a configuration to a main loop that is ready to run.
 
 use std::io::{self, ErrorKind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use slog::{Logger, info, o};
+use slog::{Logger, info, o, warn};
 
 use crate::config::{self, Config, OnClose};
 use crate::disk::{Disk, Parts, Reopen, Watchdog};
@@ -20,6 +20,7 @@ use crate::log::Log;
 use crate::memory;
 use crate::minors::marker::Marker;
 use crate::queue::{Limits, Queue};
+use crate::record;
 use crate::request::Slots;
 use crate::retry::Retry;
 use crate::stack::{METAS, Stack};
@@ -32,10 +33,26 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     let marker = take_minor(&config.control)?;
     let mut placed = (*config).clone();
     place_sockets(&mut placed, marker.minor());
-    let image = image::open(&placed, None, log)?;
+    let place = record::Place::of(&placed);
+    let record = place.as_ref().map(record::Place::load).transpose()?.flatten();
+    if let Some(record) = &record {
+        (placed.image.kind, placed.image.path) = (record.served.kind, Some(record.served.path.clone()));
+        placed.image.create = None;
+        warn!(log, "the disk goes on with the image that it served last, and not with image.path";
+            "served" => %record.served.path.display(), "path" => %config.image.path.as_deref().unwrap_or(Path::new("")).display(),
+            "paused" => record.paused, "record" => %place.as_ref().map_or(Path::new(""), record::Place::path).display());
+    }
+    let paused = record.filter(|record| record.paused);
+    let image = match &paused {
+        Some(record) => image::closed(&placed, record.size, record.sector_size)?,
+        None => image::open(&placed, None, log)?,
+    };
     let log_of_disk = log.new(o!("minor" => marker.minor()));
     let frontends = frontends(&placed, &image.info, &log_of_disk)?;
-    let disk = disk(placed.into(), image, frontends, &log_of_disk)?;
+    let mut disk = disk(placed.into(), image, frontends, place, &log_of_disk)?;
+    if paused.is_some() {
+        disk.start_paused();
+    }
     main_loop.minors().add(marker, Some(disk), true)?;
     info!(log, "serving"; "control" => %main_loop.control_path().display());
     Ok(main_loop)
@@ -67,12 +84,13 @@ pub fn disk(
     config: Arc<Config>,
     image: Image,
     frontends: Vec<Box<dyn Frontend>>,
+    record: Option<record::Place>,
     log: &Logger,
 ) -> Result<Disk, io::Error> {
     let requests = config.requests as usize;
     // A raw image makes one transfer of each request; others, which may take its place, cut it where their blocks end, and
     // have some of their own.
-    let (own, tiocbs) = if image.opener.is_some() { (METAS, 2 * requests + METAS) } else { (0, requests) };
+    let (own, tiocbs) = if config.image.path.is_some() { (METAS, 2 * requests + METAS) } else { (0, requests) };
     let limits = Limits {
         tiocbs,
         iovecs: config.engine.merge_iovecs as usize,
@@ -94,7 +112,7 @@ pub fn disk(
         queue,
         locks: image.locks,
         opener: image.opener,
-        reopen: Some(Reopen { config, lease }),
+        reopen: Some(Reopen { config, lease, record }),
         watchdog,
         log: log.clone(),
     });

@@ -69,7 +69,7 @@ pub enum Plan {
 pub enum Fail {
     /// There is no room for it, in the file or in the format.
     NoSpace,
-    /// Metadata could not be read.
+    /// Metadata could not be read, or not be made durable.
     Io,
 }
 
@@ -115,6 +115,28 @@ pub enum MetaOp {
     Extend,
     /// What was written before is made durable.
     Flush,
+}
+
+/// Something that is written when an image is closed.
+#[derive(Clone, Debug)]
+pub struct LastWrite {
+    /// First byte of the file.
+    pub at: u64,
+    /// What goes there.
+    pub bytes: Vec<u8>,
+    /// What of it others may have changed in the file meanwhile.
+    pub keep: Option<Keep>,
+}
+
+/// Something of the file that is read right before a write, and kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// First byte of the file.
+    pub at: u64,
+    /// Bytes.
+    pub len: usize,
+    /// Puts it, which is given first, as much of it as the file has, into the bytes that are to be written.
+    pub put: fn(&[u8], &mut [u8]),
 }
 
 /// How far a crash of the host may reach.
@@ -181,9 +203,9 @@ pub trait Format: Send {
         0
     }
 
-    /// Nothing is under way, and nothing more will be planned: hands over what is to be written, bytes and where they go, so that
-    /// others find the image whole. Gives the bytes that the file is to have; none: as it is.
-    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(u64, &[u8])) -> Option<u64> {
+    /// Nothing is under way, and nothing more will be planned: hands over what is to be written, in this order, so that others find the
+    /// image whole. Gives the bytes that the file is to have; none: as it is.
+    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(LastWrite)) -> Option<u64> {
         let _ = (unix_seconds, write);
         None
     }

@@ -29,6 +29,9 @@ pub use crate::queue::SubmitMode;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// The file that it is from, without links; none: another one, or defaults.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
     /// Requests that are taken from clients and not answered, all clients together.
     #[serde(default = "defaults::requests", deserialize_with = "in_range::<1, 32768, _, _>")]
     pub requests: u32,
@@ -152,6 +155,9 @@ pub struct Image {
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
+    /// Take the lock of each file, so that no other tapdisk or vhd-util of this host writes it.
+    #[serde(default = "defaults::yes")]
+    pub lock: bool,
     /// Pass the page cache by.
     #[serde(default)]
     pub direct: Direct,
@@ -186,6 +192,7 @@ impl Default for Image {
             size: None,
             create: None,
             read_only: false,
+            lock: true,
             direct: Direct::default(),
             sector_size: None,
             odd_size: OddSize::default(),
@@ -319,6 +326,9 @@ pub struct Memory {
 mod defaults {
     use super::Size;
 
+    pub(super) fn yes() -> bool {
+        true
+    }
     pub(super) fn nothing() -> Size {
         Size(0)
     }
@@ -425,7 +435,8 @@ impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, Error> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        Config::parse(&text, path)
+        let config = Config::parse(&text, path)?;
+        Ok(Config { file: path.canonicalize().ok(), ..config })
     }
 
     /// Reads and checks a file for disks whose images are named later.

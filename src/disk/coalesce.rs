@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use drivers::vhd::{FOOTER_SIZE, Source, relink};
 use nix::errno::Errno;
-use nix::fcntl::FlockArg;
 use nix::sys::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 use slog::{error, info};
@@ -21,6 +20,7 @@ use slog::{error, info};
 use super::{Disk, State};
 use crate::chain;
 use crate::job::Job;
+use crate::sys::file::has_other_readers;
 use crate::vhd::file::{ImageFile, Medium, write_pieces};
 use crate::vhd::merge::{self, merge};
 use crate::vhd::parent::new_parent;
@@ -204,13 +204,10 @@ impl Disk {
             return Err(CoalesceError::Chain(text.into()));
         };
         let (image, parent) = (image.path.clone(), parent.path.clone());
-        if let Some(lock) = self.locks.get_mut(index + 1) {
-            // Nobody else has it if it can be had for us alone. It stays shared: the thread has one, too.
-            let alone = lock.relock(FlockArg::LockExclusiveNonblock).is_ok();
-            let shared = lock.relock(FlockArg::LockSharedNonblock).is_ok();
-            if !alone || !shared {
-                return Err(CoalesceError::Shared(parent));
-            }
+        if let Some(lock) = self.locks.get(index + 1)
+            && has_other_readers(lock).unwrap_or(true)
+        {
+            return Err(CoalesceError::Shared(parent));
         }
         let shared = Arc::new(Shared {
             cancel: AtomicBool::new(false),

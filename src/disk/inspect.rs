@@ -26,6 +26,9 @@ pub struct DebugQueue {
     pub slots: usize,
     /// Of those, in use.
     pub slots_used: usize,
+    /// Why no flush succeeds any more, until the image is opened anew: one has failed.
+    #[serde(default)]
+    pub failed_flush: Option<String>,
     /// Requests that are not answered for longer than the watchdog allows.
     pub stuck: usize,
     /// The image and those below it.
@@ -108,6 +111,7 @@ impl Disk {
             state: self.state_name(),
             slots: self.slots.count(),
             slots_used: self.slots.used(),
+            failed_flush: self.stack.failed_flush().map(|errno| errno.to_string()),
             stuck: requests.iter().filter(|request| request.stuck).count(),
             layers: self.stack.inspect(),
             coalesce: self.coalesce_report(),

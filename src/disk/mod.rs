@@ -5,6 +5,7 @@ mod guest;
 mod inspect;
 mod metrics;
 mod pause;
+mod recording;
 mod switch;
 mod watchdog;
 
@@ -16,7 +17,6 @@ use std::sync::Arc;
 use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
-use nix::fcntl::Flock;
 use slog::{Logger, error, info, o, warn};
 
 use self::coalesce::Coalescing;
@@ -24,11 +24,13 @@ pub use self::coalesce::{CoalesceError, CoalesceReport, Stage};
 pub use self::inspect::{DebugQueue, RequestReport};
 use self::pause::{After, Resuming};
 pub use self::pause::{PauseError, Reopen, parse_name};
+use self::recording::Recording;
 use self::switch::Switching;
 pub use self::switch::{EngineReport, SwitchError, Wanted};
 pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
+use crate::image::Lock;
 use crate::job::Job;
 use crate::log::Limiter;
 use crate::memory::{Budget, Part};
@@ -110,6 +112,8 @@ pub struct Disk {
     reopen: Option<Reopen>,
     /// The image that it goes on with is being opened.
     resuming: Option<Resuming>,
+    /// What it serves, or that it is paused, is being put on record.
+    recording: Option<Recording>,
     /// What leaves the image whole, when everything else is done.
     closing: Option<Job<io::Result<()>>>,
     /// How the last attempt to go on went.
@@ -121,8 +125,9 @@ pub struct Disk {
     flush_error: Option<Errno>,
     /// An error of a flush for a pause, which the next flush of a client's gets: what it is about may be lost.
     owed_error: Option<Errno>,
+    failed_flush_is_logged: bool,
     /// Held as long as the disk can write; the first is also the file whose size is asked for. None: there is no file.
-    locks: Vec<Flock<File>>,
+    locks: Vec<Lock>,
     log: Logger,
     limiter: Limiter,
     /// Until when answers wait for more of them, ns of [`now`].
@@ -148,7 +153,7 @@ pub struct Parts {
     /// What has the engine.
     pub queue: Queue,
     /// The locks of the image's files, the leaf's first.
-    pub locks: Vec<Flock<File>>,
+    pub locks: Vec<Lock>,
     /// What opens other engines for the image, if it can have others.
     pub opener: Option<Opener>,
     /// What opens the image again after a pause; none: it stays open.
@@ -213,11 +218,13 @@ impl Disk {
             reopen,
             closing: None,
             resuming: None,
+            recording: None,
             resumed: Ok(()),
             pauses_for_itself: false,
             coalescing: None,
             flush_error: None,
             owed_error: None,
+            failed_flush_is_logged: false,
             locks,
             log,
             limiter: Limiter::default(),
@@ -264,6 +271,7 @@ impl Disk {
         worked |= self.switch_if_drained();
         worked |= self.end_lease(now);
         worked |= self.advance_closing();
+        worked |= self.advance_recording();
         worked |= self.advance_resume();
         worked |= self.advance_coalesce();
         self.watch(now);
@@ -346,7 +354,7 @@ impl Disk {
     fn pay_error(&mut self, id: RequestId) {
         let request = self.slots.get_mut(id);
         if request.frontend != INTERNAL && matches!(request.op, Op::Flush | Op::Barrier) {
-            request.error = request.error.or_else(|| self.owed_error.take());
+            request.error = request.error.or(self.stack.failed_flush()).or_else(|| self.owed_error.take());
         }
     }
 
@@ -379,13 +387,13 @@ impl Disk {
                 self.log_failure(&transfer, errno, false);
             }
         }
-        // The next flush says so, as it would if the kernel had told it.
-        self.owed_error = self.owed_error.or(self.stack.lost());
+        self.log_failed_flush();
         while let Some(id) = self.stack.next_done() {
             worked = true;
             self.done.push_back(id);
         }
         if let Some((transfer, errno)) = self.queue.next_retried() {
+            self.stack.note_failed_flush(&transfer, errno);
             self.log_failure(&transfer, errno, true);
         }
         worked
@@ -418,6 +426,14 @@ impl Disk {
         } else {
             error!(log, "I/O error");
         }
+    }
+
+    /// Logs, once, that no flush succeeds any more.
+    fn log_failed_flush(&mut self) {
+        let Some(errno) = self.stack.failed_flush().filter(|_| !self.failed_flush_is_logged) else { return };
+        self.failed_flush_is_logged = true;
+        error!(self.log, "a flush failed, and what was written before may be lost: no flush succeeds any more until the image is opened anew \
+            (tap-ctl pause and unpause)"; "image" => &self.info.name, "errno" => errno.to_string());
     }
 
     /// Logs that the image has no room for a request that was planned just now. No I/O failed by that, or another's.
@@ -574,7 +590,8 @@ impl Disk {
 
     /// Whether it is drained, and with which error of the last flush.
     pub fn closed(&self) -> Option<Result<(), Errno>> {
-        let unused = self.state == State::Closed && self.resuming.is_none() && !self.changes_files();
+        let opens = self.resuming.is_some() || self.recording.is_some();
+        let unused = self.state == State::Closed && !opens && !self.changes_files();
         let closed = unused && self.frontends.iter().all(|frontend| frontend.is_closed());
         closed.then(|| self.flush_error.map_or(Ok(()), Err))
     }

@@ -13,6 +13,7 @@ use crate::config::{Config, ImageType};
 use crate::engine;
 use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Opening};
+use crate::record;
 use crate::stack::Stack;
 use crate::stats::now;
 
@@ -32,6 +33,8 @@ pub struct Reopen {
     pub config: Arc<Config>,
     /// How long a pause lasts at most; none: until somebody ends it.
     pub lease: Option<Duration>,
+    /// Where it is on record what the disk serves; none: nobody starts it again by a configuration.
+    pub record: Option<record::Place>,
 }
 
 /// Why a disk is not paused, or not resumed.
@@ -119,6 +122,7 @@ impl Disk {
         if self.is_paused() {
             // Nor does it try again to go on, where it could not.
             self.begin_lease();
+            self.record_pause();
         }
         self.pause()
     }
@@ -150,7 +154,9 @@ impl Disk {
     /// How the pause began, if it has.
     pub fn pause_outcome(&self) -> Option<Result<(), PauseError>> {
         match (self.state, self.after) {
-            (State::Paused, _) if self.resuming.is_some() || self.is_leaving_out() => None,
+            (State::Paused, _) if self.resuming.is_some() || self.is_leaving_out() || self.recording.is_some() => {
+                None
+            }
             (State::Paused, _) => Some(self.flush_error.map_or(Ok(()), |errno| Err(PauseError::Flush(errno)))),
             (State::Draining | State::Flushing, After::Pause) => None,
             (State::Running, _) => Some(Err(PauseError::NotPaused)),
@@ -188,6 +194,7 @@ impl Disk {
             }
             self.locks.clear();
         }
+        self.record_pause();
         info!(self.log, "paused"; "image" => &self.info.name, "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
         self.leave_out_merged();
     }
@@ -203,7 +210,9 @@ impl Disk {
     /// error the disk stays paused.
     pub fn resume(&mut self, image: Option<(ImageType, PathBuf)>) -> Result<(), PauseError> {
         match self.state {
-            State::Paused if self.resuming.is_some() => return Err(PauseError::Resuming),
+            State::Paused if self.resuming.is_some() || self.is_recording_resume() => {
+                return Err(PauseError::Resuming);
+            }
             State::Paused if self.is_leaving_out() => return Err(PauseError::LeavingOut),
             State::Paused => {}
             // The pause has not begun, and does not. A flush for it may be under way, whose end is of no account.
@@ -237,7 +246,7 @@ impl Disk {
 
     /// How the last attempt to go on went, if it is over.
     pub fn resume_outcome(&self) -> Option<Result<(), PauseError>> {
-        self.resuming.is_none().then(|| self.resumed.clone())
+        (self.resuming.is_none() && !self.is_recording_resume()).then(|| self.resumed.clone())
     }
 
     /// Goes on without being asked. If it can't, it tries again, until somebody pauses the disk.
@@ -262,28 +271,41 @@ impl Disk {
         if let Some(resuming) = &mut self.resuming {
             resuming.opening.refuse(PauseError::PausedAgain);
         }
+        self.refuse_recorded();
     }
 
     /// Goes on if the image is open, and says whether there was something to do.
     pub(super) fn advance_resume(&mut self) -> bool {
+        if self.recording.is_some() {
+            return false;
+        }
         let Some(resuming) = &mut self.resuming else { return false };
         let outcome = resuming.opening.outcome(|image| fits(&self.info, &image.info));
         let Some(outcome) = outcome else { return false };
         let (config, by_itself) = (Arc::clone(&resuming.opening.config), resuming.by_itself);
         self.resuming = None;
-        match outcome.and_then(|image| self.put_on(image, config)) {
-            Ok(()) => self.go_on(),
-            Err(error) => {
-                if by_itself && self.state == State::Paused && !matches!(error, PauseError::PausedAgain) {
-                    self.try_again_soon(&error);
-                }
-                self.resumed = Err(error);
-            }
+        if let Err(error) = outcome.and_then(|image| self.record_resume(image, config, by_itself)) {
+            self.not_resumed(error, by_itself);
         }
         true
     }
 
-    fn go_on(&mut self) {
+    pub(super) fn not_resumed(&mut self, error: PauseError, by_itself: bool) {
+        if by_itself && self.state == State::Paused && !matches!(error, PauseError::PausedAgain) {
+            self.try_again_soon(&error);
+        }
+        self.resumed = Err(error);
+    }
+
+    /// It begins paused, as it was when its last process ended: its image is anybody's.
+    pub fn start_paused(&mut self) {
+        (self.state, self.after) = (State::Paused, After::Pause);
+        let lease = self.begin_lease();
+        info!(self.log, "begins paused, as it was when its last process ended"; "image" => &self.info.name,
+            "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
+    }
+
+    pub(super) fn go_on(&mut self) {
         (self.state, self.after, self.lease_until, self.resumed) = (State::Running, After::Close, None, Ok(()));
         // The guest has not been told.
         self.owed_error = self.flush_error.take().or(self.owed_error);
@@ -291,11 +313,12 @@ impl Disk {
     }
 
     /// Puts an image in the place of the one that was closed.
-    fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
+    pub(super) fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
         let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io_error)?;
         self.exchange(image.engine).map_err(io_error)?;
         let grown = image.info.size != self.info.size;
         let old = std::mem::replace(&mut self.stack, stack);
+        self.failed_flush_is_logged = false;
         self.count_layers(old.layers());
         (self.opener, self.locks, self.info) = (image.opener, image.locks, image.info);
         if let Some(opener) = &self.opener {
@@ -312,8 +335,8 @@ impl Disk {
 
     /// Whoever paused the disk has not come back in time: it goes on with the image that it had.
     pub(super) fn end_lease(&mut self, now: u64) -> bool {
-        if self.state != State::Paused || self.resuming.is_some() || self.lease_until.is_none_or(|until| now < until)
-        {
+        let busy = self.resuming.is_some() || self.recording.is_some();
+        if self.state != State::Paused || busy || self.lease_until.is_none_or(|until| now < until) {
             return false;
         }
         warn!(self.log, "nobody has resumed the disk in time: it goes on with its old image");
@@ -335,6 +358,6 @@ fn fits(old: &DiskInfo, new: &DiskInfo) -> Result<(), PauseError> {
     Ok(())
 }
 
-fn io_error(error: std::io::Error) -> PauseError {
+pub(super) fn io_error(error: std::io::Error) -> PauseError {
     PauseError::Open(error.to_string(), error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }

@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::ops::Deref;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use slog::{Logger, warn};
 
 use super::Error;
 use crate::config::{Direct, Image, Size};
-use crate::sys::file::{Geometry, check_storage, direct_alignment, geometry};
+use crate::sys::file::{Geometry, check_storage, direct_alignment, geometry, lock_as_reader, open_storage};
 
 /// A file that is open for an engine.
 pub(super) struct Opened {
@@ -22,7 +23,76 @@ pub(super) struct Opened {
     pub(super) geometry: Geometry,
     pub(super) sector_size: u32,
     /// On the file itself: the engine's descriptor shares it.
-    pub(super) lock: Flock<File>,
+    pub(super) lock: Lock,
+}
+
+/// The lock of an image's file, for as long as this lives.
+#[derive(Debug)]
+pub enum Lock {
+    /// Taken.
+    Held(Flock<File>),
+    /// Not taken: the configuration says so.
+    Without(File),
+}
+
+impl Deref for Lock {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        match self {
+            Lock::Held(file) => file,
+            Lock::Without(file) => file,
+        }
+    }
+}
+
+impl Lock {
+    /// Takes it: shared for a reader, exclusive for a writer. Waits a moment for one that is about to go.
+    pub fn take(file: File, path: &Path, read_only: bool) -> Result<Lock, Error> {
+        let file = lock(file, path, read_only)?;
+        if read_only {
+            let locked = lock_as_reader(&file);
+            locked.map_err(|errno| Error::Io { path: path.to_owned(), action: "lock it", source: errno.into() })?;
+        }
+        Ok(Lock::Held(file))
+    }
+}
+
+/// Opens a file for writing, and a block device exclusively (O_EXCL, open(2)): as long as it is open nobody else opens the device so, by
+/// whatever node, and nothing that needs a device for itself has it: no mount, no device mapper, no partition of it, or whole disk. Zeroing
+/// takes it, too: the kernel refuses that to others while a device is held like this. Waits a moment for one that is about to go.
+pub fn open_to_write(path: &Path, direct: bool) -> Result<File, Error> {
+    let io = |source| Error::Io { path: path.to_owned(), action: "open it", source };
+    check_storage(path).map_err(io)?;
+    if !std::fs::metadata(path).map_err(io)?.file_type().is_block_device() {
+        return options(false, direct).open(path).map_err(io);
+    }
+    let flags = libc::O_EXCL | if direct { libc::O_DIRECT } else { 0 };
+    let begin = Instant::now();
+    loop {
+        match options(false, false).custom_flags(flags).open(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let (file, _) = open_storage(path).map_err(io)?;
+                let holder = holder(&file);
+                if begin.elapsed() > patience(&file, holder.as_ref()) {
+                    let other = "something that has the device for itself: a mount, a volume manager, a partition, or a tapdisk by another name";
+                    let holder = holder.map_or_else(|| other.to_owned(), |holder| holder.name);
+                    return Err(Error::Locked { path: path.to_owned(), holder });
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            file => return file.map_err(io),
+        }
+    }
+}
+
+/// How long a file's holder is waited for.
+fn patience(file: &File, holder: Option<&Holder>) -> Duration {
+    match holder {
+        Some(holder) if !holder.alive => KILLED,
+        Some(_) if file.metadata().is_ok_and(|meta| meta.is_file()) => Duration::ZERO,
+        _ => UDEV,
+    }
 }
 
 /// Opens a file as the configuration says and takes its lock, in sectors of `sector_size` or, if that is not given, of its own.
@@ -39,22 +109,26 @@ pub(super) fn open(
     let plain = options(read_only, false).open(path).map_err(io("open it"))?;
     let geometry = geometry(&plain).map_err(io("serve it"))?;
     let sector_size = sector_size.unwrap_or(geometry.logical);
-    let (file, direct) = if image.direct == Direct::Off {
-        (plain, false)
-    } else {
-        match open_direct(path, read_only, sector_size) {
-            Ok(file) => (file, true),
-            Err(why) if image.direct == Direct::Auto => {
+    let direct = match image.direct {
+        Direct::Off => false,
+        wanted => match open_direct(path, read_only, sector_size) {
+            Ok(()) => true,
+            Err(why) if wanted == Direct::Auto => {
                 warn!(log, "image is not opened with O_DIRECT, but through the host's page cache";
                     "image" => %path.display(), "why" => why);
-                (plain, false)
+                false
             }
             Err(why) => {
                 return Err(unfit(format!(
                     "O_DIRECT is not possible: {why}; set image.direct to \"auto\" or \"off\""
                 )));
             }
-        }
+        },
+    };
+    drop(plain);
+    let file = match read_only {
+        true => options(true, direct).open(path).map_err(io("open it"))?,
+        false => open_to_write(path, direct)?,
     };
     if direct && sector_size < geometry.logical {
         let logical = geometry.logical;
@@ -63,7 +137,11 @@ pub(super) fn open(
              to \"off\""
         )));
     }
-    let lock = lock(file.try_clone().map_err(io("lock it"))?, path, read_only)?;
+    let held = file.try_clone().map_err(io("lock it"))?;
+    let lock = match image.lock {
+        true => Lock::take(held, path, read_only)?,
+        false => Lock::Without(held),
+    };
     Ok(Opened { file, direct, geometry, sector_size, lock })
 }
 
@@ -73,8 +151,8 @@ pub(super) fn options(read_only: bool, direct: bool) -> OpenOptions {
     options
 }
 
-/// Opens with O_DIRECT, or says why that is no good.
-fn open_direct(path: &Path, read_only: bool, sector_size: u32) -> Result<File, String> {
+/// Says why O_DIRECT is no good, if it is not.
+fn open_direct(path: &Path, read_only: bool, sector_size: u32) -> Result<(), String> {
     let file = options(read_only, true).open(path).map_err(|error| match error.raw_os_error() {
         Some(libc::EINVAL) => "the file system does not have it".to_owned(),
         _ => error.to_string(),
@@ -83,7 +161,7 @@ fn open_direct(path: &Path, read_only: bool, sector_size: u32) -> Result<File, S
         Some((memory, offset)) if memory > sector_size || offset > sector_size => Err(format!(
             "it wants memory aligned to {memory} and offsets to {offset} bytes, and the disk's sectors have {sector_size}"
         )),
-        _ => Ok(file),
+        _ => Ok(()),
     }
 }
 
@@ -114,17 +192,17 @@ pub fn lock(file: File, path: &Path, read_only: bool) -> Result<Flock<File>, Err
         file = match Flock::lock(file, how) {
             Ok(lock) => return Ok(lock),
             Err((file, Errno::EWOULDBLOCK)) => file,
+            Err((_, Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS)) => {
+                let message = "its file system has no locks (flock): mount it with them (NFS: without nolock, and with a lock daemon); if \
+                               nothing else writes the image, tapdisk goes without with image.lock = false";
+                return Err(Error::Unfit { path: path.to_owned(), message: message.into() });
+            }
             Err((_, errno)) => {
                 return Err(Error::Io { path: path.to_owned(), action: "lock it", source: errno.into() });
             }
         };
         let holder = holder(&file);
-        let patience = match &holder {
-            Some(holder) if !holder.alive => KILLED,
-            Some(_) if file.metadata().is_ok_and(|meta| meta.is_file()) => Duration::ZERO,
-            _ => UDEV,
-        };
-        if begin.elapsed() > patience {
+        if begin.elapsed() > patience(&file, holder.as_ref()) {
             let holder = holder.map_or("a process that /proc/locks does not name".into(), |holder| holder.name);
             return Err(Error::Locked { path: path.to_owned(), holder });
         }

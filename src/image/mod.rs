@@ -4,19 +4,17 @@ mod file;
 mod opening;
 mod vhd;
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use drivers::Raw;
 use nix::errno::Errno;
-use nix::fcntl::Flock;
 use nix::sys::eventfd::EventFd;
 use slog::{Logger, info, warn};
 
 use self::file::Opened;
-pub use self::file::lock;
+pub use self::file::{Lock, lock, open_to_write};
 pub use self::opening::Opening;
 use crate::chain;
 use crate::config::{Config, ImageType, OddSize, Size};
@@ -91,7 +89,7 @@ pub struct Image {
     /// What opens another one; none for an image in memory, which is its engine.
     pub opener: Option<Opener>,
     /// The locks of its files, the leaf's first; none for an image without a file.
-    pub locks: Vec<Flock<File>>,
+    pub locks: Vec<Lock>,
     /// Writes under way at a time that take metadata.
     pub tickets: usize,
 }
@@ -130,12 +128,31 @@ pub fn open(config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Resul
         .map_err(|source| Error::Format { path: path.clone(), source })?;
     Ok(Image {
         info,
-        layers: vec![Layer { format: Box::new(raw), path, plain: None }],
+        layers: vec![Layer { format: Box::new(raw), path, plain: None, cached: false }],
         engine,
         opener: None,
         locks: Vec::new(),
         tickets: 0,
     })
+}
+
+/// An image that is not open: what a disk has that begins paused, with that many bytes, until somebody ends that.
+pub fn closed(config: &Config, size: u64, sector_size: u32) -> Result<Image, Error> {
+    let path = config.image.path.clone().unwrap_or_default();
+    let kind = if config.image.kind == ImageType::Vhd { "vhd" } else { "aio" };
+    let raw = Raw::new(size, sector_size.into(), drivers::OddSize::Refuse)
+        .map_err(|source| Error::Format { path: path.clone(), source })?;
+    let engine = engine::memory::null(config.engine.depth as usize);
+    let engine = engine.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
+    let info = DiskInfo {
+        size,
+        sector_size,
+        physical_sector_size: sector_size.max(4096),
+        read_only: config.image.read_only,
+        name: format!("{kind}:{}", path.display()),
+    };
+    let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false }];
+    Ok(Image { info, layers, engine, opener: None, locks: Vec::new(), tickets: 0 })
 }
 
 fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
@@ -166,7 +183,7 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
         read_only: image.read_only,
         name: format!("aio:{}", path.display()),
     };
-    let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None };
+    let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None, cached: !direct };
     Ok(Chain { info, layers: vec![layer], files, locks: vec![lock], tickets: 0 })
 }
 
@@ -175,7 +192,7 @@ struct Chain {
     info: DiskInfo,
     layers: Vec<Layer>,
     files: Vec<Backing>,
-    locks: Vec<Flock<File>>,
+    locks: Vec<Lock>,
     tickets: usize,
 }
 

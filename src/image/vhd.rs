@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use drivers::vhd::layout::batmap_pieces;
-use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, IN_USE, Image, Problem, Settings};
+use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, IN_USE, Image, Parts, Problem, Settings};
 use drivers::{Format, OddSize, Raw};
+use nix::errno::Errno;
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
 
@@ -16,13 +18,17 @@ use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::{Backing, geometry};
+use crate::sys::file::{Backing, geometry, lock_changes, unlock_changes};
+use crate::vhd::file::names_outside;
 
 /// Sectors of every VHD.
 const SECTOR: u32 = 512;
 
 /// Bytes that a file grows by if nothing is set apart ahead.
 const STEP: u64 = 64 << 20;
+
+/// How long a change of the leaf's metadata is waited for.
+const CHANGE: Duration = Duration::from_secs(5);
 
 /// Memory for bitmaps of a layer at least, bytes.
 const CACHE_MIN: usize = 96 << 10;
@@ -33,12 +39,16 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
     let open = |path: &Path, read_only| file::open(image, path, read_only, Some(SECTOR), log);
     // It is locked, and nobody changes it from here on.
     let leaf = open(path, image.read_only)?;
-    let rules = Rules { folders: Some(&image.parents), changed: image.changed_parent == ChangedParent::Serve };
-    let layers = chain::chain(path, &rules)?;
+    let rules = Rules {
+        folders: Some(&image.parents),
+        changed: image.changed_parent == ChangedParent::Serve,
+        parts: Parts::All,
+    };
+    let layers = read_chain(path, &leaf, image.read_only, &rules)?;
     let depth = layers.len();
     let tickets = if image.read_only { 0 } else { 2 * config.requests as usize };
     let info = DiskInfo {
-        size: layers[0].image.as_ref().map_or(0, |image| image.footer.size()),
+        size: layers[0].image.as_ref().map_or(0, |image| image.size),
         sector_size: SECTOR,
         physical_sector_size: leaf.geometry.physical.max(SECTOR),
         read_only: image.read_only,
@@ -58,6 +68,28 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
         chain.locks.push(lock);
     }
     Ok(chain)
+}
+
+/// Reads the metadata of all images. Others may be changing that of the leaf: they are waited for.
+fn read_chain(path: &Path, leaf: &Opened, read_only: bool, rules: &Rules) -> Result<Vec<chain::Layer>, Error> {
+    if read_only {
+        return Ok(chain::chain(path, rules)?);
+    }
+    lock_changes(&leaf.file, CHANGE).map_err(|errno| match errno {
+        Errno::EAGAIN => {
+            let holder = "a program that changes its metadata, such as vhd-util".into();
+            Error::Locked { path: path.to_owned(), holder }
+        }
+        errno => Error::Io { path: path.to_owned(), action: "lock its metadata", source: errno.into() },
+    })?;
+    let layers = chain::chain(path, rules);
+    let unlocked = unlock_changes(&leaf.file);
+    unlocked.map_err(|errno| Error::Io {
+        path: path.to_owned(),
+        action: "unlock its metadata",
+        source: errno.into(),
+    })?;
+    Ok(layers?)
 }
 
 /// What an image of the chain is served by.
@@ -84,12 +116,12 @@ fn layer(
                 let options = || file::options(false, false).open(&path);
                 let plain = (tickets > 0).then(options).transpose();
                 let plain = plain.map_err(|source| Error::Io { path: path.clone(), action: "open it", source })?;
-                return Ok(Layer { format: Box::new(fixed), path, plain });
+                return Ok(Layer { format: Box::new(fixed), path, plain, cached: !opened.direct });
             }
             None => return blocks(config, &path, image, &found.problems, opened, tickets, depth),
         },
     };
-    Ok(Layer { format, path, plain: None })
+    Ok(Layer { format, path, plain: None, cached: !opened.direct })
 }
 
 /// An image with blocks. One that is written, with so many writes at a time that take metadata, is marked as in use.
@@ -110,6 +142,11 @@ fn blocks(
     let (device, writable) = (opened.geometry.block_device, tickets > 0);
     let explain = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let unfit = |message: &str| Error::Unfit { path: path.to_owned(), message: message.to_owned() };
+    if writable && let Some(what) = names_outside(problems) {
+        return Err(unfit(&format!(
+            "{what}; it can be served with read_only = true, or be given its parent anew by vhd-util modify -p"
+        )));
+    }
     // One that was in use when the host stopped has none, and on a device its place is the end all the same.
     let footer_at = image.footer_at.min(opened.geometry.size.saturating_sub(FOOTER_SIZE as u64));
     if device && writable && image.end() > footer_at {
@@ -142,7 +179,7 @@ fn blocks(
     if writable && image.footer_at == opened.geometry.size {
         disk.was_in_use();
     }
-    Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain })
+    Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain, cached: !opened.direct })
 }
 
 /// From here on the copy of the footer counts, as long as the image is in use and if the host stops. What is behind the image in

@@ -299,7 +299,7 @@ impl Minors {
             };
             worked = true;
             let disk = outcome.and_then(|image| {
-                serve::disk(config, image, frontends, &log).map_err(|error| of_io(&error, "cannot serve it"))
+                serve::disk(config, image, frontends, None, &log).map_err(|error| of_io(&error, "cannot serve it"))
             });
             let outcome = disk.and_then(|disk| self.put_in(index, disk));
             if let Err(error) = &outcome {

@@ -101,9 +101,7 @@ impl Stack {
     /// An I/O of a format's own has ended.
     pub(super) fn meta_finished(&mut self, transfer: &Transfer, result: Result<(), Errno>, slots: &mut Slots) {
         match (transfer.op, result) {
-            (IoOp::Read, _) => {}
-            // The kernel tells of what it could not write only once.
-            (IoOp::Flush, _) => self.lost = self.lost.or(result.err()),
+            (IoOp::Read | IoOp::Flush, _) => {}
             _ => self.meta_written += 1,
         }
         let layer = usize::from(transfer.file.0);

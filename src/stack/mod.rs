@@ -11,15 +11,16 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use drivers::{Extent, Fail, Format, OpenError, Plan, Ticket};
+use drivers::{Extent, Fail, Format, LastWrite, OpenError, Plan, Ticket};
 use nix::errno::Errno;
 
 use self::meta::MetaMemory;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stats::now;
+use crate::sys::file::{lock_changes, unlock_changes};
 use crate::sys::io::{FileId, IoOp};
 
 /// I/Os of metadata at a time, at most.
@@ -27,6 +28,9 @@ pub const METAS: usize = 32;
 
 /// The frontend of the stack's own requests.
 pub const OWN: u16 = u16::MAX - 1;
+
+/// How long a change of an image's metadata is waited for before the image is closed.
+const CHANGE: Duration = Duration::from_secs(5);
 
 /// One image of the chain.
 pub struct Layer {
@@ -36,12 +40,14 @@ pub struct Layer {
     pub path: PathBuf,
     /// The file, through the page cache, for what is written when nothing more is under way; none if nothing is.
     pub plain: Option<File>,
+    /// The engine's file is read and written through the page cache.
+    pub cached: bool,
 }
 
 /// What is to be written so that others find an image whole.
 struct Closing {
     file: File,
-    pieces: Vec<(u64, Vec<u8>)>,
+    writes: Vec<LastWrite>,
     /// Bytes that the file is to have; none: as it is.
     size: Option<u64>,
 }
@@ -49,7 +55,21 @@ struct Closing {
 impl Closing {
     /// Writes it. Blocks.
     fn write(&self) -> io::Result<()> {
-        self.pieces.iter().try_for_each(|(at, bytes)| self.file.write_all_at(bytes, *at))?;
+        // Who has it for longer than a moment does not change what is kept: closing goes on.
+        let locked = lock_changes(&self.file, CHANGE).is_ok();
+        for LastWrite { at, bytes, keep } in &self.writes {
+            let mut bytes = bytes.clone();
+            if let Some(keep) = keep {
+                let mut now = vec![0; keep.len];
+                let read = self.file.read_at(&mut now, keep.at)?;
+                now.truncate(read);
+                (keep.put)(&now, &mut bytes);
+            }
+            self.file.write_all_at(&bytes, *at)?;
+        }
+        if locked {
+            unlock_changes(&self.file)?;
+        }
         if let Some(size) = self.size {
             self.file.set_len(size)?;
         }
@@ -62,9 +82,9 @@ impl Layer {
     fn close(&mut self) -> Option<Closing> {
         let file = self.plain.take()?;
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let mut pieces = Vec::new();
-        let size = self.format.close(time, &mut |at, bytes| pieces.push((at, bytes.to_vec())));
-        Some(Closing { file, pieces, size })
+        let mut writes = Vec::new();
+        let size = self.format.close(time, &mut |write| writes.push(write));
+        Some(Closing { file, writes, size })
     }
 }
 
@@ -133,8 +153,9 @@ pub struct Stack {
     /// Writes of metadata so far, and those of them that are durable.
     meta_written: u64,
     meta_durable: u64,
-    /// A flush of a format's own has failed: what was answered before may be lost.
-    lost: Option<Errno>,
+    /// A flush has failed, and what was answered before may be lost: the kernel tells of what it could not write once, and forgets it. No
+    /// flush succeeds from then on, until the image is opened anew.
+    failed_flush: Option<Errno>,
     /// Requests whose last piece is done and that are planned wholly.
     done: VecDeque<RequestId>,
     /// Requests that are done when what they wrote is durable, and that there was no room in the queue for.
@@ -159,7 +180,7 @@ impl Stack {
             metas,
             meta_written: 0,
             meta_durable: 0,
-            lost: None,
+            failed_flush: None,
             done: VecDeque::with_capacity(requests),
             to_flush: VecDeque::with_capacity(requests),
         })
@@ -331,7 +352,13 @@ impl Stack {
     /// A transfer has ended. Gives its error, if it is the request's first one for what the caller logs. Requests that are done by
     /// it are told by [`next_done`](Self::next_done).
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
-        let result = self.whole(transfer, result, slots);
+        let mut result = self.whole(transfer, result, slots);
+        if let Err(errno) = result {
+            self.note_failed_flush(transfer, errno);
+        }
+        if transfer.op == IoOp::Flush {
+            result = self.failed_flush.map_or(result, Err);
+        }
         let error = result.err();
         if transfer.op == IoOp::Flush && transfer.file == FileId(0) && error.is_none() {
             self.meta_durable = self.meta_durable.max(slots.get(transfer.owner).meta_seen);
@@ -410,9 +437,22 @@ impl Stack {
         self.done.pop_front()
     }
 
-    /// Why what was answered before may be lost, once.
-    pub fn lost(&mut self) -> Option<Errno> {
-        self.lost.take()
+    /// A transfer has failed, and may be tried again. Through the page cache a write that is to be durable is a write and a flush, and gets the
+    /// error of what others wrote.
+    pub fn note_failed_flush(&mut self, transfer: &Transfer, errno: Errno) {
+        let flushes = match transfer.op {
+            IoOp::Flush => true,
+            IoOp::Write { fua } => fua && self.layers[usize::from(transfer.file.0)].cached,
+            _ => false,
+        };
+        if flushes {
+            self.failed_flush.get_or_insert(errno);
+        }
+    }
+
+    /// Why no flush succeeds any more: what was answered before may be lost.
+    pub fn failed_flush(&self) -> Option<Errno> {
+        self.failed_flush
     }
 
     /// Whether something is done since it was last asked that a request may have waited for.
@@ -506,7 +546,8 @@ mod tests {
         let limits = Limits { tiocbs: 2, iovecs: 4, merge_bytes: 0, retry: Retry::default() };
         let mut queue = Queue::new(engine, SubmitMode::Inline, limits).unwrap();
         let mut stack =
-            Stack::new(vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None }], 1, 0).unwrap();
+            Stack::new(vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false }], 1, 0)
+                .unwrap();
         let mut slots = Slots::new(1, 1, 0);
         let memory = Arc::new(Memory::anonymous(32768).unwrap());
         memory.write(0, &[0x77; 32768]);
@@ -540,7 +581,8 @@ mod tests {
     fn a_read_that_met_the_end_of_the_file_just_before_it_grew_has_lost_nothing() {
         let raw = drivers::Raw::new(4097, 512, drivers::OddSize::RoundUp).unwrap();
         let mut stack =
-            Stack::new(vec![Layer { format: Box::new(raw), path: "x".into(), plain: None }], 2, 0).unwrap();
+            Stack::new(vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false }], 2, 0)
+                .unwrap();
         let mut slots = Slots::new(2, 1, 0);
         let mut read = |born| {
             let request = slots.vacant().unwrap();

@@ -5,9 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::sys::statfs::{NFS_SUPER_MAGIC, fstatfs};
 
 use super::io::IoOp;
 
@@ -73,6 +75,67 @@ pub fn check_storage(path: &Path) -> io::Result<()> {
         false if kind.is_dir() => Err(Errno::EISDIR.into()),
         false => Err(neither()),
     }
+}
+
+/// Bytes that no file has, and that stand for something else: who changes an image's metadata, and who reads an image.
+const CHANGES: i64 = i64::MAX - 1;
+const READERS: i64 = i64::MAX - 2;
+
+/// Locks what others than the program that writes an image's data may change of it, for as long as the file is open for writing or until
+/// [`unlock_changes`]: another lock than that of the whole file (an open file description's, fcntl(2)). EAGAIN: another has it, and kept it
+/// for so long. Blocks. On a network's file system, which takes the lock of the whole file for one of all bytes, there is none.
+pub fn lock_changes(file: &File, patience: Duration) -> Result<(), Errno> {
+    if !has_both_locks(file) {
+        return Ok(());
+    }
+    let end = Instant::now() + patience;
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_WRLCK, CHANGES))) {
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20))
+            }
+            Err(Errno::EACCES) => return Err(Errno::EAGAIN),
+            locked => return locked.map(drop),
+        }
+    }
+}
+
+/// Lets go of it.
+pub fn unlock_changes(file: &File) -> Result<(), Errno> {
+    if !has_both_locks(file) {
+        return Ok(());
+    }
+    fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_UNLCK, CHANGES))).map(drop)
+}
+
+/// Says, as long as the file is open, that an image is read.
+pub fn lock_as_reader(file: &File) -> Result<(), Errno> {
+    if !has_both_locks(file) {
+        return Ok(());
+    }
+    fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_RDLCK, READERS))).map(drop)
+}
+
+/// Whether others than this open file read the image. On a network's file system nobody knows.
+pub fn has_other_readers(file: &File) -> Result<bool, Errno> {
+    if !has_both_locks(file) {
+        return Ok(false);
+    }
+    let mut found = byte(libc::F_WRLCK, READERS);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+    Ok(i32::from(found.l_type) != libc::F_UNLCK)
+}
+
+fn byte(kind: libc::c_int, at: i64) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: at, l_len: 1, l_pid: 0 }
+}
+
+/// Whether the lock of the whole file (flock(2)) and those of bytes are two things: not with NFS and SMB.
+fn has_both_locks(file: &File) -> bool {
+    const CIFS: i64 = 0xff53_4d42;
+    const SMB2: i64 = 0xfe53_4d42;
+    let kind = fstatfs(file).map(|stat| stat.filesystem_type().0 as i64 & 0xffff_ffff);
+    !kind.is_ok_and(|kind| [NFS_SUPER_MAGIC.0 as i64, CIFS, SMB2].contains(&kind))
 }
 
 fn neither() -> io::Error {
@@ -167,11 +230,17 @@ impl Backing {
         let (mut at, end) = (io.offset, io.offset + io.len);
         for (i, run) in runs[..count].iter_mut().enumerate() {
             let data = i % 2 == 0;
-            let next = match lseek(&self.file, at as i64, if data { Whence::SeekHole } else { Whence::SeekData }) {
-                _ if self.block_device => end,
-                Ok(next) => (next as u64).min(end),
-                // From a hole, there is no more data (ENXIO); otherwise the file system can't tell.
-                Err(_) => end,
+            let whence = if data { Whence::SeekHole } else { Whence::SeekData };
+            let next = loop {
+                match lseek(&self.file, at as i64, whence) {
+                    _ if self.block_device => break end,
+                    Ok(next) => break (next as u64).min(end),
+                    // There is no more data; from the file's end on, no more file.
+                    Err(Errno::ENXIO) => break end,
+                    Err(Errno::EINTR) => {}
+                    // Whoever takes what is not known for a hole loses it.
+                    Err(errno) => return Err(errno),
+                }
             };
             *run = next - at;
             at = next;

@@ -4,18 +4,17 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use drivers::vhd::layout::{Piece, batmap_pieces};
-use drivers::vhd::{FOOTER_SIZE, Footer, Image, Kind, Problem, Source, Table};
+use drivers::vhd::layout::{self, LayoutError, NewParent, Piece, batmap_pieces};
+use drivers::vhd::{Corrupt, FOOTER_SIZE, Footer, Image, Kind, Parts, Problem, ReadError, Source, Table};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, Flock, fcntl};
-use nix::libc;
+use nix::fcntl::Flock;
 use zerocopy::IntoBytes;
 
 use crate::chain;
-use crate::image::{self, lock};
-use crate::sys::file::{Backing, geometry, open_storage};
+use crate::image::{self, Lock, lock, open_to_write};
+use crate::sys::file::{Backing, check_storage, geometry, lock_changes, open_storage};
 
 /// What is written to.
 pub trait Medium: Source {
@@ -44,8 +43,8 @@ fn explain<'a>(path: &'a Path, action: &'static str) -> impl Fn(io::Error) -> im
     move |source| image::Error::Io { path: path.to_owned(), action, source }
 }
 
-/// How long a program that was killed may have its locks.
-const DYING: Duration = Duration::from_secs(1);
+/// How long a program that was killed may have its locks, and one that changes an image in use may take.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// An image's file that no tapdisk writes.
 pub struct ImageFile {
@@ -59,8 +58,7 @@ pub struct ImageFile {
 impl ImageFile {
     /// Opens one for writing and takes its lock, as tapdisk does.
     pub fn open(path: &Path) -> Result<ImageFile, image::Error> {
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(explain(path, "open it"))?;
-        ImageFile::of(file, path)
+        ImageFile::of(open_to_write(path, false)?, path)
     }
 
     /// Takes the lock of a file that is open: shared, since storage managers coalesce, hide and relink images that a running
@@ -72,9 +70,21 @@ impl ImageFile {
         Ok(ImageFile { path: path.to_owned(), file, device })
     }
 
-    /// Its metadata.
+    /// Its metadata, of which all is where it can be changed.
     pub fn image(&self) -> Result<Image, chain::Error> {
-        self.image_with(&mut Vec::new())
+        let mut problems = Vec::new();
+        let image = self.image_with(&mut problems)?;
+        match names_outside(&problems) {
+            Some(what) => Err(chain::Error::Image { path: self.path.clone(), source: what.clone().into() }),
+            None => Ok(image),
+        }
+    }
+
+    /// The same of one that is another's parent.
+    pub fn parent_image(&self) -> Result<Image, chain::Error> {
+        self.image()?;
+        let read = Image::read_parent(self, &mut Vec::new());
+        read.map_err(|source| chain::Error::Image { path: self.path.clone(), source })
     }
 
     /// Its metadata, and what is wrong with it.
@@ -83,24 +93,103 @@ impl ImageFile {
     }
 }
 
-/// Locks a byte that no image has, for as long as the file is open: another lock than that which readers share.
+/// A parent's name that is beyond the file's end: what is written to the image might come to be there.
+pub fn names_outside(problems: &[Problem]) -> Option<&Corrupt> {
+    let outside = |problem: &&Problem| matches!(problem.what, Corrupt::Place { what: "parent locator", .. });
+    problems.iter().find(outside).map(|problem| &problem.what)
+}
+
 fn change_alone(file: &File, path: &Path) -> Result<(), image::Error> {
-    let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
-    let byte = libc::flock { l_type, l_whence, l_start: i64::MAX - 1, l_len: 1, l_pid: 0 };
-    let end = Instant::now() + DYING;
-    loop {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&byte)) {
-            Ok(_) => return Ok(()),
-            // Whoever has it may be about to go.
-            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(Errno::EAGAIN | Errno::EACCES) => {
-                let holder = "a program that changes it, such as vhd-util or a coalesce".into();
-                return Err(image::Error::Locked { path: path.to_owned(), holder });
-            }
-            Err(errno) => return Err(explain(path, "lock it")(errno.into())),
+    lock_changes(file, PATIENCE).map_err(|errno| match errno {
+        Errno::EAGAIN => {
+            let holder = "a program that changes it, such as vhd-util or a coalesce".into();
+            image::Error::Locked { path: path.to_owned(), holder }
         }
+        errno => explain(path, "lock it")(errno.into()),
+    })
+}
+
+/// An image's file that a tapdisk may be writing, of which no more is changed than the tapdisk bears: see [`vhd`](super).
+pub struct UsedFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl UsedFile {
+    /// Opens one, without the lock that the tapdisk has.
+    pub fn open(path: &Path) -> Result<UsedFile, image::Error> {
+        check_storage(path).map_err(explain(path, "open it"))?;
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(explain(path, "open it"))?;
+        change_alone(&file, path)?;
+        Ok(UsedFile { path: path.to_owned(), file })
+    }
+
+    /// Its metadata.
+    pub fn image(&self) -> Result<Image, chain::Error> {
+        let mut problems = Vec::new();
+        // One in use has no footer at its end, but for a fixed one, which has no other.
+        let read = match Image::read_by_copy(self, Parts::All, &mut problems) {
+            Err(ReadError::Corrupt(_)) => Image::read(self, &mut problems),
+            read => read,
+        };
+        read.map_err(|source| chain::Error::Image { path: self.path.clone(), source })
+    }
+
+    /// Gives it another parent: first the names, then the header, which says whose they are. The names go where the tapdisk writes nothing.
+    pub fn name_parent(&self, image: &Image, parent: &NewParent) -> Result<(), UseError> {
+        let (Some(mut header), Some(at)) = (image.header, image.footer.header_at()) else { return Ok(()) };
+        // Where there is no block, the first one that is written goes there.
+        let first = image.table.allocated().map(|(_, at)| at).min().unwrap_or(0);
+        let room = first.saturating_sub(image.metadata_end);
+        let names = layout::name_parent(&mut header, parent, image.metadata_end, room)?;
+        let write = || {
+            names.iter().try_for_each(|name| self.file.write_all_at(&name.bytes, name.at))?;
+            self.file.sync_data()?;
+            self.file.write_all_at(header.as_bytes(), at)?;
+            self.file.sync_data()
+        };
+        Ok(write().map_err(explain(&self.path, "write it"))?)
+    }
+
+    /// Writes the footer that the tapdisk takes the hidden mark from when it closes the image.
+    pub fn write_footer(&self, image: &Image) -> Result<(), image::Error> {
+        let mut footer = image.footer;
+        footer.seal();
+        let write = || {
+            if image.kind != Kind::Fixed {
+                self.file.write_all_at(footer.as_bytes(), 0)?;
+            }
+            // It is there only if the image is fixed, or its tapdisk does not write it.
+            let last_at = self.size().saturating_sub(FOOTER_SIZE as u64);
+            let mut last = [0; FOOTER_SIZE];
+            self.file.read_exact_at(&mut last, last_at)?;
+            if Footer::parse(&last).is_ok_and(|last| last.uuid == footer.uuid) {
+                self.file.write_all_at(footer.as_bytes(), last_at)?;
+            }
+            self.file.sync_data()
+        };
+        write().map_err(explain(&self.path, "write it"))
+    }
+}
+
+/// Why an image in use does not get another parent.
+#[derive(Debug, thiserror::Error)]
+pub enum UseError {
+    /// There is no room for the names without moving what the tapdisk writes.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The system says no.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+}
+
+impl Source for UsedFile {
+    fn size(&self) -> u64 {
+        geometry(&self.file).map_or(0, |geometry| geometry.size)
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(to, at)
     }
 }
 
@@ -133,7 +222,16 @@ impl Medium for ImageFile {
 
     fn zero(&self, at: u64, len: u64) -> io::Result<()> {
         let file = self.file.try_clone()?;
-        Ok(Backing { file, direct: false, block_device: self.device }.write_zeroes(at, len, false)?)
+        let sector = u64::from(geometry(&file)?.logical);
+        let backing = Backing { file, direct: false, block_device: self.device };
+        let (begin, end) = (at.next_multiple_of(sector), (at + len) / sector * sector);
+        if begin >= end {
+            return self.write_at(at, &vec![0; len as usize]);
+        }
+        // A device zeroes whole sectors; of others, parts are written through the page cache.
+        self.write_at(at, &vec![0; (begin - at) as usize])?;
+        backing.write_zeroes(begin, end - begin, false)?;
+        self.write_at(end, &vec![0; (at + len - end) as usize])
     }
 
     fn is_device(&self) -> bool {
@@ -144,7 +242,7 @@ impl Medium for ImageFile {
 /// An image's file that nobody writes.
 pub struct ReadFile {
     /// Read through the page cache.
-    pub file: Flock<File>,
+    pub file: Lock,
     size: u64,
 }
 
@@ -152,7 +250,7 @@ impl ReadFile {
     /// Opens one for reading and takes its lock, as tapdisk does for what it only reads.
     pub fn open(path: &Path) -> Result<ReadFile, image::Error> {
         let (file, geometry) = open_storage(path).map_err(explain(path, "open it"))?;
-        Ok(ReadFile { file: lock(file, path, true)?, size: geometry.size })
+        Ok(ReadFile { file: Lock::take(file, path, true)?, size: geometry.size })
     }
 }
 

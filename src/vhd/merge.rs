@@ -132,7 +132,7 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) 
     let parent_path = &chain[1].path;
     let parent = ImageFile::open(parent_path)?;
     let nil = child.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL);
-    let mut target = if nil { Target::raw(&parent) } else { Target::image(&parent, parent.image()?) };
+    let mut target = if nil { Target::raw(&parent) } else { Target::image(&parent, parent.parent_image()?) };
     if key_hash(Some(&child)) != key_hash(target.image.as_ref()) {
         let text = "it and its child are not encrypted with the same key: what is merged could not be read";
         return Err(unfit(parent_path, text));
@@ -162,7 +162,7 @@ impl Child<'_> {
         let Some(header) = &self.image.header else { return Ok(()) };
         let block_size = u64::from(header.block_size());
         let begin = u64::from(block) * block_size;
-        let sectors = (block_size.min(self.image.footer.size() - begin) / SECTOR) as u32;
+        let sectors = (block_size.min(self.image.size - begin) / SECTOR) as u32;
         for Range { start, end } in self.held(block, at, header, sectors)? {
             let (start, end) = (u64::from(start) * SECTOR, u64::from(end) * SECTOR);
             run(at + header.bitmap_size() + start, begin + start, end - start)?;
@@ -220,7 +220,7 @@ impl<'a> Target<'a> {
 
     /// An image in a file.
     pub fn image(to: &'a dyn Medium, image: Image) -> Target<'a> {
-        let (size, end) = (image.footer.size(), image.end());
+        let (size, end) = (image.size, image.end());
         Target { to, image: Some(image), size, end, added: false, unsynced: 0 }
     }
 
@@ -352,7 +352,7 @@ impl<'a> Target<'a> {
             if bitmap::set(&mut bits, (within / SECTOR) as u32..((within + now) / SECTOR) as u32) {
                 self.to.write_at(at, &bits)?;
             }
-            let own = (image.footer.size() - u64::from(block) * block_size).min(block_size) / SECTOR;
+            let own = (image.size - u64::from(block) * block_size).min(block_size) / SECTOR;
             if let Some(batmap) = &mut image.batmap
                 && bitmap::is_full(&bits, own as u32)
             {

@@ -9,6 +9,7 @@ use drivers::vhd::{Uuid, unix_seconds};
 
 use crate::chain::Layer;
 use crate::image;
+use crate::volume;
 
 fn missing(path: &Path) -> impl Fn(io::Error) -> image::Error + '_ {
     |source| image::Error::Io { path: path.to_owned(), action: "find it", source }
@@ -34,14 +35,28 @@ pub fn new_parent(child: &Path, parent: &Layer) -> Result<NewParent, image::Erro
             changed.map_or(0, |since| since.as_secs())
         }
     };
-    let folder = child.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = folder.canonicalize().map_err(missing(folder))?;
-    let path = relative(&folder, &parent.path);
+    let name = volume::lasting_name(&parent.path).map_err(missing(&parent.path))?;
+    if uuid == Uuid::NIL && volume::is_passing(&name) {
+        let message = "a raw parent is known by its name alone, and this one is another volume's after the next boot: name it as in \
+                       /dev/VG/LV, /dev/mapper or /dev/drbd/by-res"
+            .into();
+        return Err(image::Error::Unfit { path: parent.path.clone(), message });
+    }
+    let path = relative(&folder_of(child)?, &name);
     let path = path.to_str().ok_or_else(|| {
         let message = "its path is not UTF-8, which the format wants: rename it".into();
         image::Error::Unfit { path: parent.path.clone(), message }
     })?;
     Ok(NewParent { path: path.to_owned(), uuid, unix_seconds })
+}
+
+/// The folder of an image that is to be, or is there: of a volume, that of its lasting name.
+fn folder_of(child: &Path) -> Result<PathBuf, image::Error> {
+    if let Ok(name) = volume::lasting_name(child) {
+        return Ok(name.parent().unwrap_or(Path::new("/")).to_owned());
+    }
+    let folder = child.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    folder.canonicalize().map_err(missing(folder))
 }
 
 /// A path from a folder to a file, both absolute and without links.

@@ -29,12 +29,15 @@ impl Load {
         let again = |mut once: Box<dyn FnMut(u32) + Send>| {
             let stop = Arc::clone(&stop);
             std::thread::spawn(move || {
+                // One at the least, however soon the end comes.
                 let mut rounds = 0;
-                while !stop.load(SeqCst) {
+                loop {
                     once(rounds);
                     rounds += 1;
+                    if stop.load(SeqCst) {
+                        return rounds;
+                    }
                 }
-                rounds
             })
         };
         let (socket, uri) = (served.ring(), served.nbd());

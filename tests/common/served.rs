@@ -71,14 +71,35 @@ impl Served {
         let child = Self::spawn(command, top, image, rest, sockets.path());
         let log = sockets.path().join("log");
         let mut served = Served { child, sockets, log };
-        let mut line = String::new();
-        BufReader::new(served.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        if !line.contains("/ctl") {
-            let mut errors = String::new();
-            let _ = served.child.stderr.as_mut().unwrap().read_to_string(&mut errors);
-            panic!("it did not start: {line}{}{errors}", served.log());
+        if let Err(errors) = served.wait() {
+            panic!("it did not start: {}{errors}", served.log());
         }
         served
+    }
+
+    /// Waits until it serves, or says why it does not.
+    fn wait(&mut self) -> Result<(), String> {
+        let mut line = String::new();
+        BufReader::new(self.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        if line.contains("/ctl") {
+            return Ok(());
+        }
+        let mut errors = String::new();
+        let _ = self.child.stderr.as_mut().unwrap().read_to_string(&mut errors);
+        Err(errors)
+    }
+
+    /// Ends it with a signal and starts it again with the same configuration. What it says if it does not serve any more.
+    pub fn start_again(&mut self, signal: Signal) -> Result<(), String> {
+        self.signal(signal);
+        self.child.wait().unwrap();
+        self.child = Self::spawn_configured(tool("tapdisk"), &self.configuration());
+        self.wait()
+    }
+
+    /// Its configuration's file.
+    pub fn configuration(&self) -> PathBuf {
+        self.sockets().join("disk.toml")
     }
 
     /// What it says when it can't serve, and its exit code.
@@ -86,17 +107,28 @@ impl Served {
         let sockets = tempfile::tempdir().unwrap();
         let mut child = Self::spawn(tool("tapdisk"), "", image, rest, sockets.path());
         let mut text = String::new();
+        // One that serves says where.
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut text).unwrap();
+        if !text.is_empty() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("{image} is served");
+        }
         child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
         (child.wait().unwrap().code().unwrap(), text)
     }
 
-    fn spawn(mut command: Command, top: &str, image: &str, rest: &str, sockets: &Path) -> Child {
+    fn spawn(command: Command, top: &str, image: &str, rest: &str, sockets: &Path) -> Child {
         let text = format!("{top}\n[image]\n{image}\n{rest}\n");
         let text = if text.contains("[control]") { text } else { format!("{text}[control]\ndirectory = '{{s}}'\n") };
         let text =
             if text.contains("[log]") { text } else { format!("{text}[log]\nfile = '{{s}}/log'\nlevel='debug'\n") };
         let config = sockets.join("disk.toml");
         std::fs::write(&config, text.replace("{s}", sockets.to_str().unwrap())).unwrap();
+        Self::spawn_configured(command, &config)
+    }
+
+    fn spawn_configured(mut command: Command, config: &Path) -> Child {
         command.arg(config).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().unwrap()
     }

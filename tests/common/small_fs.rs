@@ -57,6 +57,11 @@ impl SmallFs {
         Some(SmallFs { mount, device, _folder: folder })
     }
 
+    /// The device that it is on.
+    pub fn device(&self) -> &Path {
+        Path::new(&self.device.0)
+    }
+
     /// A file in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.mount.join(name)

@@ -92,7 +92,7 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
     let queue = Arc::new(Mutex::new(RingQueue::new(BackRing::attach(shared), limits)));
     let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)) };
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
-    let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None };
+    let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None, cached: false };
     let info = DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() };
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let queue_of_disk = Queue::new(engine, SubmitMode::Auto, limits).unwrap();

@@ -1,12 +1,14 @@
 //! Images: sizes, sectors, locks, read-only, O_DIRECT, and what happens when the file below goes wrong.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::process::Command;
 
 use crate::common::guest::Guest;
-use crate::common::served::{Served, folder, output, run};
+use crate::common::live::BOTH;
+use crate::common::served::{Served, folder, output, run, tool};
 use crate::common::small_fs::{Loop, SmallFs};
+use nix::libc;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -192,6 +194,63 @@ fn a_file_can_have_4096_byte_sectors() {
     assert_eq!((guest.disk.sectors, guest.disk.sector_size), (2048, 4096));
     assert_eq!(guest.write(8, &[1; 4096]), 0);
     assert_eq!(guest.read(0, 12288).map(|bytes| (bytes[4095], bytes[4096], bytes[8192])), Ok((0x5a, 1, 0x5a)));
+}
+
+/// Another node of a block device, which has a lock of its own.
+fn other_node(folder: &TempDir, device: &str) -> PathBuf {
+    let number = std::fs::metadata(device).unwrap().rdev();
+    let node = folder.path().join("node");
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    run(Command::new("mknod").arg(&node).args(["b", &major.to_string(), &minor.to_string()]));
+    node
+}
+
+#[test]
+fn a_device_has_one_writer_whatever_its_name() {
+    let folder = folder();
+    let file = folder.path().join("device");
+    std::fs::write(&file, vec![1; 8 << 20]).unwrap();
+    let Some(device) = Loop::new(&file, 512) else { return };
+    let node = other_node(&folder, &device.0);
+    let served = Served::start(&format!("path = '{}'", device.0), BOTH);
+    let (_, text) = Served::refused(&path(&node), LOCAL);
+    let refusal = format!("{}: in use by something that has the device for itself", node.display());
+    assert!(text.contains(&refusal), "{text}");
+    let (_, text) = Served::refused(&format!("path = '{}'", device.0), LOCAL);
+    assert!(text.contains("in use by process") && text.contains("(tapdisk)"), "{text}");
+    let made = output(tool("vhd-util").args(["create", "-s", "4", "-n"]).arg(&node));
+    assert_eq!(made.status.code(), Some(libc::EBUSY));
+    // A reader is no writer, and what is held like this can be zeroed by who holds it.
+    assert_eq!(Served::start(&format!("{}\nread_only = true", path(&node)), LOCAL).stop().0, Some(0));
+    run(Command::new("nbdsh").env("PATH", "/usr/bin:/bin").args([
+        "-u",
+        &served.nbd(),
+        "-c",
+        "h.zero(65536, 0); h.trim(65536, 1 << 20); h.flush()",
+    ]));
+    assert_eq!(Guest::connect(&served.ring()).read(0, 512), Ok(vec![0; 512]));
+    assert_eq!(served.stop().0, Some(0));
+    assert_eq!(Served::start(&path(&node), LOCAL).stop().0, Some(0));
+}
+
+#[test]
+fn a_mounted_device_is_not_written() {
+    let Some(fs) = SmallFs::new("8m") else { return };
+    let device = format!("path = '{}'", fs.device().display());
+    let (_, text) = Served::refused(&device, LOCAL);
+    assert!(text.contains("in use by something that has the device for itself: a mount,"), "{text}");
+    assert_eq!(Served::start(&format!("{device}\nread_only = true"), LOCAL).stop().0, Some(0));
+}
+
+#[test]
+fn an_image_is_served_without_its_lock_if_that_is_asked_for() {
+    let folder = folder();
+    let file = folder.path().join("disk.img");
+    std::fs::write(&file, vec![1; 1 << 20]).unwrap();
+    let served = Served::start(&path(&file), LOCAL);
+    let other = Served::start(&format!("{}\nlock = false", path(&file)), LOCAL);
+    assert_eq!(other.stop().0, Some(0));
+    drop(served);
 }
 
 #[test]

@@ -65,7 +65,7 @@ impl Image {
 /// Sectors of a block that the disk has: all, but for the last block.
 pub(super) fn own_sectors(image: &Image, header: &Header, block: u32) -> u32 {
     let size = u64::from(header.block_size());
-    let left = image.footer.size().saturating_sub(u64::from(block) * size);
+    let left = image.size.saturating_sub(u64::from(block) * size);
     (left.min(size) / SECTOR_SIZE) as u32
 }
 

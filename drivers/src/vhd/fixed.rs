@@ -1,13 +1,12 @@
 //! A fixed image in use: byte n of the disk is byte n of the file, and the footer is behind the last.
 
-use zerocopy::IntoBytes;
-
 use super::{Footer, Image, Kind};
-use crate::{Extent, Format, Op, Plan, SECTOR_SIZE};
+use crate::{Extent, Format, LastWrite, Op, Plan, SECTOR_SIZE};
 
 /// A fixed image in use.
 #[derive(Debug)]
 pub struct Fixed {
+    size: u64,
     footer: Footer,
     footer_at: u64,
     /// Something was written.
@@ -17,8 +16,8 @@ pub struct Fixed {
 impl Fixed {
     /// An image, as it was read. None: it is not fixed.
     pub fn new(image: &Image) -> Option<Fixed> {
-        let &Image { footer, footer_at, .. } = image;
-        (image.kind == Kind::Fixed).then_some(Fixed { footer, footer_at, written: false })
+        let &Image { size, footer, footer_at, .. } = image;
+        (image.kind == Kind::Fixed).then_some(Fixed { size, footer, footer_at, written: false })
     }
 }
 
@@ -28,7 +27,7 @@ impl Format for Fixed {
     }
 
     fn size(&self) -> u64 {
-        self.footer.size()
+        self.size
     }
 
     fn plan(&mut self, op: Op, extent: Extent) -> Plan {
@@ -40,13 +39,13 @@ impl Format for Fixed {
         u64::MAX
     }
 
-    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(u64, &[u8])) -> Option<u64> {
+    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(LastWrite)) -> Option<u64> {
         // Its children are to see that it has changed. There is no copy of the footer: it is written only where a crash leaves all of
         // it, in one sector.
         if self.written && self.footer_at.is_multiple_of(SECTOR_SIZE) {
             self.footer.set_time(unix_seconds);
             self.footer.seal();
-            write(self.footer_at, self.footer.as_bytes());
+            write(self.footer.last_write(self.footer_at, self.footer_at));
         }
         None
     }

@@ -5,6 +5,7 @@ use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Corrupt, Uuid, checksum};
+use crate::{Keep, LastWrite};
 
 /// Bytes of a footer.
 pub const FOOTER_SIZE: usize = 512;
@@ -29,6 +30,16 @@ const EPOCH: u64 = 946_684_800;
 
 /// blktap's name in images, and the version of its that they are made by.
 const CREATOR: ([u8; 4], u32) = (*b"tap\0", 0x0001_0003);
+
+/// Keeps the hidden mark of a footer in another one of the same image.
+fn keep_hidden(now: &[u8], bytes: &mut [u8]) {
+    let (Ok(now), Ok(mut footer)) = (Footer::parse(now), Footer::parse(bytes)) else { return };
+    if now.uuid == footer.uuid {
+        footer.hidden = now.hidden;
+        footer.seal();
+        bytes.copy_from_slice(footer.as_bytes());
+    }
+}
 
 /// A time as images have it, in seconds since 2000-01-01 UTC.
 pub fn timestamp(unix_seconds: u64) -> u32 {
@@ -165,10 +176,30 @@ impl Footer {
         whole[..len].copy_from_slice(&bytes[..len]);
         let footer: Footer = zerocopy::transmute!(whole);
         match footer.cookie {
-            COOKIE => {}
-            POISON => return Err(Corrupt::Disabled),
-            _ => return Err(Corrupt::Cookie { what: "footer" }),
+            COOKIE => footer.checked(),
+            POISON => Err(Corrupt::Disabled),
+            _ => Err(Corrupt::Cookie { what: "footer" }),
         }
+    }
+
+    /// Reads one of an image that may be disabled, from 512 bytes, and says whether it is.
+    pub fn parse_disabled(bytes: &[u8; FOOTER_SIZE]) -> Result<(Footer, bool), Corrupt> {
+        let footer: Footer = zerocopy::transmute!(*bytes);
+        match footer.cookie {
+            POISON => Ok((footer.checked()?, true)),
+            _ => Ok((Footer::parse(bytes)?, false)),
+        }
+    }
+
+    /// Marks the image as not to be used by anybody, as blktap does as long as a journal is needed to make it whole;
+    /// [`seal`](Self::seal) follows.
+    pub fn disable(&mut self) {
+        self.cookie = POISON;
+    }
+
+    /// Whatever its cookie is: the rest of it is good.
+    fn checked(self) -> Result<Footer, Corrupt> {
+        let footer = self;
         let computed = footer.sum();
         if footer.checksum.get() != computed && !footer.was_hidden_carelessly() {
             return Err(Corrupt::Checksum { what: "footer", found: footer.checksum.get(), computed });
@@ -196,6 +227,12 @@ impl Footer {
     /// Makes the checksum right, after a change.
     pub fn seal(&mut self) {
         self.checksum = self.sum().into();
+    }
+
+    /// How it's written when an image is closed: with the hidden mark that the footer at byte `now_at` has then.
+    pub(super) fn last_write(&self, at: u64, now_at: u64) -> LastWrite {
+        let keep = Keep { at: now_at, len: FOOTER_SIZE, put: keep_hidden };
+        LastWrite { at, bytes: self.as_bytes().to_vec(), keep: Some(keep) }
     }
 
     /// Which kind of image it is.
@@ -242,6 +279,12 @@ impl Footer {
         self.data_offset = at.into();
     }
 
+    /// The disk's size as the field has it, bytes. blktap goes by it whoever made the image, and so what it wrote into a child of such an
+    /// image has the parent's data up to there.
+    pub fn stored_size(&self) -> u64 {
+        self.current_size.get()
+    }
+
     /// The disk's size, bytes.
     ///
     /// Virtual PC goes by the geometry, and so does QEMU, unless it was told to keep to the size (creator "qem2"); all others
@@ -261,6 +304,11 @@ impl Footer {
     /// blktap's mark of an image that users do not see, because it is only the parent of others.
     pub fn is_hidden(&self) -> bool {
         self.hidden != 0
+    }
+
+    /// The number that the mark is.
+    pub fn hidden_value(&self) -> u8 {
+        self.hidden
     }
 
     /// Sets that mark; [`seal`](Self::seal) follows.

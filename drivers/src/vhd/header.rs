@@ -271,7 +271,7 @@ impl Header {
     }
 
     /// The same without anything that names the parent.
-    pub(super) fn without_names(self) -> Header {
+    pub fn without_names(self) -> Header {
         Header { locators: [Locator::NONE; 8], ..self }
     }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::layout::parent_time;
 use super::{
     Batmap, Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, OLD_FOOTER_SIZE, Platform, Table, decode_path,
 };
@@ -20,6 +21,23 @@ pub trait Source {
 
     /// Fills `to` with what is at byte `at`. Nothing beyond the end is asked for.
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()>;
+}
+
+/// Bytes of the file that something has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Region {
+    pub(super) at: u64,
+    pub(super) len: u64,
+}
+
+impl Region {
+    fn end(self) -> u64 {
+        self.at.saturating_add(self.len)
+    }
+
+    pub(super) fn meets(self, other: Region) -> bool {
+        self.at < other.end() && other.at < self.end()
+    }
 }
 
 /// Why an image's metadata could not be read.
@@ -56,6 +74,8 @@ pub struct Image {
     pub footer: Footer,
     /// Which kind the footer says.
     pub kind: Kind,
+    /// Bytes of the disk.
+    pub size: u64,
     /// Where the footer at the end is, or is to be.
     pub footer_at: u64,
     /// Where the metadata at the beginning ends.
@@ -64,6 +84,8 @@ pub struct Image {
     pub header: Option<Header>,
     /// Where the disk's blocks are.
     pub table: Table,
+    /// Entries that the table has room for where it is, whatever the header claims.
+    pub table_room: u32,
     /// Which of them are full, if the image has that. One that is not right knows of none, and none knows of a block that the table
     /// does not have.
     pub batmap: Option<Batmap>,
@@ -71,38 +93,35 @@ pub struct Image {
     pub batmap_is_stale: bool,
     /// Where the parent is, as the locators name it.
     pub parents: Vec<(Platform, String)>,
-}
-
-/// Bytes of the file that something has.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Region {
-    pub(super) at: u64,
-    pub(super) len: u64,
-}
-
-impl Region {
-    fn end(self) -> u64 {
-        self.at.saturating_add(self.len)
-    }
-
-    pub(super) fn meets(self, other: Region) -> bool {
-        self.at < other.end() && other.at < self.end()
-    }
+    /// The time of the parent's footer when the parent was named. None: that is not known, and the header has the time of its file.
+    pub parent_time: Option<u32>,
 }
 
 impl Image {
     /// Reads an image's metadata. Problems that it can be used with in spite go to `problems`.
     pub fn read(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
-        let mut reader = Reader { source, problems };
-        let (footer, footer_at) = reader.footer()?;
-        reader.image(&footer, footer_at)
+        Image::read_parts(source, Parts::All, problems)
     }
 
-    /// The same by the footer's copy at the beginning, whatever is at the end.
-    pub fn read_by_copy(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
-        let mut reader = Reader { source, problems };
+    /// Reads some of it. What is not read is empty.
+    pub fn read_parts(source: &dyn Source, parts: Parts, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
+        let mut reader = Reader { source, problems, parts, stored_size: false };
+        let (footer, footer_at) = reader.footer()?;
+        reader.image(&footer, Some(footer_at))
+    }
+
+    /// That of an image that is another's parent: its disk is as large as the footer's field says, whatever the geometry does.
+    pub fn read_parent(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
+        let mut reader = Reader { source, problems, parts: Parts::All, stored_size: true };
+        let (footer, footer_at) = reader.footer()?;
+        reader.image(&footer, Some(footer_at))
+    }
+
+    /// The same by the footer's copy at the beginning, whatever is at the end: of an image that is in use, and may grow meanwhile.
+    pub fn read_by_copy(source: &dyn Source, parts: Parts, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
+        let mut reader = Reader { source, problems, parts, stored_size: false };
         let copy = reader.bytes("footer's copy", 0, FOOTER_SIZE as u64)?;
-        reader.image(&Footer::parse(&copy)?, source.size())
+        reader.image(&reader.parse(&copy)?, None)
     }
 
     /// Where the image's last byte ends in the file, without the footer that is to be there.
@@ -112,7 +131,7 @@ impl Image {
                 let last = self.table.allocated().map(|(_, at)| at + header.block_len()).max();
                 last.unwrap_or(0).max(self.metadata_end)
             }
-            None => self.footer.size(),
+            None => self.size,
         }
     }
 
@@ -122,16 +141,33 @@ impl Image {
     }
 }
 
+/// The parent's names, and the time of its footer.
+type Named = (Vec<(Platform, String)>, Option<u32>);
+
+/// How much of an image's metadata is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parts {
+    /// Footer, header and the parent's names: what stays as it is while a program writes the image's data. Also of a disabled image.
+    Heads,
+    /// Those, the table and the batmap as they are: a block may be where it can't be.
+    Unchecked,
+    /// All of it, and the table is checked.
+    All,
+}
+
 struct Reader<'a> {
     source: &'a dyn Source,
     problems: &'a mut Vec<Problem>,
+    parts: Parts,
+    /// The disk's size is that of the footer's field.
+    stored_size: bool,
 }
 
 impl Reader<'_> {
     /// What follows from the footer.
-    fn image(&mut self, footer: &Footer, footer_at: u64) -> Result<Image, ReadError> {
+    fn image(&mut self, footer: &Footer, footer_at: Option<u64>) -> Result<Image, ReadError> {
         let kind = footer.kind()?;
-        let size = footer.size();
+        let size = if self.stored_size { footer.stored_size() } else { footer.size() };
         let wrong = |why| Err(Corrupt::Size { size, why }.into());
         if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
             return wrong("is not one or more sectors of 512 bytes");
@@ -139,16 +175,19 @@ impl Reader<'_> {
         let mut image = Image {
             footer: *footer,
             kind,
-            footer_at,
+            size,
+            footer_at: footer_at.unwrap_or(self.source.size()),
             metadata_end: 0,
             header: None,
             table: Table::default(),
+            table_room: 0,
             batmap: None,
             batmap_is_stale: false,
             parents: Vec::new(),
+            parent_time: None,
         };
         if kind == Kind::Fixed {
-            return if size > footer_at { wrong("is more than the file has") } else { Ok(image) };
+            return if size > image.footer_at { wrong("is more than the file has") } else { Ok(image) };
         }
         let at = footer.header_at().ok_or(Corrupt::NoHeader)?;
         let header = Header::parse(&self.bytes("header", at, HEADER_SIZE as u64)?)?;
@@ -156,9 +195,27 @@ impl Reader<'_> {
         if blocks > header.entries().into() {
             return wrong("is more than its table has blocks for");
         }
+        image.header = Some(header);
+        let mut taken = vec![Region { at: 0, len: FOOTER_SIZE as u64 }, Region { at, len: HEADER_SIZE as u64 }];
+        if self.parts == Parts::Heads {
+            (image.parents, image.parent_time) = self.locators(&header, &mut taken)?;
+        } else {
+            self.blocks(&mut image, &header, blocks, taken, footer_at)?;
+        }
+        Ok(image)
+    }
+
+    /// The table and what is behind it.
+    fn blocks(
+        &mut self,
+        image: &mut Image,
+        header: &Header,
+        blocks: u64,
+        mut taken: Vec<Region>,
+        footer_at: Option<u64>,
+    ) -> Result<(), ReadError> {
         // A table may have more entries than the disk has blocks, and the file need not have those.
         let table = Table::parse(&self.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
-        let mut taken = vec![Region { at: 0, len: FOOTER_SIZE as u64 }, Region { at, len: HEADER_SIZE as u64 }];
         // It is written sector by sector.
         let own = Region { at: header.table_at(), len: Table::bytes(blocks as u32) };
         if !own.at.is_multiple_of(SECTOR_SIZE) || taken.iter().any(|region| region.meets(own)) {
@@ -166,17 +223,24 @@ impl Reader<'_> {
             return Err(Corrupt::Place { what: "table", at, len, file }.into());
         }
         taken.push(own);
-        image.parents = self.locators(&header, &mut taken)?;
+        (image.parents, image.parent_time) = self.locators(header, &mut taken)?;
         let (block_len, table_end) = (header.block_len(), header.table_at() + Table::bytes(header.entries()));
         image.batmap = self.batmap(table_end, &table, block_len, &mut taken)?;
         if let Some((block, blocks)) = image.batmap.as_mut().and_then(|batmap| batmap.forget_absent(&table)) {
             image.batmap_is_stale = true;
             self.minor(Corrupt::AbsentFull { block, blocks });
         }
-        table.check(block_len, &taken, footer_at)?;
+        // A file that is in use has grown by what the table had when it was read.
+        image.footer_at = footer_at.unwrap_or(self.source.size());
+        if self.parts == Parts::All {
+            table.check(block_len, &taken, image.footer_at)?;
+        }
+        let behind = taken.iter().map(|region| region.at).chain(table.allocated().map(|(_, at)| at));
+        let behind = behind.filter(|at| *at > own.at).min().unwrap_or(image.footer_at);
+        image.table_room = ((behind.saturating_sub(own.at) / 4) as u32).min(header.entries());
         image.metadata_end = taken.iter().map(|region| region.end()).fold(table_end, u64::max);
-        (image.header, image.table) = (Some(header), table);
-        Ok(image)
+        image.table = table;
+        Ok(())
     }
 
     /// `len` bytes at byte `at`, which `what` is to be in.
@@ -195,6 +259,14 @@ impl Reader<'_> {
         self.problems.push(Problem { what, fatal: false });
     }
 
+    /// A footer. That of a disabled image is good enough to be looked at: whoever has to revert it asks what it is.
+    fn parse(&self, bytes: &[u8]) -> Result<Footer, Corrupt> {
+        match <&[u8; FOOTER_SIZE]>::try_from(bytes) {
+            Ok(whole) if self.parts != Parts::All => Footer::parse_disabled(whole).map(|(footer, _)| footer),
+            _ => Footer::parse(bytes),
+        }
+    }
+
     /// The footer, and where it is, or is to be.
     fn footer(&mut self) -> Result<(Footer, u64), ReadError> {
         let size = self.source.size();
@@ -202,8 +274,8 @@ impl Reader<'_> {
             return Err(Corrupt::Short { what: "footer", len: size }.into());
         }
         let tail = self.bytes("footer", size - size.min(FOOTER_SIZE as u64), size.min(FOOTER_SIZE as u64))?;
-        let old = || Footer::parse(&tail[tail.len() - OLD_FOOTER_SIZE..]).map(|footer| (footer, OLD_FOOTER_SIZE));
-        let last = match Footer::parse(&tail) {
+        let old = || self.parse(&tail[tail.len() - OLD_FOOTER_SIZE..]).map(|footer| (footer, OLD_FOOTER_SIZE));
+        let last = match self.parse(&tail) {
             Ok(footer) => Ok((footer, FOOTER_SIZE)),
             Err(Corrupt::Disabled) => return Err(Corrupt::Disabled.into()),
             Err(error) => old().map_err(|_| error),
@@ -213,11 +285,20 @@ impl Reader<'_> {
         {
             return Ok((*footer, size - *len as u64));
         }
-        let copy = Footer::parse(&self.bytes("footer's copy", 0, size.min(FOOTER_SIZE as u64))?);
+        let copy = self.parse(&self.bytes("footer's copy", 0, size.min(FOOTER_SIZE as u64))?);
         match (last, copy) {
             (Ok((footer, len)), copy) => {
                 match copy {
                     Ok(copy) if copy == footer => {}
+                    Ok(copy) if copy.kind() != Ok(Kind::Fixed) && copy.uuid != footer.uuid => {
+                        return Err(Corrupt::TwoImages {
+                            copy: copy.uuid,
+                            copy_size: copy.size(),
+                            last: footer.uuid,
+                            last_size: footer.size(),
+                        }
+                        .into());
+                    }
                     Ok(_) => self.minor(Corrupt::CopyDiffers),
                     Err(error) => self.minor(Corrupt::Copy(Box::new(error))),
                 }
@@ -227,13 +308,14 @@ impl Reader<'_> {
                 self.minor(error);
                 Ok((copy, size))
             }
+            (Err(_), Err(Corrupt::Disabled)) => Err(Corrupt::Disabled.into()),
             (Err(error), _) => Err(error.into()),
         }
     }
 
     /// What the locators name.
-    fn locators(&mut self, header: &Header, taken: &mut Vec<Region>) -> Result<Vec<(Platform, String)>, ReadError> {
-        let mut parents = Vec::new();
+    fn locators(&mut self, header: &Header, taken: &mut Vec<Region>) -> Result<Named, ReadError> {
+        let (mut parents, mut time) = (Vec::new(), None);
         for locator in &header.locators {
             let Some(platform) = locator.platform() else { continue };
             let (at, len) = locator.place();
@@ -242,10 +324,13 @@ impl Reader<'_> {
                 self.minor(Corrupt::Place { what, at, len, file: self.source.size() });
                 continue;
             }
-            match self.bytes(what, at, len) {
+            // Others may say that there is more room for the name than the file has.
+            let space = locator.space().min(NAME_MAX).min(self.source.size().saturating_sub(at)).max(len);
+            match self.bytes(what, at, space) {
                 Ok(bytes) => {
                     taken.push(Region { at, len: locator.space() });
-                    match decode_path(platform, &bytes) {
+                    time = time.or(parent_time(&bytes, len as usize));
+                    match decode_path(platform, &bytes[..len as usize]) {
                         Some(path) => parents.push((platform, path)),
                         None => self.minor(Corrupt::Name { at }),
                     }
@@ -254,7 +339,7 @@ impl Reader<'_> {
                 Err(error) => return Err(error),
             }
         }
-        Ok(parents)
+        Ok((parents, time))
     }
 
     /// The batmap, if there is one after the table.

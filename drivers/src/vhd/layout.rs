@@ -172,8 +172,9 @@ pub fn size_max(end: u64, header: &Header) -> u64 {
     blocks * u64::from(header.block_size())
 }
 
-/// Names the parent in the header, and gives the names as they go to the file. They take the places of those that were there;
-/// where one of them is too small, all go to byte `at`, where there is room for `room` bytes.
+/// Names the parent in the header, and gives the names as they go to the file. They take the places of those that were there; where one of
+/// them is too small, all go to byte `at`, where there is room for `room` bytes; without that, those that fit take the places there are,
+/// as other programs make images with one name.
 ///
 /// # Errors
 ///
@@ -184,31 +185,35 @@ pub fn name_parent(header: &mut Header, parent: &NewParent, at: u64, room: u64) 
     changed.parent_uuid = parent.uuid;
     changed.parent_timestamp = super::timestamp(parent.unix_seconds).into();
     changed.set_parent_name(path.rsplit('/').next().unwrap_or(&path));
-    let names = PLATFORMS.map(|platform| (platform, encode_path(platform, &path)));
-    let place = |platform| header.locators.iter().position(|locator| locator.platform() == Some(platform));
-    let in_place = names
-        .iter()
-        .all(|(platform, name)| place(*platform).is_some_and(|i| header.locators[i].space() >= name.len() as u64));
+    let time = changed.parent_timestamp.get();
+    // Windows has no such names: what is a part of the name here would be a folder there.
+    let platforms = if path.contains('\\') { &PLATFORMS[..1] } else { &PLATFORMS[..] };
+    let names: Vec<_> = platforms.iter().map(|platform| (*platform, encode_path(*platform, &path))).collect();
+    let place = |platform, name: &[u8]| {
+        let fits = |locator: &&Locator| locator.platform() == Some(platform) && locator.space() >= name.len() as u64;
+        header.locators.iter().find(fits).map(|locator| (locator.place().0, locator.space()))
+    };
+    let places: Vec<_> = names.iter().map(|(platform, name)| place(*platform, name)).collect();
+    let needed = names.iter().map(|(_, name)| space(name)).sum();
+    let mut at = at;
+    let places: Vec<_> = match () {
+        () if places.iter().all(Option::is_some) => places,
+        () if needed <= room => {
+            let next = |(_, name): &(Platform, Vec<u8>)| {
+                at += space(name);
+                Some((at - space(name), space(name)))
+            };
+            names.iter().map(next).collect()
+        }
+        () if places.iter().any(Option::is_some) => places,
+        () => return Err(LayoutError::Name { path, needed, room }),
+    };
+    changed.locators = [Locator::NONE; 8];
+    let named = names.iter().zip(places).filter_map(|((platform, name), place)| Some((*platform, name, place?)));
     let mut pieces = Vec::new();
-    if in_place {
-        for (platform, name) in &names {
-            let Some(i) = place(*platform) else { continue };
-            let (at, space) = (header.locators[i].place().0, header.locators[i].space());
-            changed.locators[i] = Locator::with_space(*platform, at, name.len() as u32, space);
-            pieces.push(piece(at, name, space));
-        }
-    } else {
-        let needed = names.iter().map(|(_, name)| space(name)).sum();
-        if needed > room {
-            return Err(LayoutError::Name { path, needed, room });
-        }
-        changed.locators = [Locator::NONE; 8];
-        let mut at = at;
-        for (i, (platform, name)) in names.iter().enumerate() {
-            changed.locators[i] = Locator::new(*platform, at, name.len() as u32);
-            pieces.push(piece(at, name, space(name)));
-            at += space(name);
-        }
+    for (locator, (platform, name, (at, space))) in changed.locators.iter_mut().zip(named) {
+        *locator = Locator::with_space(platform, at, name.len() as u32, space);
+        pieces.push(piece(at, name, space, time));
     }
     changed.seal();
     *header = changed;
@@ -219,10 +224,31 @@ fn space(name: &[u8]) -> u64 {
     (name.len() as u64).next_multiple_of(SECTOR_SIZE)
 }
 
-fn piece(at: u64, name: &[u8], space: u64) -> Piece {
+/// A name, and behind it, where there is room, the time of the parent's footer.
+fn piece(at: u64, name: &[u8], space: u64, timestamp: u32) -> Piece {
     let mut bytes = name.to_vec();
     bytes.resize(space as usize, 0);
+    if let Some(place) = bytes.get_mut(time_place(name.len())..).and_then(|rest| rest.first_chunk_mut::<12>()) {
+        place[..8].copy_from_slice(&TIME_MARK);
+        place[8..].copy_from_slice(&timestamp.to_be_bytes());
+    }
     Piece { at, bytes }
+}
+
+/// What begins the time of the parent's footer, which we write behind a parent's name. The header has a field for it, but others write the
+/// time there of the parent's file, by another clock; they write zeros behind a name.
+const TIME_MARK: [u8; 8] = *b"tapdtime";
+
+/// Where that time is behind a name of `len` bytes: zeros that end the name are between them.
+fn time_place(len: usize) -> usize {
+    (len + 4).next_multiple_of(4)
+}
+
+/// The time of the parent's footer, from what is behind a parent's name of `len` bytes. None: whoever named the parent did not say.
+pub(super) fn parent_time(space: &[u8], len: usize) -> Option<u32> {
+    let found = space.get(time_place(len)..)?.first_chunk::<12>()?;
+    let (mark, time) = found.split_first_chunk::<8>()?;
+    (*mark == TIME_MARK).then_some(u32::from_be_bytes(*time.first_chunk()?))
 }
 
 /// Relative paths begin with a dot: Windows and blktap expect it.
@@ -292,13 +318,41 @@ mod tests {
         let pieces = name_parent(&mut header, &other("../b/c.vhd".into()), 1 << 20, 0).unwrap();
         assert_eq!(pieces.iter().map(|piece| piece.at).collect::<Vec<_>>(), [4608, 5120, 5632]);
         assert!(pieces[0].bytes.starts_with(b"file://../b/c.vhd\0") && pieces[0].bytes.len() == 512);
-        let long = other(format!("/{}/c.vhd", "x".repeat(300)));
+        assert_eq!(parent_time(&pieces[1].bytes, encode_path(Platform::W2ku, "../b/c.vhd").len()), Some(0));
+        let longer = other(format!("/{}/c.vhd", "x".repeat(600)));
         let before = header;
-        let wrong = name_parent(&mut header, &long, 1 << 20, 2047).unwrap_err();
-        assert!(matches!(wrong, LayoutError::Name { needed: 2560, room: 2047, .. }), "{wrong}");
+        let wrong = name_parent(&mut header, &longer, 1 << 20, 2047).unwrap_err();
+        assert!(matches!(wrong, LayoutError::Name { needed: 4096, room: 2047, .. }), "{wrong}");
         assert_eq!(header, before);
+        let long = other(format!("/{}/c.vhd", "x".repeat(300)));
+        let pieces = name_parent(&mut header, &long, 1 << 20, 2047).unwrap();
+        assert_eq!(pieces.iter().map(|piece| piece.at).collect::<Vec<_>>(), [4608], "the one name that fits");
+        assert_eq!(header.locators.iter().filter(|locator| **locator != Locator::NONE).count(), 1);
+        let mut header = before;
         let pieces = name_parent(&mut header, &long, 1 << 20, 2560).unwrap();
         assert_eq!((pieces[0].at, pieces[2].at), (1 << 20, (1 << 20) + 1536));
         assert_eq!(Header::parse(header.as_bytes()), Ok(header));
+    }
+
+    #[test]
+    fn a_backslash_is_a_part_of_a_name_only_where_it_is_no_separator() {
+        let layout = new(1 << 30, 0, Some("a\\b.vhd")).unwrap();
+        assert_eq!(layout.names.len(), 1);
+        assert_eq!(layout.header.locators[0].platform(), Some(Platform::MacX));
+        assert_eq!(layout.header.locators[1], Locator::NONE);
+        assert!(layout.names[0].bytes.starts_with(b"file://./a\\b.vhd"));
+    }
+
+    #[test]
+    fn what_others_write_behind_a_name_is_no_time() {
+        for (space, len) in
+            [(vec![0; 512], 20), (b"./a.vhd\0\0\0\0tapdtim".to_vec(), 7), (vec![1; 8], 8), (vec![], 0)]
+        {
+            assert_eq!(parent_time(&space, len), None);
+        }
+        let time = piece(0, b"./a.vhd", 512, 7);
+        assert_eq!(parent_time(&time.bytes, 7), Some(7));
+        let full = piece(0, &[b'x'; 500], 512, 7);
+        assert_eq!((full.bytes.len(), parent_time(&full.bytes, 500)), (512, None));
     }
 }

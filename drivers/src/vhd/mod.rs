@@ -33,7 +33,7 @@ pub use disk::{Disk, Settings};
 pub use fixed::Fixed;
 pub use footer::{FOOTER_SIZE, Footer, Geometry, IN_USE, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
-pub use image::{Image, Problem, ReadError, Source};
+pub use image::{Image, Parts, Problem, ReadError, Source};
 pub use relink::relink;
 pub use repair::Repair;
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};
@@ -89,7 +89,10 @@ pub enum Corrupt {
         what: &'static str,
     },
     /// blktap's mark.
-    #[error("it is marked as not to be used by anybody (v_poison)")]
+    #[error(
+        "it is disabled (v_poison): a resize of it was cut short; vhd-util revert -n IMAGE -j JOURNAL, with the journal of that resize, \
+         makes it what it was"
+    )]
     Disabled,
     /// Bytes have changed, or were never written.
     #[error("the checksum of its {what} is {found:#010x}, and should be {computed:#010x}")]
@@ -132,6 +135,22 @@ pub enum Corrupt {
     /// The footers say different things; that at the end counts.
     #[error("its footer and the copy at the beginning differ")]
     CopyDiffers,
+    /// The footers are of two images, and one of them is not this one's.
+    #[error(
+        "it has the footers of two images: at its beginning, beside the header, of {copy} with {copy_size} bytes, and at its end of {last} \
+         with {last_size} bytes; the last may be left from what was there before: vhd-util modify -n IMAGE -s BYTES, BYTES being its \
+         size, writes the first there"
+    )]
+    TwoImages {
+        /// The UUID in the copy.
+        copy: Uuid,
+        /// Bytes of its disk.
+        copy_size: u64,
+        /// The UUID in the footer at the end.
+        last: Uuid,
+        /// Bytes of its disk.
+        last_size: u64,
+    },
     /// The name of the parent is no text.
     #[error("the parent's name at byte {at} is no text")]
     Name {

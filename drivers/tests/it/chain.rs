@@ -99,7 +99,7 @@ impl Layer {
 
     fn close(mut self) -> (File, Where) {
         let file = &mut self.file;
-        let size = self.disk.close(1_000_000_000, &mut |at, bytes| put(file, at, bytes));
+        let size = self.disk.close(1_000_000_000, &mut |write| put(file, write.at, &write.bytes));
         if let Some(size) = size {
             file.0.resize(size as usize, 0);
         }

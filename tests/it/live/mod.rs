@@ -2,4 +2,6 @@
 
 mod coalesce;
 mod random;
+mod restart;
 mod snapshots;
+mod storage_manager;

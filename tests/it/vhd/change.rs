@@ -5,7 +5,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::common::PATIENCE;
-use crate::common::served::{folder, run, tool};
+use crate::common::live::BOTH;
+use crate::common::served::{Served, folder, run, tool};
 use crate::common::vhd::{disk, good, image, vhd_util, write};
 use drivers::vhd::Kind;
 use fastrand::Rng;
@@ -271,11 +272,22 @@ fn a_resize_that_is_killed_is_reverted() {
     let status = limited.args(["resize", "-s", "1000000", "-n"]).arg(&disk_path).arg("-j").arg(&journal).status();
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status.unwrap()), Some(libc::SIGXFSZ));
     assert!(journal.exists() && std::fs::read(&disk_path).unwrap() != before);
-    // Another one must not write over the journal, and that must not be used for another image.
-    let said = vhd_util("resize -s 1000000 -n {} -j {}", &[&disk_path, &journal]);
+    // Nobody uses the image, and the journal must not be used for another one, nor be written over.
+    for command in
+        ["resize -s 1000000 -n {} -j {}", "check -n {}", "modify -z -n {}", "coalesce -n {}", "repair -n {}"]
+    {
+        let paths: [&Path; 2] = [&disk_path, &journal];
+        let said = vhd_util(command, &paths[..command.matches("{}").count()]);
+        let text = said.out + &said.err;
+        assert!(said.code == libc::EINVAL && text.contains("vhd-util revert"), "{command}: {} {text}", said.code);
+    }
+    let (_, text) = Served::refused(&format!("path = '{}'\ntype = 'vhd'", disk_path.display()), BOTH);
+    assert!(text.contains("vhd-util revert"), "{text}");
+    assert_eq!(good("query -v -n {}", &[&disk_path]), "40\n", "who has to revert it asks what it is");
+    good("create -n {} -s 40", &[&path("other.vhd")]);
+    let said = vhd_util("resize -s 1000000 -n {} -j {}", &[&path("other.vhd"), &journal]);
     assert_eq!((said.code, said.out.as_str()), (libc::EEXIST, "creating journal failed: -17\n"));
     assert!(said.err.contains("run vhd-util revert first"), "{}", said.err);
-    good("create -n {} -s 40", &[&path("other.vhd")]);
     let said = vhd_util("revert -n {} -j {}", &[&path("other.vhd"), &journal]);
     assert_eq!((said.code, said.out.as_str()), (libc::EINVAL, "opening journal failed: -22\n"));
     assert_eq!(good("revert --debug -n {} -j {}", &[&disk_path, &journal]), "");

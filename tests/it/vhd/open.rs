@@ -6,6 +6,7 @@ use std::process::Command;
 use crate::common::guest::Guest;
 use crate::common::served::{Served, folder, run};
 use crate::common::small_fs::Loop;
+use crate::common::vhd::good;
 use crate::common::vhd_made::{self as vhd, Parent, stop, table};
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Uuid};
 use nix::sys::signal::Signal;
@@ -122,6 +123,10 @@ fn parents_are_in_the_folder_of_the_image_or_in_those_that_are_named() {
 fn a_parent_that_was_written_since_is_refused_unless_one_knows_better() {
     let folder = folder();
     let (below, leaf) = two(folder.path(), "base.vhd", "leaf.vhd", "./base.vhd");
+    // As vhd-util makes it, and as another program does: that has the time of the parent's file, by another clock.
+    let others = leaf.with_file_name("others.vhd");
+    std::fs::copy(&leaf, &others).unwrap();
+    good("modify -n {} -p {}", &[&leaf, &below]);
     stop(start(&leaf, ""), &leaf);
     let expected = vhd::image(&below).footer.timestamp.get();
     // Opened and not written, it is as it was.
@@ -140,6 +145,17 @@ fn a_parent_that_was_written_since_is_refused_unless_one_knows_better() {
         below.display()
     );
     assert_eq!(refused(&leaf, ""), text);
+    stop(start(&others, ""), &others);
+    let footer = vhd::image(&below).footer;
+    for (behind, served) in [(1800, true), (1801, false)] {
+        let time = found - behind;
+        vhd::child(&others, SIZE, 2, Parent { path: "./base.vhd", uuid: footer.uuid, time });
+        if served {
+            stop(start(&others, ""), &others)
+        } else {
+            assert!(refused(&others, "").contains("has changed since"))
+        }
+    }
     let served = start(&leaf, "changed_parent = 'serve'");
     assert_eq!(Guest::connect(&served.ring()).read(0, 512), Ok(vec![9; 512]));
     stop(served, &leaf);

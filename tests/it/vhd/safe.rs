@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::common::guest::Guest;
 use crate::common::live::BOTH;
-use crate::common::served::{Served, folder, run};
+use crate::common::served::{Served, folder, output, run};
 use crate::common::vhd::good;
 use crate::common::vhd_made::{self as vhd, stop, table};
 use drivers::vhd::{Footer, Kind, Uuid};
@@ -118,9 +118,26 @@ fn a_flush_of_the_images_own_that_fails_fails_the_guests_next_one() {
     assert_ne!(guest.write(0, &[1; 512]), 0, "its block's flush has failed");
     run(served.tap_ctl().args(["fault", "--off"]));
     assert_ne!(flush(&mut guest), 0);
-    assert_eq!((flush(&mut guest), guest.write(0, &[2; 512]), flush(&mut guest)), (0, 0, 0));
+    assert_eq!(
+        (flush(&mut guest), guest.write(0, &[2; 512]), flush(&mut guest)),
+        (-1, -1, -1),
+        "what is lost stays lost"
+    );
+    assert!(served.debug_queue()["failed_flush"].as_str().unwrap().contains("EIO"));
+    served.wait_log("no flush succeeds any more until the image is opened anew");
+    assert_ne!(tap_ctl(&served, "pause"), 0);
+    assert_eq!(tap_ctl(&served, "unpause"), 0);
+    // The engine is a new one, too, with the faults that are configured.
+    run(served.tap_ctl().args(["fault", "--off"]));
+    assert_eq!((flush(&mut guest), flush(&mut guest)), (-1, 0), "told once more, to whoever has not heard it");
+    assert_eq!((guest.write(0, &[2; 512]), flush(&mut guest)), (0, 0));
     drop(guest);
     stop(served, &path);
+}
+
+/// Its exit code.
+fn tap_ctl(served: &Served, command: &str) -> i32 {
+    output(served.tap_ctl().arg(command)).status.code().unwrap()
 }
 
 /// Whether the child's parent is refused as one that was changed.
@@ -135,6 +152,7 @@ fn a_parent_that_was_written_before_it_was_killed_or_that_is_fixed_has_changed()
         let (path, folder) = image(options, 8);
         let child = folder.path().join("child.vhd");
         vhd::snapshot(&child, 3, &path);
+        good("modify -n {} -p {}", &[&child, &path]);
         stop(Served::start(&table(&child), BOTH), &child);
         // Times are in seconds.
         std::thread::sleep(Duration::from_millis(1100));

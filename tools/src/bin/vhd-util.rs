@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    tools::vhd_util::run(&tools::vhd_util::Args::parse())
+    tools::vhd_util::main()
 }

@@ -172,7 +172,22 @@ pub struct Read {
     /// The batmap's bits, as they are in the file
     #[arg(short = 'a')]
     pub batmap: bool,
-    /// How many blocks, with -b and -m
+    /// Where a sector of the disk is
+    #[arg(short = 't', value_name = "SECTOR")]
+    pub sector: Option<u64>,
+    /// A sector's bit in its block's bitmap
+    #[arg(short = 'i', value_name = "SECTOR")]
+    pub bit: Option<u64>,
+    /// A block's bit in the batmap, on standard error
+    #[arg(short = 'j', value_name = "BLOCK")]
+    pub full: Option<u32>,
+    /// A block's data, as it is in the file
+    #[arg(short, value_name = "BLOCK")]
+    pub data: Option<u32>,
+    /// Sectors of the disk from this one on, as a guest sees them: with what the parents hold
+    #[arg(short = 'r', value_name = "SECTOR")]
+    pub sectors: Option<u64>,
+    /// How many blocks or sectors
     #[arg(short, value_name = "COUNT", default_value_t = 1)]
     pub count: u32,
     /// Numbers in hexadecimal

@@ -1,10 +1,11 @@
 //! `check`: says whether an image is good, and all that is not.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{Corrupt, Problem, Uuid};
+use drivers::vhd::{Corrupt, Parts, Problem, Uuid};
 use nix::errno::Errno;
 use tapdisk::chain::{self, Error, Layer, Rules};
 
@@ -41,7 +42,7 @@ pub(super) fn check(check: &Check, out: &mut dyn Write) -> Result<()> {
 fn paths(check: &Check) -> Result<Vec<PathBuf>> {
     let mut paths = vec![check.name.clone()];
     if check.parents {
-        match chain::chain(&check.name, &Rules::ANY) {
+        match chain::chain(&check.name, &Rules::HEADS) {
             Ok(layers) => {
                 let parents = layers.into_iter().skip(1).filter(|layer| layer.image.is_some());
                 paths.extend(parents.map(|layer| layer.path));
@@ -72,7 +73,7 @@ fn told(problem: &Problem) -> String {
 
 /// What is wrong about the parent: it is not there, or it is another image.
 fn parent_problem(check: &Check, path: &Path) -> Result<Option<String>> {
-    let Some(image) = chain::layer(path)?.image else { return Ok(None) };
+    let Some(image) = chain::parts(path, Parts::Heads, false)?.image else { return Ok(None) };
     let parent = match chain::parent(path, &image) {
         Ok(Some(parent)) => parent,
         Ok(None) => return Ok(None),
@@ -82,7 +83,7 @@ fn parent_problem(check: &Check, path: &Path) -> Result<Option<String>> {
     if expected == Uuid::NIL || check.ignore_uuid {
         return Ok(None);
     }
-    Ok(match chain::layer(&parent) {
+    Ok(match chain::parts(&parent, Parts::Heads, false) {
         Err(error) => Some(format!("its parent is no good: {error}")),
         Ok(Layer { image: Some(found), .. }) if found.footer.uuid != expected => {
             let found = found.footer.uuid;
@@ -98,17 +99,23 @@ fn without(path: &Path, error: &Error) -> String {
     text.strip_prefix(&format!("{}: ", path.display())).map_or(text.clone(), str::to_owned)
 }
 
+/// Sectors of a part of the disk: blocks of two images may differ in size.
+const PART: u64 = 4096;
+
+/// The sectors that are held, a bit for each, of each part of which some may be.
+type Held = BTreeMap<u64, Vec<u8>>;
+
 /// How many sectors the images hold, and how many of them their children do not.
 fn stats(check: &Check, out: &mut dyn Write) -> Result<()> {
     let layers =
         if check.parents { chain::chain(&check.name, &Rules::ANY)? } else { vec![chain::layer(&check.name)?] };
     let share = |part: u64, of: u64| if of == 0 { 0.0 } else { part as f64 / of as f64 * 100.0 };
     // The sectors of the image above, and of all that are above.
-    let mut above: Option<(Vec<u8>, Vec<u8>)> = None;
+    let mut above: Option<(Held, Held)> = None;
     for layer in layers.iter().filter(|layer| layer.image.is_some()) {
         let (allocated, held) = sectors(layer)?;
         let name = layer.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let own = count(&held, &[]);
+        let own = count(&held, &Held::new());
         let part = share(own, allocated);
         let mut line = format!("{name}: secs allocated: {allocated:#x} secs written: {own:#x} ({part:.2}%)");
         if let Some((one, all)) = &above {
@@ -118,35 +125,43 @@ fn stats(check: &Check, out: &mut dyn Write) -> Result<()> {
             line += &format!(" secs not in ancestors: {not_all:#x} ({all:.2}%)");
         }
         writeln!(out, "{line}").map_err(Failure::output)?;
-        let mut all = above.map_or_else(Vec::new, |(_, all)| all);
-        all.resize(all.len().max(held.len()), 0);
-        all.iter_mut().zip(&held).for_each(|(all, held)| *all |= held);
+        let mut all = above.map_or_else(Held::new, |(_, all)| all);
+        for (part, bits) in &held {
+            let all = all.entry(*part).or_insert_with(|| vec![0; bits.len()]);
+            all.iter_mut().zip(bits).for_each(|(all, bits)| *all |= bits);
+        }
         above = Some((held, all));
     }
     Ok(())
 }
 
 /// Bits that are set, and are not in `but`.
-fn count(bits: &[u8], but: &[u8]) -> u64 {
-    let but = but.iter().copied().chain(std::iter::repeat(0));
-    bits.iter().zip(but).map(|(bit, but)| u64::from((bit & !but).count_ones())).sum()
+fn count(held: &Held, but: &Held) -> u64 {
+    let of_part = |(part, bits): (&u64, &Vec<u8>)| {
+        let but = but.get(part).map_or(&[][..], Vec::as_slice).iter().copied().chain(std::iter::repeat(0));
+        bits.iter().zip(but).map(|(bit, but)| u64::from((bit & !but).count_ones())).sum::<u64>()
+    };
+    held.iter().map(of_part).sum()
 }
 
-/// How many sectors an image has room for in its blocks, and a bit for each that it holds.
-fn sectors(layer: &Layer) -> Result<(u64, Vec<u8>)> {
+/// How many sectors an image has room for in its blocks, and those that it holds.
+fn sectors(layer: &Layer) -> Result<(u64, Held)> {
     let image = layer.image.as_ref();
     let Some((image, header)) = image.and_then(|image| Some((image, image.header.as_ref()?))) else {
-        return Ok((0, Vec::new()));
+        return Ok((0, Held::new()));
     };
     let file = std::fs::File::open(&layer.path).map_err(Failure::io(&layer.path, "open it"))?;
     let of_block = u64::from(header.block_size()) / 512;
-    let mut held = vec![0; (u64::from(image.table.blocks()) * of_block).div_ceil(8) as usize];
-    let mut allocated = 0;
+    let (mut held, mut allocated) = (Held::new(), 0);
+    let mut bits = vec![0; (of_block / 8) as usize];
     for (block, at) in image.table.allocated() {
-        let begin = (u64::from(block) * of_block / 8) as usize;
-        let place = &mut held[begin..begin + (of_block / 8) as usize];
-        file.read_exact_at(place, at).map_err(Failure::io(&layer.path, "read it"))?;
+        file.read_exact_at(&mut bits, at).map_err(Failure::io(&layer.path, "read it"))?;
         allocated += of_block;
+        for (i, byte) in bits.iter().enumerate() {
+            let sector = u64::from(block) * of_block + 8 * i as u64;
+            let part = held.entry(sector / PART).or_insert_with(|| vec![0; (PART / 8) as usize]);
+            part[(sector % PART / 8) as usize] = *byte;
+        }
     }
     Ok((allocated, held))
 }

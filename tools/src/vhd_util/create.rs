@@ -11,6 +11,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tapdisk::chain::{self, Layer, Rules};
 
 use tapdisk::vhd::parent::new_parent;
+use tapdisk::volume;
 
 use super::failure::{self, Failure, Result};
 use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
@@ -114,7 +115,7 @@ fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
 
 /// Makes a differencing image.
 pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
-    let given = args.parent.canonicalize().map_err(Failure::io(&args.parent, "find it"))?;
+    let given = volume::lasting_name(&args.parent).map_err(Failure::io(&args.parent, "find it"))?;
     let given = if args.raw { raw(&given)? } else { chain::layer(&given)? };
     let size = disk_size(&given);
     let parent = if args.raw || args.even_empty { given } else { not_empty(given)? };
@@ -147,7 +148,7 @@ pub(super) fn raw(path: &Path) -> Result<Layer> {
 
 /// The size of an image's disk; of a raw one whole sectors.
 fn disk_size(layer: &Layer) -> u64 {
-    layer.image.as_ref().map_or(layer.file_size.next_multiple_of(512), |image| image.footer.size())
+    layer.image.as_ref().map_or(layer.file_size.next_multiple_of(512), |image| image.size)
 }
 
 /// The first of a chain that has a block: an image without one is no use as a parent.
@@ -167,7 +168,7 @@ fn not_empty(layer: Layer) -> Result<Layer> {
 
 /// Images of a chain, as `query -d` counts them.
 fn depth(path: &Path) -> Result<u32> {
-    let layers = chain::chain(path, &Rules::ANY).map_err(Failure::from);
+    let layers = chain::chain(path, &Rules::HEADS).map_err(Failure::from);
     let layers =
         layers.map_err(|failure| failure.saying(|errno| format!("error checking snapshot depth: {errno}")))?;
     Ok(layers.len() as u32)
@@ -191,7 +192,7 @@ mod tests {
                 |to| put(to, &layout),
                 |after| match testing::image_of(after) {
                     Some(image) if image.footer.uuid == uuid => {
-                        assert_eq!((image.footer.size(), image.table.allocated().count()), (10 << 20, 0));
+                        assert_eq!((image.size, image.table.allocated().count()), (10 << 20, 0));
                         assert_eq!(testing::fatal(after), None);
                     }
                     // On a device, what was there may still be, but not with other blocks.

@@ -52,7 +52,7 @@ impl Disk {
                         that has the key";
             return Err(Failure::new(Errno::EOPNOTSUPP, &layer.path, text));
         }
-        let size = layers[0].image.as_ref().map_or(layers[0].file_size, |image| image.footer.size());
+        let size = layers[0].image.as_ref().map_or(layers[0].file_size, |image| image.size);
         let open = |layer: Layer| {
             let file = ReadFile::open(&layer.path)?;
             Ok(Open { layer, file, bitmap: RefCell::new((u64::MAX, Vec::new())) })
@@ -76,7 +76,7 @@ impl Disk {
         let zeros = |at, len| Run { at, len, from: None };
         let Some(open) = self.layers.get(depth) else { return each(zeros(at, len)) };
         let file = &*open.file.file;
-        let size = open.layer.image.as_ref().map_or(open.layer.file_size, |image| image.footer.size());
+        let size = open.layer.image.as_ref().map_or(open.layer.file_size, |image| image.size);
         let own = len.min(size.saturating_sub(at));
         match open.layer.image.as_ref().and_then(|image| Some((image, image.header.as_ref()?))) {
             _ if own == 0 => {}

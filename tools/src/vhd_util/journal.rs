@@ -10,15 +10,21 @@
 //! 512   what is saved
 //! ```
 //!
-//! All numbers are big-endian. It is ours: blktap's are not read.
+//! All numbers are big-endian. It is ours: blktap's are known, and not read.
+//!
+//! From the journal's completion to the end of the resize, or of its undoing, the image's footers say that it is disabled: nobody uses
+//! it, and so nothing that a guest has written is undone.
 
 use std::io;
 
-use drivers::vhd::{Source, Uuid};
+use drivers::vhd::{FOOTER_SIZE, Footer, Source, Uuid};
+use zerocopy::IntoBytes;
 
 use super::file::Medium;
 
 const MAGIC: &[u8; 8] = b"tapvhdrj";
+/// What a journal of blktap's begins with (libvhd-journal.h).
+const BLKTAP: &[u8; 8] = b"vjournal";
 const HEADER: u64 = 512;
 /// Ranges that a header has room for.
 const RANGES_MAX: u64 = (HEADER - 56) / 16;
@@ -45,6 +51,8 @@ pub(super) struct Journal {
 pub(super) enum State {
     /// It is something else.
     Foreign,
+    /// It is blktap's.
+    Blktap,
     /// There is nothing to undo: nothing was done, or all.
     Idle,
     /// There is something to undo.
@@ -83,13 +91,41 @@ impl Journal {
         to.sync()
     }
 
-    /// Makes the image what it was. If it is interrupted, it can be done again.
+    /// Makes the image what it was. If it is interrupted, it can be done again: the footers come last, and until then say that it is
+    /// disabled.
     pub(super) fn restore(&self, image: &dyn Medium) -> io::Result<()> {
+        let mut footers = Vec::new();
         for (at, bytes) in &self.saved {
-            image.write_at(*at, bytes)?;
+            let mut bytes = bytes.clone();
+            for place in self.footers(*at, bytes.len()) {
+                let sector = &mut bytes[place..place + FOOTER_SIZE];
+                let mut footer = [0; FOOTER_SIZE];
+                footer.copy_from_slice(sector);
+                if let Ok((mut disabled, _)) = Footer::parse_disabled(&footer) {
+                    disabled.disable();
+                    disabled.seal();
+                    sector.copy_from_slice(disabled.as_bytes());
+                }
+                footers.push((*at + place as u64, footer));
+            }
+            image.write_at(*at, &bytes)?;
         }
         image.set_len(self.len)?;
-        image.sync()
+        image.sync()?;
+        for (at, footer) in footers {
+            image.write_at(at, &footer)?;
+            image.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Where footers are in what is saved of `len` bytes at byte `at`: at the image's beginning, and at its end.
+    fn footers(&self, at: u64, len: usize) -> impl Iterator<Item = usize> {
+        let last = self.len.saturating_sub(FOOTER_SIZE as u64);
+        [0, last].into_iter().filter_map(move |place| {
+            let within = usize::try_from(place.checked_sub(at)?).ok()?;
+            (within + FOOTER_SIZE <= len).then_some(within)
+        })
     }
 
     fn header(&self, state: u64) -> [u8; HEADER as usize] {
@@ -116,6 +152,9 @@ impl Journal {
             return Ok(State::Foreign);
         }
         from.read_at(0, &mut header)?;
+        if header[..8] == *BLKTAP {
+            return Ok(State::Blktap);
+        }
         if header[..8] != *MAGIC {
             return Ok(State::Foreign);
         }
@@ -168,7 +207,7 @@ mod tests {
                 |to| journal.write(to),
                 |after| match Journal::read(after).unwrap() {
                     State::Complete(found) => assert!(found == journal || found == other),
-                    State::Idle | State::Foreign => {}
+                    State::Idle | State::Foreign | State::Blktap => {}
                 },
             );
             journal.write(&start).unwrap();

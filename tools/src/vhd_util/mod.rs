@@ -25,6 +25,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use clap::Parser;
 use nix::errno::Errno;
 
 pub use args::*;
@@ -36,6 +37,18 @@ pub fn grow(image: &Path, size: u64) -> std::result::Result<(), (Errno, String)>
     let (name, size) = (image.to_owned(), size.div_ceil(1 << 20));
     let done = resize::resize(&Resize { name, size, journal: None, fast: true });
     done.map_err(|failure| (failure.errno, failure.text))
+}
+
+/// Does what this process' command line says. One that is wrong is EINVAL.
+pub fn main() -> ExitCode {
+    match Args::try_parse() {
+        Ok(args) => run(&args),
+        Err(error) => {
+            // Where nobody can read it, the exit code says it.
+            let _ = error.print();
+            if error.use_stderr() { ExitCode::from(Errno::EINVAL as u8) } else { ExitCode::SUCCESS }
+        }
+    }
 }
 
 /// Does what the command line says.

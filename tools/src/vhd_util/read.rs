@@ -3,18 +3,23 @@
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
-use drivers::vhd::{Footer, Header, Image, Kind, Locator, Platform, decode_path, unix_seconds};
+use drivers::vhd::{Footer, Header, Image, Kind, Locator, Parts, Platform, bitmap, decode_path, unix_seconds};
 use nix::errno::Errno;
 use tapdisk::chain;
 use zerocopy::IntoBytes;
 
 use super::Read;
+use super::disk::{self, Disk};
 use super::failure::{Failure, Result};
+
+const SECTOR: u64 = 512;
+/// Bytes that are read at a time.
+const PIECE: usize = 1 << 20;
 
 /// Prints what is asked for.
 pub(super) fn read(args: &Read, out: &mut dyn Write) -> Result<()> {
     let path = &args.name;
-    let layer = chain::layer(path).map_err(Failure::from);
+    let layer = chain::parts(path, Parts::Unchecked, false).map_err(Failure::from);
     let layer =
         layer.map_err(|failure| failure.saying(|errno| format!("Failed to open {}: {errno}", path.display())))?;
     let Some(image) = &layer.image else { return Ok(()) };
@@ -31,6 +36,21 @@ pub(super) fn read(args: &Read, out: &mut dyn Write) -> Result<()> {
     }
     if let Some(block) = args.bitmap {
         reader.bitmaps(block)?;
+    }
+    if let Some(sector) = args.sector {
+        reader.sector_places(sector)?;
+    }
+    if let Some(sector) = args.bit {
+        reader.bits(sector)?;
+    }
+    if let Some(block) = args.full {
+        reader.full(block)?;
+    }
+    if let Some(block) = args.data {
+        reader.data(block)?;
+    }
+    if let Some(sector) = args.sectors {
+        reader.sectors(sector)?;
     }
     if args.batmap {
         let batmap = image.batmap.as_ref().ok_or_else(|| super::set::no_batmap(path))?;
@@ -95,7 +115,7 @@ impl Reader<'_> {
     fn blocks(&mut self) -> Result<()> {
         let header = self.header()?;
         // As blktap has it: what is less than a whole block at the end is not counted.
-        let whole = (self.image.footer.size() / u64::from(header.block_size())) as usize;
+        let whole = (self.image.size / u64::from(header.block_size())) as usize;
         let mut bits = vec![0u8; whole.div_ceil(8)];
         for (block, _) in self.image.table.allocated().filter(|(block, _)| (*block as usize) < whole) {
             bits[block as usize / 8] |= 0x80 >> (block % 8);
@@ -117,6 +137,106 @@ impl Reader<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Sectors of the disk from one on, as many as are asked for.
+    fn sector_range(&self, first: u64) -> Result<std::ops::Range<u64>> {
+        let sectors = self.image.size / SECTOR;
+        match first.checked_add(self.args.count.into()) {
+            Some(end) if end <= sectors => Ok(first..end),
+            _ => {
+                let text = format!("sector {first} and what follows: it has {sectors} sectors");
+                Err(Failure::new(Errno::ERANGE, &self.args.name, text))
+            }
+        }
+    }
+
+    /// A sector's block, and its number in that.
+    fn block_of(&self, sector: u64) -> Result<(u32, u64)> {
+        let in_block = u64::from(self.header()?.block_size()) / SECTOR;
+        Ok(((sector / in_block) as u32, sector % in_block))
+    }
+
+    /// The places of some sectors.
+    fn sector_places(&mut self, first: u64) -> Result<()> {
+        let bitmap = self.header()?.bitmap_size();
+        for sector in self.sector_range(first)? {
+            let (block, within) = self.block_of(sector)?;
+            let place = self.image.table.get(block).map(|at| at + bitmap + within * SECTOR);
+            let place = place.map_or_else(|| "not allocated".to_owned(), |at| self.number(at));
+            let [sector, block, within] = [sector, block.into(), within].map(|number| self.number(number));
+            self.line(&format!(
+                "logical sector {sector}: block number: {block}, sector offset: {within}, file offset: {place}"
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// The bits of some sectors.
+    fn bits(&mut self, first: u64) -> Result<()> {
+        let mut bits = vec![0; self.header()?.bitmap_size() as usize];
+        let mut read = None;
+        for sector in self.sector_range(first)? {
+            let (block, within) = self.block_of(sector)?;
+            if read.replace(block) != Some(block) {
+                bits.fill(0);
+                if let Some(at) = self.image.table.get(block) {
+                    let done = self.file.read_exact_at(&mut bits, at);
+                    done.map_err(Failure::io(&self.args.name, "read it"))?;
+                }
+            }
+            let bit = u8::from(bitmap::is_set(&bits, within as u32));
+            self.line(&format!("block {}: sec: {}: {bit}", self.number(block), self.number(within)))?;
+        }
+        Ok(())
+    }
+
+    /// What the batmap says of some blocks.
+    fn full(&mut self, first: u32) -> Result<()> {
+        let batmap = self.image.batmap.as_ref().ok_or_else(|| super::set::no_batmap(&self.args.name))?;
+        for block in self.range(first)? {
+            eprintln!("batmap for block {}: {}", self.number(block), u8::from(batmap.is_full(block)));
+        }
+        Ok(())
+    }
+
+    /// The data of some blocks.
+    fn data(&mut self, first: u32) -> Result<()> {
+        let (bitmap, len) = (self.header()?.bitmap_size(), self.header()?.block_size());
+        let mut data = vec![0; len as usize];
+        for block in self.range(first)? {
+            match self.image.table.get(block) {
+                None => self.line(&format!("block {} not allocated", self.number(block)))?,
+                Some(at) => {
+                    let done = self.file.read_exact_at(&mut data, at + bitmap);
+                    done.map_err(Failure::io(&self.args.name, "read it"))?;
+                    self.out.write_all(&data).map_err(Failure::output)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Some sectors of the disk.
+    fn sectors(&mut self, first: u64) -> Result<()> {
+        let range = self.sector_range(first)?;
+        let disk = Disk::open(&self.args.name, true)?;
+        let mut buffer = vec![0; PIECE];
+        disk.runs(range.start * SECTOR, (range.end - range.start) * SECTOR, &mut |run| {
+            let mut done = 0;
+            while done < run.len {
+                let piece = &mut buffer[..(run.len - done).min(PIECE as u64) as usize];
+                match run.from {
+                    Some((file, at)) => {
+                        disk::read(file, at + done, piece).map_err(Failure::io(&self.args.name, "read it"))?
+                    }
+                    None => piece.fill(0),
+                }
+                self.out.write_all(piece).map_err(Failure::output)?;
+                done += piece.len() as u64;
+            }
+            Ok(())
+        })
     }
 
     /// All headers as text.

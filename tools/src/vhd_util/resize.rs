@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use drivers::vhd::layout::{self, Piece, batmap_pieces};
-use drivers::vhd::{Batmap, FOOTER_SIZE, Footer, Header, Image, Locator, SECTORS_MAX, Source, Table};
+use drivers::vhd::{Batmap, FOOTER_SIZE, Footer, Header, Image, Kind, Locator, SECTORS_MAX, Source, Table};
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
@@ -21,7 +21,7 @@ use super::{Resize, Revert};
 pub(super) fn resize(args: &Resize) -> Result<()> {
     let path = &args.name;
     let (file, image) = open(path)?;
-    let (old, size) = (image.footer.size(), whole_blocks(mebibytes(args.size)));
+    let (old, size) = (image.size, whole_blocks(mebibytes(args.size)));
     let fail = |errno, text: String| Err(Failure::new(errno, path, text));
     if image.footer.creator != *b"tap\0" {
         let line = format!("{} not created by xen; resize not supported", path.display());
@@ -44,7 +44,8 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
         return grow_in_place(&file, &image, size).map_err(Failure::io(&file.path, "write it"));
     }
     let Some(journal_path) = &args.journal else {
-        let room = image.header.as_ref().map_or(old, Header::size_max);
+        let block_size = image.header.as_ref().map(|header| u64::from(header.block_size()));
+        let room = block_size.map_or(old, |block_size| u64::from(image.table_room) * block_size);
         return fail(Errno::EINVAL, format!("there is room for {room} bytes only: resize it with a journal (-j)"));
     };
     let journal_file = new_journal(journal_path, &image)?;
@@ -53,7 +54,7 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
     taken.write(journal).map_err(Failure::io(&journal.path, "write it"))?;
     // From here on it stays, unless the image is as it was or as it is to be.
     let journal = journal_file.leave()?;
-    let grown = plan.carry_out(&file);
+    let grown = disable(&file, &image).and_then(|()| plan.carry_out(&file));
     if let Err(error) = grown {
         let undone = taken.restore(&file).and_then(|()| taken.done(&journal));
         let state = match undone {
@@ -69,6 +70,20 @@ pub(super) fn resize(args: &Resize) -> Result<()> {
     }
     taken.done(&journal).map_err(Failure::io(&journal.path, "write it"))?;
     remove(&journal)
+}
+
+/// Disables an image, so that nobody uses it as long as only its journal makes it whole: first by the footer's copy, then by that at the
+/// end, which is the one that counts.
+fn disable(file: &dyn Medium, image: &Image) -> io::Result<()> {
+    let mut footer = image.footer;
+    footer.disable();
+    footer.seal();
+    if image.kind != Kind::Fixed {
+        file.write_at(0, footer.as_bytes())?;
+        file.sync()?;
+    }
+    file.write_at(file.size() - FOOTER_SIZE as u64, footer.as_bytes())?;
+    file.sync()
 }
 
 /// The file or device of a new journal. One that is needed to undo another resize is left alone.
@@ -122,8 +137,8 @@ fn grow_in_place(file: &dyn Medium, image: &Image, size: u64) -> io::Result<()> 
 fn with_open_end(image: &Image) -> Option<Batmap> {
     let (header, mut batmap) = (image.header.as_ref()?, image.batmap.clone()?);
     let block_size = u64::from(header.block_size());
-    let last = (image.footer.size() / block_size) as u32;
-    let open = !image.footer.size().is_multiple_of(block_size) && batmap.is_full(last);
+    let last = (image.size / block_size) as u32;
+    let open = !image.size.is_multiple_of(block_size) && batmap.is_full(last);
     batmap.set(last, false);
     (open || image.batmap_is_stale).then_some(batmap)
 }
@@ -139,12 +154,25 @@ pub(super) fn revert(args: &Revert) -> Result<()> {
             let text = "it is no journal of a resize, or it was damaged: nothing was changed";
             return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
         }
+        State::Blktap => {
+            let text = "it is a journal of blktap's vhd-util, which has to revert it: nothing was changed";
+            return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
+        }
         State::Idle => {}
         State::Complete(saved) => {
             let uuids = uuids(&file);
             if !uuids.is_empty() && !uuids.contains(&saved.uuid) {
                 let text = format!("it is the journal of another image, {}: nothing was changed", saved.uuid);
                 return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
+            }
+            if let Ok(image) = file.image() {
+                // It may have been written since.
+                let text =
+                    "it is whole: the resize of this journal had not begun, or was complete; it stays as it is";
+                let size = image.size;
+                eprintln!("{}: {text}, with {size} bytes, and the journal is removed", args.name.display());
+                saved.done(&journal).map_err(Failure::io(&journal.path, "write it"))?;
+                return remove(&journal);
             }
             let restored = saved.restore(&file).map_err(Failure::io(&file.path, "write it"));
             restored.map_err(|failure| failure.saying(|errno| format!("reverting journal failed: {errno}")))?;
@@ -160,9 +188,9 @@ fn uuids(file: &dyn Source) -> Vec<drivers::vhd::Uuid> {
     let footers = [0, last].into_iter().filter_map(|at| {
         let mut bytes = [0; FOOTER_SIZE];
         file.read_at(at, &mut bytes).ok()?;
-        Footer::parse(&bytes).ok()
+        Footer::parse_disabled(&bytes).ok()
     });
-    footers.map(|footer| footer.uuid).collect()
+    footers.map(|(footer, _)| footer.uuid).collect()
 }
 
 /// What a resize does.
@@ -192,8 +220,9 @@ impl Plan {
             image.batmap = Some(batmap);
         }
         let old_end = image.end();
-        let old_size = image.footer.size();
+        let old_size = image.size;
         image.footer.set_size(size);
+        image.size = size;
         let mut plan =
             Plan { image, moved: Vec::new(), pieces: Vec::new(), zeros: None, overwritten: Vec::new(), end: old_end };
         if let Some(header) = plan.image.header {
@@ -221,7 +250,7 @@ impl Plan {
     /// Says where everything goes if the table has to grow.
     fn blocks(&mut self, file: &dyn Medium, old: &Header, size: u64) -> std::result::Result<(), (Errno, String)> {
         let entries = size.div_ceil(old.block_size().into());
-        if entries <= old.entries().into() {
+        if entries <= self.image.table_room.into() {
             return Ok(());
         }
         let mut header = *old;
@@ -286,6 +315,12 @@ impl Plan {
 
     /// Does it, in an order that does not matter as long as the journal is there; the footers come last.
     fn carry_out(&self, file: &dyn Medium) -> io::Result<()> {
+        if !file.is_device() {
+            // The last sector is no block's meanwhile, in which a guest may have put a footer of its own.
+            file.write_at(self.end, &[0; FOOTER_SIZE])?;
+            file.set_len(self.end + FOOTER_SIZE as u64)?;
+            file.sync()?;
+        }
         if let Some((at, len)) = self.zeros {
             file.zero(at, len)?;
         }
@@ -304,7 +339,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use drivers::vhd::Kind;
+    use drivers::vhd::{Corrupt, ReadError};
 
     use super::super::testing::{self, Memory, crashes};
     use super::*;
@@ -313,6 +348,14 @@ mod tests {
     fn grow(memory: &Memory, size: u64) -> io::Result<()> {
         let image = Image::read(memory, &mut Vec::new()).unwrap();
         Plan::make(memory, &image, size).map_err(|(errno, _)| io::Error::from(errno))?.carry_out(memory)
+    }
+
+    /// Whether nobody uses it; all else must be whole.
+    fn disabled(memory: &Memory) -> bool {
+        match Image::read(memory, &mut Vec::new()) {
+            Err(ReadError::Corrupt(Corrupt::Disabled)) => true,
+            read => read.map(|_| false).unwrap(),
+        }
     }
 
     #[test]
@@ -327,21 +370,37 @@ mod tests {
                 let plan = Plan::make(&image, &read, size).unwrap();
                 assert!(plan.moves() && !plan.moved.is_empty());
                 let journal = Journal::take(&image, read.footer.uuid, &plan.overwritten).unwrap();
+                let grown = |after: &Memory| {
+                    let content = testing::content(&[after]);
+                    assert_eq!((content.len() as u64, &content[..before.len()]), (size, &before[..]));
+                    assert!(content[before.len()..].iter().all(|byte| *byte == 0));
+                };
+                let undo = |image: &Memory| if disabled(image) { journal.restore(image) } else { Ok(()) };
                 crashes(
                     &image,
-                    |image| plan.carry_out(image),
+                    |image| disable(image, &read).and_then(|()| plan.carry_out(image)),
                     |after| {
-                        journal.restore(after).unwrap();
-                        assert_eq!(testing::problems(after), []);
+                        if !disabled(after) && testing::image_of(after).unwrap().size == size {
+                            return grown(after);
+                        }
+                        undo(after).unwrap();
+                        assert_eq!(testing::fatal(after), None);
                         assert_eq!(testing::content(&[after]), before);
                         assert_eq!(after.size(), image.size());
                         grow(after, size).unwrap();
                         assert_eq!(testing::problems(after), []);
-                        let content = testing::content(&[after]);
-                        assert_eq!((content.len() as u64, &content[..before.len()]), (size, &before[..]));
-                        assert!(content[before.len()..].iter().all(|byte| *byte == 0));
+                        grown(after);
                     },
                 );
+                let half = Memory::new(image.bytes(), device);
+                disable(&half, &read).unwrap();
+                let half = half.failing_after(5);
+                plan.carry_out(&half).unwrap_err();
+                crashes(&half.crashed(|| true), undo, |after| {
+                    undo(after).unwrap();
+                    assert_eq!(testing::fatal(after), None);
+                    assert_eq!(testing::content(&[after]), before);
+                });
             }
         }
     }

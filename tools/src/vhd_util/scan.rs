@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Source, Uuid};
+use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Parts, Source, Uuid};
 use tapdisk::chain::{self, Error, Opened};
 use tapdisk::sys::file::open_storage;
+use tapdisk::volume;
 
 use super::Scan;
 use super::failure::{Failure, Result, errno_of, read};
@@ -17,7 +18,7 @@ struct Found {
     path: PathBuf,
     capacity: u64,
     size: u64,
-    hidden: bool,
+    hidden: u8,
     marker: u8,
     key_hash: Option<KeyHash>,
     parent: Option<PathBuf>,
@@ -169,15 +170,17 @@ fn look(
     };
     let size = source.size();
     let mut found =
-        Found { path: path_shown, capacity: size, size, hidden: true, marker: 0, key_hash: None, parent: None };
+        Found { path: path_shown, capacity: size, size, hidden: 1, marker: 0, key_hash: None, parent: None };
     if raw {
         return Ok((found, false));
     }
     let fast = args.fast && !args.pretty && !args.markers;
     if let Some((footer, header)) = fast.then(|| headers(&*source)).flatten() {
-        (found.capacity, found.hidden) = (footer.size(), footer.is_hidden());
+        (found.capacity, found.hidden) = (footer.size(), footer.hidden_value());
         if footer.kind() == Ok(Kind::Differencing) {
-            found.parent = header.parent_name().map(PathBuf::from);
+            let name = header.parent_name();
+            found.parent = if volume.is_some() { name.and_then(|name| volume_name(path, &name)) } else { name }
+                .map(PathBuf::from);
             if found.parent.is_some() {
                 return Ok((found, header.parent_uuid == Uuid::NIL));
             }
@@ -185,8 +188,10 @@ fn look(
             return Ok((found, false));
         }
     }
-    let image = Image::read(&*source, &mut Vec::new()).map_err(|error| bad("opening file")(read(path)(error)))?;
-    (found.capacity, found.hidden) = (image.footer.size(), image.footer.is_hidden());
+    let parts = if args.markers { Parts::Unchecked } else { Parts::Heads };
+    let image = Image::read_parts(&*source, parts, &mut Vec::new())
+        .map_err(|error| bad("opening file")(read(path)(error)))?;
+    (found.capacity, found.hidden) = (image.size, image.footer.hidden_value());
     if let Some(batmap) = &image.batmap {
         (found.marker, found.key_hash) = (batmap.marker, batmap.key_hash);
     }
@@ -199,9 +204,18 @@ fn look(
 
 /// The parent of a volume: one of the same group, which may not be active, and so has no device to be found by.
 fn volume_parent(path: &Path, image: &Image) -> std::result::Result<PathBuf, Error> {
-    let name = image.parents.first().map(|(_, name)| PathBuf::from(name));
-    let name = name.as_deref().and_then(Path::file_name).map(|name| path.with_file_name(name));
+    let name = image.parents.first().and_then(|(_, name)| Some(path.with_file_name(volume_name(path, name)?)));
     name.ok_or_else(|| Error::NoParent { path: path.to_owned(), tried: Vec::new() })
+}
+
+/// A volume's name in its group, of a path by which an image of the group names it: that of the device mapper has both.
+fn volume_name(child: &Path, path: &str) -> Option<String> {
+    let name = Path::new(path).file_name()?.to_str()?;
+    let group = volume::group_and_name(child).map(|(group, _)| group);
+    match volume::mapper_parts(name) {
+        Some((of, name)) if Some(&of) == group.as_ref() => Some(name),
+        _ => Some(name.to_owned()),
+    }
 }
 
 /// The footer's copy and the header that follows it, of an image that is as blktap makes them.
@@ -239,7 +253,7 @@ fn print(args: &Scan, image: &Found, indent: usize, remark: &str, out: &mut dyn 
     } else {
         String::new()
     };
-    let (name, hidden) = (shown(args, &image.path), u8::from(image.hidden));
+    let (name, hidden) = (shown(args, &image.path), image.hidden);
     let line = format!("vhd={name} capacity={} size={} hidden={hidden}", image.capacity, image.size);
     writeln!(out, "{:indent$}{line}{markers} parent={parent}{remark}", "").map_err(Failure::output)
 }
@@ -252,7 +266,7 @@ fn tree(args: &Scan, mut images: Vec<Found>, out: &mut dyn Write) -> Result<()> 
     let parents: Vec<_> =
         images.iter().map(|image| image.parent.as_ref().and_then(|parent| index.get(parent).copied())).collect();
     let mut order: Vec<_> = (0..images.len()).filter(|i| parents[*i].is_none()).collect();
-    order.sort_by_key(|i| !images[*i].hidden);
+    order.sort_by_key(|i| images[*i].hidden == 0);
     // Those that are their own ancestors come last, and once.
     order.extend((0..images.len()).filter(|i| parents[*i].is_some()));
     let mut printed = vec![false; images.len()];

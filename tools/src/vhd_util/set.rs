@@ -4,16 +4,20 @@ use std::io;
 use std::path::Path;
 
 use drivers::vhd::layout::{self, LayoutError, NewParent, Piece, batmap_pieces};
-use drivers::vhd::{FOOTER_SIZE, Image, Kind, Source, Table};
+use drivers::vhd::{Corrupt, FOOTER_SIZE, Header, Image, Kind, Parts, ReadError, Source, Table};
 use nix::errno::Errno;
-use tapdisk::chain;
+use tapdisk::{chain, image};
 use zerocopy::IntoBytes;
 
 use tapdisk::vhd::parent::new_parent;
+use tapdisk::volume;
 
 use super::create::raw;
 use super::failure::{self, Failure, Result, errno_of};
-use super::file::{ImageFile, Medium, cut_footer, footer_place, table_piece, write_footers, write_pieces};
+use super::file::{
+    ImageFile, Medium, UseError, UsedFile, cut_footer, footer_place, names_outside, table_piece, write_footers,
+    write_pieces,
+};
 use super::{Field, Modify, Set};
 
 /// Opens an image for writing, and says so as storage managers know it if that can't be.
@@ -24,8 +28,27 @@ pub(super) fn open(path: &Path) -> Result<(ImageFile, Image)> {
     Ok((file, image))
 }
 
+/// Opens an image of which a tapdisk that writes it bears the change. None: none does.
+fn open_used(path: &Path) -> Result<Option<(UsedFile, Image)>> {
+    match ImageFile::open(path) {
+        Err(image::Error::Locked { .. }) => {}
+        // What else is wrong is told by whoever opens it.
+        _ => return Ok(None),
+    }
+    let opened = UsedFile::open(path).map_err(Failure::from).and_then(|file| Ok((file.image()?, file)));
+    let (image, file) =
+        opened.map_err(|failure| failure.saying(|errno| format!("error opening {}: {errno}", path.display())))?;
+    Ok(Some((file, image)))
+}
+
 /// Sets a field.
 pub(super) fn set(args: &Set) -> Result<()> {
+    if args.field == Field::Hidden
+        && let Some((file, mut image)) = open_used(&args.name)?
+    {
+        image.footer.set_hidden_value(args.value);
+        return Ok(file.write_footer(&image)?);
+    }
     let (file, mut image) = open(&args.name)?;
     match args.field {
         Field::Hidden => {
@@ -53,7 +76,12 @@ pub(super) fn no_batmap(path: &Path) -> Failure {
 
 /// Changes the parent, the footer's place, or all data.
 pub(super) fn modify(args: &Modify) -> Result<()> {
-    let (file, mut image) = open(&args.name)?;
+    if let (Some(parent), false, None) = (&args.parent, args.zero, args.size)
+        && let Some((file, image)) = open_used(&args.name)?
+    {
+        return set_parent_of_used(&file, &image, args, parent).map_err(parent_not_set(parent));
+    }
+    let (file, mut image) = open_to_modify(args)?;
     if args.zero {
         let zeroed = match image.kind {
             Kind::Fixed => Err(Failure::new(Errno::ENOSYS, &args.name, "a fixed image has no blocks to forget")),
@@ -66,21 +94,60 @@ pub(super) fn modify(args: &Modify) -> Result<()> {
             .map_err(|failure| failure.saying(|errno| format!("failed to set physical size to {size}: {errno}")))?;
     }
     if let Some(parent) = &args.parent {
-        set_parent(&file, &mut image, parent, args.raw).map_err(|failure| {
-            failure.saying(|errno| format!("failed to set parent to '{}': {errno}", parent.display()))
-        })?;
+        set_parent(&file, &mut image, parent, args.raw).map_err(parent_not_set(parent))?;
     }
     Ok(())
 }
 
-/// Forgets all blocks: first that they are full, which must not be said of a block that is not there, then where they are.
+fn parent_not_set(parent: &Path) -> impl Fn(Failure) -> Failure + '_ {
+    |failure| failure.saying(|errno| format!("failed to set parent to '{}': {errno}", parent.display()))
+}
+
+/// Opens an image that may be mended by the change: whose last footer is another's that is to be written over, or whose names are nowhere.
+fn open_to_modify(args: &Modify) -> Result<(ImageFile, Image)> {
+    let path = &args.name;
+    let opened = || {
+        let file = ImageFile::open(path)?;
+        let mut problems = Vec::new();
+        let mut image = match file.image_with(&mut problems) {
+            Err(chain::Error::Image { source: ReadError::Corrupt(Corrupt::TwoImages { .. }), .. })
+                if args.size.is_some() =>
+            {
+                Image::read_by_copy(&file, Parts::All, &mut problems).map_err(failure::read(path))?
+            }
+            image => image?,
+        };
+        if names_outside(&problems).is_some() {
+            if args.parent.is_none() {
+                file.image()?;
+            }
+            image.header = image.header.map(Header::without_names);
+        }
+        Ok((file, image))
+    };
+    opened().map_err(|failure: Failure| failure.saying(|errno| format!("error opening {}: {errno}", path.display())))
+}
+
+/// Changes the parent of an image that a tapdisk writes.
+fn set_parent_of_used(file: &UsedFile, image: &Image, args: &Modify, path: &Path) -> Result<()> {
+    let named = named(&args.name, image, path, args.raw)?;
+    file.name_parent(image, &named).map_err(|error| match error {
+        UseError::Image(error) => error.into(),
+        UseError::Layout(error) => {
+            let failure = failure::layout(&args.name)(error);
+            Failure { text: format!("{}; it is in use: pause it first", failure.text), ..failure }
+        }
+    })
+}
+
+/// Forgets all blocks: first that they are full, which must not be said of a block that is not there, then where they are. Nothing is lost
+/// if the host stops in between and has the second without the first: nobody believes it.
 fn zero(to: &dyn Medium, image: &mut Image) -> io::Result<()> {
     let Some(header) = &image.header else { return Ok(()) };
     image.table = Table::empty(image.table.blocks());
     if let Some(batmap) = &mut image.batmap {
         (0..8 * batmap.bits().len() as u32).for_each(|block| batmap.set(block, false));
         write_pieces(to, &batmap_pieces(batmap))?;
-        to.sync()?;
     }
     write_pieces(to, &[table_piece(header.table_at(), &image.table)])?;
     to.sync()?;
@@ -106,14 +173,19 @@ fn move_footer(file: &ImageFile, image: &Image, size: u64) -> Result<()> {
 
 /// Changes the parent.
 fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool) -> Result<()> {
-    if image.kind != Kind::Differencing {
-        return Err(Failure::new(Errno::EINVAL, &file.path, "it is no differencing image: it has no parent"));
-    }
-    let path = path.canonicalize().map_err(Failure::io(path, "find it"))?;
-    let parent = if parent_raw { raw(&path)? } else { chain::layer(&path)? };
-    let named = new_parent(&file.path, &parent)?;
+    let named = named(&file.path, image, path, parent_raw)?;
     let names = name_parent(file, image, &named).map_err(failure::layout(&file.path))?;
     write_parent(file, image, &names).map_err(Failure::io(&file.path, "write it"))
+}
+
+/// What the image at `child` is to say of its new parent.
+fn named(child: &Path, image: &Image, path: &Path, parent_raw: bool) -> Result<NewParent> {
+    if image.kind != Kind::Differencing {
+        return Err(Failure::new(Errno::EINVAL, child, "it is no differencing image: it has no parent"));
+    }
+    let path = volume::lasting_name(path).map_err(Failure::io(path, "find it"))?;
+    let parent = if parent_raw { raw(&path)? } else { chain::layer(&path)? };
+    Ok(new_parent(child, &parent)?)
 }
 
 /// Names the parent in the header, and says where the names go.
@@ -161,7 +233,6 @@ mod tests {
         let forget = |image: &Memory| zero(image, &mut testing::image_of(image).unwrap());
         crashes(&image, forget, |after| {
             assert_eq!(testing::fatal(after), None);
-            assert!(!testing::image_of(after).unwrap().batmap_is_stale);
             forget(after).unwrap();
             assert_eq!(testing::problems(after), []);
             assert!(testing::content(&[after]).iter().all(|byte| *byte == 0));

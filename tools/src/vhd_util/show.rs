@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use drivers::vhd::{Header, Image, Kind};
+use drivers::vhd::{Header, Image, Kind, Parts};
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Layer, Rules};
 
@@ -18,7 +18,10 @@ pub(super) fn opened<T>(path: &Path, layer: std::result::Result<T, Error>) -> Re
 /// Prints what is asked for.
 pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
     let path = &query.name;
-    let layer = opened(path, if query.backup { chain::layer_by_copy(path) } else { chain::layer(path) })?;
+    // No more than is asked for: another program may be writing the image, or its table be damaged.
+    let heads = !(query.physical || query.marker || query.allocated);
+    let parts = if heads { Parts::Heads } else { Parts::Unchecked };
+    let layer = opened(path, chain::parts(path, parts, query.backup))?;
     let Some(image) = &layer.image else { return Ok(()) };
     let mut done = Ok(());
     let mut say = |line: Result<String>| {
@@ -30,7 +33,7 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
         writeln!(out, "{line}").map_err(Failure::output)
     };
     if query.size {
-        say(Ok((image.footer.size() >> 20).to_string()))?;
+        say(Ok((image.size >> 20).to_string()))?;
     }
     if query.physical {
         say(Ok(image.physical_size().to_string()))?;
@@ -39,13 +42,13 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
         say(parent(query, image))?;
     }
     if query.fields {
-        say(Ok(format!("hidden: {}", u8::from(image.footer.is_hidden()))))?;
+        say(Ok(format!("hidden: {}", image.footer.hidden_value())))?;
     }
     if query.marker {
         say(Ok(format!("marker: {}", image.batmap.as_ref().map_or(0, |batmap| batmap.marker))))?;
     }
     if query.depth {
-        let layers = chain::chain(path, &Rules::ANY).map_err(Failure::from);
+        let layers = chain::chain(path, &Rules::HEADS).map_err(Failure::from);
         let layers = layers.map_err(|failure| failure.saying(|errno| format!("error checking chain depth: {errno}")));
         say(layers.map(|layers| format!("chain depth: {}", layers.len())))?;
     }
@@ -53,7 +56,8 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
         say(Ok(image.table.allocated().count().to_string()))?;
     }
     if query.largest {
-        say(Ok((image.header.as_ref().map_or(image.footer.size(), Header::size_max) >> 20).to_string()))?;
+        // A fixed image has no table that could have room.
+        say(Ok((image.header.as_ref().map_or(0, Header::size_max) >> 20).to_string()))?;
     }
     done
 }

@@ -44,7 +44,7 @@ enum Phase {
 /// A block that the table does not point to yet.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct New {
-    block: u32,
+    pub(super) block: u32,
     /// Where its bitmap begins in the file, bytes.
     pub(super) at: u64,
     /// Where its bitmap will be; none if that is all ones.
@@ -225,11 +225,15 @@ impl Disk {
         };
         let at = match room {
             Room::At(at) => at,
-            Room::Soon | Room::None => {
+            Room::Soon | Room::None | Room::Failed => {
                 if let Some(slot) = slot {
                     self.bitmaps.forget(slot);
                 }
-                return Err(if room == Room::Soon { Plan::Wait } else { Plan::Fail(Fail::NoSpace) });
+                return Err(match room {
+                    Room::Soon => Plan::Wait,
+                    Room::Failed => Plan::Fail(Fail::Io),
+                    _ => Plan::Fail(Fail::NoSpace),
+                });
             }
         };
         if let Some(slot) = slot {

@@ -22,16 +22,16 @@ mod tickets;
 
 use std::collections::VecDeque;
 
-use zerocopy::IntoBytes;
-
 use self::bitmaps::{Bitmaps, Found, State};
 use self::blocks::Blocks;
 use self::pages::Pages;
 use self::space::Space;
 use self::tickets::{List, Needs, Tickets};
-use super::layout::batmap_pieces;
+use super::layout::{Piece, batmap_pieces};
 use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table, bitmap};
-use crate::{Durability, Extent, Fail, Format, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket};
+use crate::{
+    Durability, Extent, Fail, Format, LastWrite, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket,
+};
 
 /// How an image is used.
 #[derive(Clone, Copy, Debug)]
@@ -165,7 +165,7 @@ impl Disk {
         let differencing = image.kind == Kind::Differencing;
         let tail = if settings.zeros { SECTOR_SIZE } else { 0 };
         let mut disk = Disk {
-            size: image.footer.size(),
+            size: image.size,
             block_size: header.block_size().into(),
             bitmap_len,
             differencing,
@@ -190,6 +190,12 @@ impl Disk {
         disk.loads.reserve_exact(disk.bitmaps.count());
         disk.writes.reserve_exact(disk.bitmaps.count());
         Some(disk)
+    }
+
+    /// Sectors of a block that the disk has: all, but for the last block.
+    fn own_sectors(&self, block: u32) -> u32 {
+        let left = self.size.saturating_sub(u64::from(block) * self.block_size);
+        (left.min(self.block_size) / SECTOR_SIZE) as u32
     }
 
     /// It was not closed when it was used last, and may have been written then: closing it says so to its children.
@@ -467,7 +473,10 @@ impl Format for Disk {
                 self.tickets.iter(now).for_each(|ticket| mark(to, ticket));
             }
             Own::NewBits(new) => {
-                to.fill(if self.ones { 0xff } else { 0 });
+                to.fill(0);
+                if self.ones {
+                    bitmap::set(to, 0..self.own_sectors(self.blocks.get(new).block));
+                }
                 let ready = self.blocks.get(new).ready;
                 self.tickets.iter(ready).for_each(|ticket| mark(to, ticket));
             }
@@ -492,18 +501,19 @@ impl Format for Disk {
         }
     }
 
-    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(u64, &[u8])) -> Option<u64> {
+    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(LastWrite)) -> Option<u64> {
         if self.full.at != 0 {
-            batmap_pieces(&self.full).iter().for_each(|piece| write(piece.at, &piece.bytes));
+            let last = |Piece { at, bytes }| LastWrite { at, bytes, keep: None };
+            batmap_pieces(&self.full).into_iter().for_each(|piece| write(last(piece)));
         }
         if self.written {
             self.footer.set_time(unix_seconds);
             self.footer.seal();
         }
         // The copy first: until it is there, a file without a last footer has none that says the same.
-        write(0, self.footer.as_bytes());
+        write(self.footer.last_write(0, 0));
         let at = self.footer_at.unwrap_or(self.space.end.next_multiple_of(SECTOR_SIZE));
-        write(at, self.footer.as_bytes());
+        write(self.footer.last_write(at, 0));
         self.footer_at.is_none().then_some(at + FOOTER_SIZE as u64)
     }
 

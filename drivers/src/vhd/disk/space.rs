@@ -16,8 +16,10 @@ pub(super) enum Growing {
     Flush(u64),
     /// That is being done.
     Flushing(u64),
-    /// It does not.
+    /// It does not: there is no space.
     Failed,
+    /// It can't be made durable.
+    FlushFailed,
 }
 
 /// The end of an image.
@@ -48,6 +50,8 @@ pub(super) enum Room {
     Soon,
     /// No.
     None,
+    /// There may be, and the file's growth can't be made durable.
+    Failed,
 }
 
 impl Space {
@@ -65,9 +69,16 @@ impl Space {
             return Room::None;
         }
         if end > self.usable {
-            if self.growing == Growing::Failed {
-                self.growing = Growing::No;
-                return Room::None;
+            match self.growing {
+                Growing::Failed => {
+                    self.growing = Growing::No;
+                    return Room::None;
+                }
+                Growing::FlushFailed => {
+                    self.growing = Growing::No;
+                    return Room::Failed;
+                }
+                _ => {}
             }
             self.want(end);
             return Room::Soon;
@@ -114,7 +125,7 @@ impl Space {
         if done {
             (self.usable, self.growing) = (size - self.tail, Growing::No);
         } else {
-            self.growing = Growing::Failed;
+            self.growing = Growing::FlushFailed;
         }
     }
 }
