@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::{self, Image, Kind, Parts, Platform, Problem, ReadError, Source, Uuid};
@@ -155,6 +155,11 @@ pub fn layer(path: &Path) -> Result<Layer, Error> {
     layer_with(path, Image::read)
 }
 
+/// The same of one that has children, or is to be merged: with all that they may have of it.
+pub fn parent_layer(path: &Path) -> Result<Layer, Error> {
+    layer_with(path, Image::read_parent)
+}
+
 /// Parts of it. `by_copy`: by the footer's copy at the beginning, whatever is at the end; an image that is in use has none there.
 pub fn parts(path: &Path, parts: Parts, by_copy: bool) -> Result<Layer, Error> {
     let read = if by_copy { Image::read_by_copy } else { Image::read_parts };
@@ -209,7 +214,8 @@ impl Rules<'_> {
         // Volumes of one group are beside each other. All else that the host has is in /dev, too.
         let group = |path: &Path| Some(volume::group_and_name(path)?.0);
         let own = volume::lasting_name(leaf).ok().as_deref().and_then(group);
-        let beside = volume::folders(leaf).into_iter().filter(|folder| !folder.starts_with("/dev"));
+        let device = leaf.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
+        let beside = volume::folders(leaf).into_iter().filter(|folder| !(device && folder.starts_with("/dev")));
         own.is_some_and(|own| group(parent) == Some(own))
             || beside.chain(folders.iter().cloned()).any(|each| allowed(&each))
     }
@@ -275,7 +281,7 @@ fn identified(path: &Path, image: &Image, parent: PathBuf, read: Parts) -> Resul
         return Ok(Layer { path: parent, file_size, image: None, problems: Vec::new() });
     }
     let layer = match read {
-        Parts::All => layer_with(&parent, Image::read_parent)?,
+        Parts::All => parent_layer(&parent)?,
         _ => parts(&parent, read, false)?,
     };
     match layer.image.as_ref().map(|image| image.footer.uuid) {

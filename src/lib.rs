@@ -37,7 +37,7 @@
 //! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one. What a layer has not, the
 //!   [`stack`] asks the one below for. A format that has metadata to write, says which; the stack moves it, and asks again: a write that
 //!   waits for such has a ticket, and is answered when that is settled.
-//!   Which images a disk is made of, a [`chain`] says: each names its parent.
+//!   Which images a disk is made of, a [`chain`] says: each names its parent, a [volume] by a name that lasts.
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
 //!   [Which one](engine::Opener) is for the configuration to say, or for the image, and can [change](disk::Wanted) while the
@@ -63,7 +63,8 @@
 //! A [pause](disk::Disk::pause_for_client) is a drain without an end: nothing is pulled, what was pulled is finished and flushed, the image is
 //! closed, and an engine without files takes the place of the other. [Resume](disk::Disk::resume) opens the image again, or another.
 //! [Coalesce](disk::Disk::coalesce) merges two images of the chain in a thread of its own, with the files alone ([`vhd`]): what
-//! changes is hidden by the image above. Then a pause leaves the merged one out.
+//! changes is hidden by the image above. Then a pause leaves the merged one out. What a disk serves that is not what its configuration
+//! says, and that it is paused, is on [record] for whoever starts it again. What others may change of an image in use, [`vhd`] says.
 //!
 //! ## What is seen from outside
 //!

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -117,8 +118,8 @@ impl Place {
     /// That of a disk with a configuration from a file and an image in one. None: it has neither.
     pub fn of(config: &Config) -> Option<Place> {
         let (configuration, image) = (config.file.clone()?, config.image.path.clone()?);
-        let name = configuration.to_string_lossy().replace('%', "%25").replace('/', "%2f");
-        let file = config.control.directory.join("tapdisk").join(format!("served-{name}"));
+        let name = fnv1a(configuration.as_os_str().as_bytes());
+        let file = config.control.directory.join("tapdisk").join(format!("served-{name:016x}"));
         Some(Place { file, configuration, configured: (config.image.kind, image) })
     }
 
@@ -135,17 +136,22 @@ impl Place {
             text => text.map_err(failed)?,
         };
         let record: Record = toml::from_str(&text).map_err(|error| failed(io::Error::other(error)))?;
-        let same_name = (record.configured.kind, &record.configured.path) == (self.configured.0, &self.configured.1);
+        let same_name = record.configuration == self.configuration
+            && (record.configured.kind, &record.configured.path) == (self.configured.0, &self.configured.1);
+        let paused = record.paused && record.boot == boot_id();
+        if same_name && paused {
+            // Whoever paused it may have put another image in its place: which, they say when they end that.
+            return Ok(Some(record));
+        }
         if !same_name || record.configured.is_there().map_err(failed)? == Some(false) {
             self.remove().map_err(failed)?;
             return Ok(None);
         }
-        let paused = record.paused && record.boot == boot_id();
-        if !paused && record.served == record.configured {
+        if record.served == record.configured {
             return Ok(None);
         }
         let why = match record.served.is_there().map_err(failed)? {
-            Some(true) => return Ok(Some(Record { paused, ..record })),
+            Some(true) => return Ok(Some(Record { paused: false, ..record })),
             Some(false) => "another one is in its place",
             None => "it is not there",
         };
@@ -172,7 +178,8 @@ impl Place {
         let record = Record { configuration, boot, paused, size, sector_size, configured, served };
         let text = toml::to_string(&record).map_err(io::Error::other)?;
         // One or the other at each moment.
-        let new = self.file.with_extension("new");
+        let mut new = self.file.clone().into_os_string();
+        new.push(".new");
         let mut file = File::create(&new)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
@@ -185,6 +192,12 @@ impl Place {
             _ => Ok(()),
         }
     }
+}
+
+/// A file's name has not room for every path (FNV-1a, 64 bits; the record has the path).
+fn fnv1a(bytes: &[u8]) -> u64 {
+    let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 fn boot_id() -> String {

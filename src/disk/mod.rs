@@ -387,13 +387,15 @@ impl Disk {
                 self.log_failure(&transfer, errno, false);
             }
         }
+        if let Some((file, errno)) = self.queue.next_failed_fua() {
+            self.stack.note_failed_fua(file, errno);
+        }
         self.log_failed_flush();
         while let Some(id) = self.stack.next_done() {
             worked = true;
             self.done.push_back(id);
         }
         if let Some((transfer, errno)) = self.queue.next_retried() {
-            self.stack.note_failed_flush(&transfer, errno);
             self.log_failure(&transfer, errno, true);
         }
         worked
@@ -574,6 +576,7 @@ impl Disk {
     /// image that is being opened is not waited for.
     pub fn cancel(&mut self) {
         self.resuming = None;
+        self.cancel_recording();
         if self.state == State::Flushing {
             return;
         }
@@ -624,7 +627,7 @@ impl Disk {
         frontends
             .chain(self.queue.deadline())
             .chain(self.held_until)
-            .chain(self.lease_until.filter(|_| self.resuming.is_none()))
+            .chain(self.lease_until.filter(|_| self.resuming.is_none() && self.recording.is_none()))
             .chain(self.switching.as_ref().and_then(Switching::deadline))
             .chain(self.watchdog.deadline(self.slots.used()))
             .min()

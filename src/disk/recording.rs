@@ -80,6 +80,14 @@ impl Disk {
         }
     }
 
+    /// Nobody waits any more for what is being recorded, which may be on storage that hangs.
+    pub(super) fn cancel_recording(&mut self) {
+        if let Some(Recording::Resume { next, .. }) = self.recording.take() {
+            let event = Arc::clone(self.queue.engine().submit.event());
+            self.recording = Job::start("close", event, move || drop(next)).ok().map(Recording::Close);
+        }
+    }
+
     /// Whether something about an end of the pause is under way.
     pub(super) fn is_recording_resume(&self) -> bool {
         matches!(self.recording, Some(Recording::Resume { .. } | Recording::Close(_)))
@@ -98,6 +106,7 @@ impl Disk {
             Some(Recording::Resume { next, by_itself, refused, .. }) => {
                 self.recorded(*next, by_itself, refused || self.state != State::Paused, outcome);
             }
+            Some(Recording::Close(_)) if self.state == State::Paused => self.record_pause(),
             _ => {
                 if let Err(error) = outcome {
                     self.log_unrecorded(&error);

@@ -18,7 +18,7 @@ use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::{Backing, geometry, lock_changes, unlock_changes};
+use crate::sys::file::{Backing, forget_cached, geometry, lock_changes, unlock_changes};
 use crate::vhd::file::names_outside;
 
 /// Sectors of every VHD.
@@ -44,7 +44,7 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
         changed: image.changed_parent == ChangedParent::Serve,
         parts: Parts::All,
     };
-    let layers = read_chain(path, &leaf, image.read_only, &rules)?;
+    let layers = read_chain(path, &leaf, image.read_only || !image.lock, &rules)?;
     let depth = layers.len();
     let tickets = if image.read_only { 0 } else { 2 * config.requests as usize };
     let info = DiskInfo {
@@ -71,8 +71,8 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
 }
 
 /// Reads the metadata of all images. Others may be changing that of the leaf: they are waited for.
-fn read_chain(path: &Path, leaf: &Opened, read_only: bool, rules: &Rules) -> Result<Vec<chain::Layer>, Error> {
-    if read_only {
+fn read_chain(path: &Path, leaf: &Opened, unlocked: bool, rules: &Rules) -> Result<Vec<chain::Layer>, Error> {
+    if unlocked {
         return Ok(chain::chain(path, rules)?);
     }
     lock_changes(&leaf.file, CHANGE).map_err(|errno| match errno {
@@ -83,8 +83,7 @@ fn read_chain(path: &Path, leaf: &Opened, read_only: bool, rules: &Rules) -> Res
         errno => Error::Io { path: path.to_owned(), action: "lock its metadata", source: errno.into() },
     })?;
     let layers = chain::chain(path, rules);
-    let unlocked = unlock_changes(&leaf.file);
-    unlocked.map_err(|errno| Error::Io {
+    unlock_changes(&leaf.file).map_err(|errno| Error::Io {
         path: path.to_owned(),
         action: "unlock its metadata",
         source: errno.into(),
@@ -169,6 +168,7 @@ fn blocks(
     let mut plain = None;
     if writable {
         let file = file::options(false, false).open(path).map_err(explain("open it"))?;
+        forget_cached(&file).map_err(|errno| explain("read it anew")(errno.into()))?;
         mark_in_use(&file, image, problems, device.then_some(footer_at)).map_err(explain("mark it as in use"))?;
         if !device {
             settings.usable = geometry(&file).map_err(explain("serve it"))?.size;

@@ -31,7 +31,7 @@ const DISK_GAUGES: [Family<DiskMetrics>; 9] = [
     ("tapdisk_queue_in_flight", "", "I/Os that the engine has.", |disk| disk.queue.in_flight as u64),
     ("tapdisk_queue_waiting", "", "Transfers that wait for the engine.", |disk| disk.queue.waiting as u64),
     ("tapdisk_queue_parked", "", "Transfers that wait to be tried again.", |disk| disk.queue.parked as u64),
-    ("tapdisk_queue_without_space", "", "Of those, the ones that wait for space.", |disk| {
+    ("tapdisk_queue_without_space", "", "Transfers that lack space, held or just being tried again.", |disk| {
         disk.queue.without_space as u64
     }),
 ];

@@ -146,6 +146,8 @@ pub struct Queue {
     no_space: usize,
     /// The last of those whose first failure nobody has asked for.
     retried: Option<(Transfer, Errno)>,
+    /// The first write that was to be durable and has failed.
+    failed_fua: Option<(FileId, Errno)>,
     retry: Retry,
     /// As long as it is not 0, nothing is submitted.
     plugs: u32,
@@ -185,6 +187,7 @@ impl Queue {
             parked: Vec::with_capacity(size),
             no_space: 0,
             retried: None,
+            failed_fua: None,
             retry,
             plugs: 0,
             merge_bytes,
@@ -453,9 +456,20 @@ impl Queue {
         }
     }
 
-    /// A failed I/O fails its only tiocb; a merged one is split.
+    /// A failed I/O fails its only tiocb; a merged one is split. A flush fails all of its tiocbs: the kernel would say yes to another one,
+    /// and has forgotten what is lost.
     fn fail(&mut self, io: Box<Io>, errno: Errno) {
-        let head = self.release(io);
+        let (op, file) = (io.op, io.file);
+        let mut head = self.release(io);
+        if op == IoOp::Flush {
+            while head != NONE {
+                head = self.finish(head, Some(Err(errno)));
+            }
+            return;
+        }
+        if op == (IoOp::Write { fua: true }) {
+            self.failed_fua.get_or_insert((file, errno));
+        }
         if self.tiocbs[head as usize].next == NONE {
             self.park_or_finish(head, errno);
         } else {
@@ -496,6 +510,11 @@ impl Queue {
             later
         });
         self.parked = parked;
+    }
+
+    /// A write that was to be durable has failed since it was last asked, whatever became of it then.
+    pub fn next_failed_fua(&mut self) -> Option<(FileId, Errno)> {
+        self.failed_fua.take()
     }
 
     /// A transfer that failed for the first time and is tried again, for the log.

@@ -8,7 +8,6 @@ use super::{Finished, Queue, State, Tiocb, Transfer};
 use crate::engine::pool::PoolReport;
 use crate::memory::Part;
 use crate::request::RequestId;
-use crate::retry::is_no_space;
 use crate::stats::now;
 use crate::submit::STACK_SIZE;
 use crate::sys::io::{FileId, Io};
@@ -38,7 +37,7 @@ pub struct QueueReport {
     pub retried: u64,
     /// tiocbs that wait to be tried again.
     pub parked: usize,
-    /// Of those, the ones that wait for space.
+    /// tiocbs that lack space: they are held, or just being tried again.
     pub without_space: usize,
     /// I/Os the main loop submitted by itself.
     pub inline: u64,
@@ -92,7 +91,7 @@ impl Queue {
             pending: self.tiocbs.iter().filter(|tiocb| matches!(tiocb.state, State::Pending(_))).count(),
             in_flight: self.in_flight,
             parked: self.parked.len(),
-            without_space: self.without_space(),
+            without_space: self.lacks_space(),
             batches: load(&self.counters.batches),
             largest_batch: load(&self.counters.largest),
             submitted: load(&self.counters.accepted),
@@ -124,15 +123,6 @@ impl Queue {
             parts.push(Part::each("thread of the pool", STACK_SIZE, max - min));
         }
         parts
-    }
-
-    /// tiocbs that are held because there is no space for them.
-    pub fn without_space(&self) -> usize {
-        let lacks_space = |index: &&u32| {
-            let tiocb = &self.tiocbs[**index as usize];
-            matches!((tiocb.state, tiocb.transfer), (State::Parked(errno), Some(t)) if is_no_space(t.op, errno))
-        };
-        self.parked.iter().filter(lacks_space).count()
     }
 
     /// All tiocbs, each with its request.

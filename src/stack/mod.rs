@@ -20,7 +20,7 @@ use self::meta::MetaMemory;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stats::now;
-use crate::sys::file::{lock_changes, unlock_changes};
+use crate::sys::file::{forget_cached, lock_changes, unlock_changes};
 use crate::sys::io::{FileId, IoOp};
 
 /// I/Os of metadata at a time, at most.
@@ -57,6 +57,7 @@ impl Closing {
     fn write(&self) -> io::Result<()> {
         // Who has it for longer than a moment does not change what is kept: closing goes on.
         let locked = lock_changes(&self.file, CHANGE).is_ok();
+        forget_cached(&self.file)?;
         for LastWrite { at, bytes, keep } in &self.writes {
             let mut bytes = bytes.clone();
             if let Some(keep) = keep {
@@ -353,10 +354,11 @@ impl Stack {
     /// it are told by [`next_done`](Self::next_done).
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
         let mut result = self.whole(transfer, result, slots);
-        if let Err(errno) = result {
-            self.note_failed_flush(transfer, errno);
-        }
         if transfer.op == IoOp::Flush {
+            // One that was called off says nothing.
+            if let Some(errno) = result.err().filter(|errno| *errno != Errno::ECANCELED) {
+                self.failed_flush.get_or_insert(errno);
+            }
             result = self.failed_flush.map_or(result, Err);
         }
         let error = result.err();
@@ -437,15 +439,10 @@ impl Stack {
         self.done.pop_front()
     }
 
-    /// A transfer has failed, and may be tried again. Through the page cache a write that is to be durable is a write and a flush, and gets the
-    /// error of what others wrote.
-    pub fn note_failed_flush(&mut self, transfer: &Transfer, errno: Errno) {
-        let flushes = match transfer.op {
-            IoOp::Flush => true,
-            IoOp::Write { fua } => fua && self.layers[usize::from(transfer.file.0)].cached,
-            _ => false,
-        };
-        if flushes {
+    /// A write that was to be durable has failed. Through the page cache it is a write and a flush, and gets the error of what others wrote.
+    pub fn note_failed_fua(&mut self, file: FileId, errno: Errno) {
+        // What there is no space or no memory for was not given to the kernel.
+        if errno == Errno::EIO && self.layers[usize::from(file.0)].cached {
             self.failed_flush.get_or_insert(errno);
         }
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::statfs::{NFS_SUPER_MAGIC, fstatfs};
 
 use super::io::IoOp;
@@ -77,6 +77,11 @@ pub fn check_storage(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Forgets what the page cache has of a file, and is on the disk: what was written past it may be missing there, where somebody read meanwhile.
+pub fn forget_cached(file: &File) -> Result<(), Errno> {
+    posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+}
+
 /// Bytes that no file has, and that stand for something else: who changes an image's metadata, and who reads an image.
 const CHANGES: i64 = i64::MAX - 1;
 const READERS: i64 = i64::MAX - 2;
@@ -92,10 +97,10 @@ pub fn lock_changes(file: &File, patience: Duration) -> Result<(), Errno> {
     loop {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_WRLCK, CHANGES))) {
             Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(20))
+                std::thread::sleep(Duration::from_millis(20));
             }
             Err(Errno::EACCES) => return Err(Errno::EAGAIN),
-            locked => return locked.map(drop),
+            locked => return or_none(locked),
         }
     }
 }
@@ -105,7 +110,7 @@ pub fn unlock_changes(file: &File) -> Result<(), Errno> {
     if !has_both_locks(file) {
         return Ok(());
     }
-    fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_UNLCK, CHANGES))).map(drop)
+    or_none(fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_UNLCK, CHANGES))))
 }
 
 /// Says, as long as the file is open, that an image is read.
@@ -113,17 +118,25 @@ pub fn lock_as_reader(file: &File) -> Result<(), Errno> {
     if !has_both_locks(file) {
         return Ok(());
     }
-    fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_RDLCK, READERS))).map(drop)
+    or_none(fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_RDLCK, READERS))))
 }
 
-/// Whether others than this open file read the image. On a network's file system nobody knows.
+/// Whether others than this open file may read the image. On a network's file system nobody knows.
 pub fn has_other_readers(file: &File) -> Result<bool, Errno> {
     if !has_both_locks(file) {
-        return Ok(false);
+        return Ok(true);
     }
     let mut found = byte(libc::F_WRLCK, READERS);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
     Ok(i32::from(found.l_type) != libc::F_UNLCK)
+}
+
+/// Without an error where a file system has no such locks.
+fn or_none(locked: Result<i32, Errno>) -> Result<(), Errno> {
+    match locked {
+        Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 fn byte(kind: libc::c_int, at: i64) -> libc::flock {
@@ -134,8 +147,8 @@ fn byte(kind: libc::c_int, at: i64) -> libc::flock {
 fn has_both_locks(file: &File) -> bool {
     const CIFS: i64 = 0xff53_4d42;
     const SMB2: i64 = 0xfe53_4d42;
-    let kind = fstatfs(file).map(|stat| stat.filesystem_type().0 as i64 & 0xffff_ffff);
-    !kind.is_ok_and(|kind| [NFS_SUPER_MAGIC.0 as i64, CIFS, SMB2].contains(&kind))
+    let kind = fstatfs(file).map(|stat| stat.filesystem_type().0 & 0xffff_ffff);
+    !kind.is_ok_and(|kind| [NFS_SUPER_MAGIC.0, CIFS, SMB2].contains(&kind))
 }
 
 fn neither() -> io::Error {

@@ -2,19 +2,19 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use drivers::vhd::layout::{self, LayoutError, NewParent, Piece, batmap_pieces};
-use drivers::vhd::{Corrupt, FOOTER_SIZE, Footer, Image, Kind, Parts, Problem, ReadError, Source, Table};
+use drivers::vhd::{Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Parts, Problem, Source, Table};
 use nix::errno::Errno;
 use nix::fcntl::Flock;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::chain;
 use crate::image::{self, Lock, lock, open_to_write};
-use crate::sys::file::{Backing, check_storage, geometry, lock_changes, open_storage};
+use crate::sys::file::{Backing, check_storage, direct_alignment, geometry, lock_changes, open_storage};
 
 /// What is written to.
 pub trait Medium: Source {
@@ -109,46 +109,108 @@ fn change_alone(file: &File, path: &Path) -> Result<(), image::Error> {
     })
 }
 
-/// An image's file that a tapdisk may be writing, of which no more is changed than the tapdisk bears: see [`vhd`](super).
+/// An image's file that a tapdisk may be writing, of which no more is changed than the tapdisk bears: see [`vhd`](super). It is read and
+/// written as the tapdisk does it: past the page cache where that can be, in which the sectors beside ours may be old ones.
 pub struct UsedFile {
     path: PathBuf,
     file: File,
+    direct: bool,
 }
+
+/// Memory that O_DIRECT takes.
+#[derive(Clone, FromBytes, IntoBytes)]
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+const SECTOR: u64 = 512;
 
 impl UsedFile {
     /// Opens one, without the lock that the tapdisk has.
     pub fn open(path: &Path) -> Result<UsedFile, image::Error> {
         check_storage(path).map_err(explain(path, "open it"))?;
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(explain(path, "open it"))?;
+        let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
+        let fits = |file: &File| direct_alignment(file).is_none_or(|(_, at)| u64::from(at) <= SECTOR);
+        let direct = open(libc::O_DIRECT)
+            .ok()
+            .filter(fits)
+            .filter(|file| geometry(file).is_ok_and(|geometry| u64::from(geometry.logical) <= SECTOR));
+        let is_direct = direct.is_some();
+        let file = match direct {
+            Some(file) => file,
+            None => open(0).map_err(explain(path, "open it"))?,
+        };
         change_alone(&file, path)?;
-        Ok(UsedFile { path: path.to_owned(), file })
+        Ok(UsedFile { path: path.to_owned(), file, direct: is_direct })
     }
 
     /// Its metadata.
     pub fn image(&self) -> Result<Image, chain::Error> {
         let mut problems = Vec::new();
-        // One in use has no footer at its end, but for a fixed one, which has no other.
-        let read = match Image::read_by_copy(self, Parts::All, &mut problems) {
-            Err(ReadError::Corrupt(_)) => Image::read(self, &mut problems),
-            read => read,
+        // One in use has no footer at its end, but for a fixed one, which has no other: a guest may have written what looks like a copy.
+        let fixed = Image::read_parts(self, Parts::Heads, &mut problems).is_ok_and(|image| image.kind == Kind::Fixed);
+        let read = match fixed {
+            true => Image::read(self, &mut problems),
+            false => Image::read_by_copy(self, Parts::All, &mut problems),
         };
         read.map_err(|source| chain::Error::Image { path: self.path.clone(), source })
     }
 
-    /// Gives it another parent: first the names, then the header, which says whose they are. The names go where the tapdisk writes nothing.
+    /// The whole sectors that a range is in: where they begin, their bytes, and memory for them.
+    fn sectors(&self, at: u64, len: usize) -> (u64, usize, Vec<Page>) {
+        let begin = at / SECTOR * SECTOR;
+        let end = (at + len as u64).next_multiple_of(SECTOR);
+        let count = (end - begin) as usize;
+        (begin, count, vec![Page([0; 4096]); count.div_ceil(4096)])
+    }
+
+    fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        if !self.direct {
+            return self.file.write_all_at(bytes, at);
+        }
+        let (begin, count, mut pages) = self.sectors(at, bytes.len());
+        let sectors = &mut pages.as_mut_slice().as_mut_bytes()[..count];
+        if count != bytes.len() {
+            self.read_at(begin, sectors)?;
+        }
+        sectors[(at - begin) as usize..][..bytes.len()].copy_from_slice(bytes);
+        self.file.write_all_at(sectors, begin)
+    }
+
+    /// Gives it another parent. Where there is room between the metadata and the first block, as relinking an image that nobody has open does it
+    /// ([`relink`](drivers::vhd::relink)): with new names and a header beside the old ones, so that it has one parent or the other at each
+    /// moment. Otherwise in the place of the old names; cut short there, it has none until that is done again.
     pub fn name_parent(&self, image: &Image, parent: &NewParent) -> Result<(), UseError> {
         let (Some(mut header), Some(at)) = (image.header, image.footer.header_at()) else { return Ok(()) };
-        // Where there is no block, the first one that is written goes there.
-        let first = image.table.allocated().map(|(_, at)| at).min().unwrap_or(0);
-        let room = first.saturating_sub(image.metadata_end);
-        let names = layout::name_parent(&mut header, parent, image.metadata_end, room)?;
-        let write = || {
-            names.iter().try_for_each(|name| self.file.write_all_at(&name.bytes, name.at))?;
-            self.file.sync_data()?;
-            self.file.write_all_at(header.as_bytes(), at)?;
-            self.file.sync_data()
+        let header_len = HEADER_SIZE as u64;
+        let beside = free_places(image, &header, at).into_iter().find_map(|(place, room)| {
+            let mut header = header.without_names();
+            let names = layout::name_parent(&mut header, parent, place, room.checked_sub(header_len)?).ok()?;
+            Some((header, names))
+        });
+        let write = |names: &[Piece]| names.iter().try_for_each(|name| self.write_at(name.at, &name.bytes));
+        let written = if let Some((header, names)) = beside {
+            let other_at = names.last().map_or(at, |name| name.at + name.bytes.len() as u64);
+            let point_to = |header_at| {
+                let mut footer = image.footer;
+                footer.set_header_at(header_at);
+                footer.seal();
+                self.write_at(0, footer.as_bytes()).and_then(|()| self.file.sync_data())
+            };
+            write(&names)
+                .and_then(|()| self.write_at(other_at, header.as_bytes()))
+                .and_then(|()| self.file.sync_data())
+                .and_then(|()| point_to(other_at))
+                .and_then(|()| self.write_at(at, header.as_bytes()))
+                .and_then(|()| self.file.sync_data())
+                .and_then(|()| point_to(at))
+        } else {
+            let names = layout::name_parent(&mut header, parent, 0, 0)?;
+            write(&names)
+                .and_then(|()| self.file.sync_data())
+                .and_then(|()| self.write_at(at, header.as_bytes()))
+                .and_then(|()| self.file.sync_data())
         };
-        Ok(write().map_err(explain(&self.path, "write it"))?)
+        Ok(written.map_err(explain(&self.path, "write it"))?)
     }
 
     /// Writes the footer that the tapdisk takes the hidden mark from when it closes the image.
@@ -157,19 +219,36 @@ impl UsedFile {
         footer.seal();
         let write = || {
             if image.kind != Kind::Fixed {
-                self.file.write_all_at(footer.as_bytes(), 0)?;
+                self.write_at(0, footer.as_bytes())?;
             }
             // It is there only if the image is fixed, or its tapdisk does not write it.
             let last_at = self.size().saturating_sub(FOOTER_SIZE as u64);
             let mut last = [0; FOOTER_SIZE];
-            self.file.read_exact_at(&mut last, last_at)?;
+            self.read_at(last_at, &mut last)?;
             if Footer::parse(&last).is_ok_and(|last| last.uuid == footer.uuid) {
-                self.file.write_all_at(footer.as_bytes(), last_at)?;
+                self.write_at(last_at, footer.as_bytes())?;
             }
             self.file.sync_data()
         };
         write().map_err(explain(&self.path, "write it"))
     }
+}
+
+/// Where names can go that are beside the old ones, and before the first block, which a tapdisk never writes: places, and their bytes.
+fn free_places(image: &Image, header: &Header, header_at: u64) -> Vec<(u64, u64)> {
+    // Without a block, the first one that is written goes there.
+    let Some(first) = image.table.allocated().map(|(_, at)| at).min() else { return Vec::new() };
+    let names = header.locators.iter().filter(|locator| locator.platform().is_some());
+    let names: Vec<_> = names.map(|locator| (locator.place().0, locator.place().0 + locator.space())).collect();
+    let table_end = header.table_at() + Table::bytes(header.entries());
+    let batmap_end = image.batmap.as_ref().map_or(0, |batmap| batmap.bits_at + batmap.bits().len() as u64);
+    let least = table_end.max(batmap_end).max(header_at + HEADER_SIZE as u64).max(FOOTER_SIZE as u64);
+    let places = [least, image.metadata_end].map(|place| place.next_multiple_of(SECTOR)).into_iter();
+    let free = places.filter(|place| !names.iter().any(|(begin, end)| begin <= place && place < end));
+    let end = |place: u64| {
+        names.iter().map(|(begin, _)| *begin).filter(|begin| *begin > place).min().unwrap_or(first).min(first)
+    };
+    free.map(|place| (place, end(place).saturating_sub(place))).collect()
 }
 
 /// Why an image in use does not get another parent.
@@ -189,7 +268,22 @@ impl Source for UsedFile {
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(to, at)
+        if !self.direct {
+            return self.file.read_exact_at(to, at);
+        }
+        let (begin, count, mut pages) = self.sectors(at, to.len());
+        let sectors = &mut pages.as_mut_slice().as_mut_bytes()[..count];
+        let within = (at - begin) as usize;
+        let mut done = 0;
+        // The file may end within a sector.
+        while done < within + to.len() {
+            match self.file.read_at(&mut sectors[done..], begin + done as u64)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => done += read,
+            }
+        }
+        to.copy_from_slice(&sectors[within..][..to.len()]);
+        Ok(())
     }
 }
 

@@ -123,7 +123,7 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) 
     };
     let unfit = |path: &Path, text| Error::Unfit { path: path.to_owned(), errno: Errno::EINVAL, text };
     let child_file = ReadFile::open(path)?;
-    let Layer { image, .. } = chain::layer(path)?;
+    let Layer { image, .. } = chain::parent_layer(path)?;
     let child = image
         .filter(|image| image.kind == Kind::Differencing)
         .ok_or_else(|| unfit(path, "it is no differencing image: there is no parent to merge it into"))?;

@@ -16,6 +16,9 @@
 //! Who changes an image, in use or not, has a second lock ([`lock_changes`](crate::sys::file::lock_changes)); a tapdisk has it while it reads the
 //! metadata of the image that it is about to write, and while it closes it. Reading (`query`, `read`, `check`, `scan`) takes no lock.
 //!
+//! On a network's file system (NFS, SMB), which takes a lock of some bytes and one of the whole file for the same, there is no second lock:
+//! storage managers change an image there one after the other.
+//!
 //! Those locks hold off programs of this host that take them: tapdisk and vhd-util. An image on a block device is also held open exclusively
 //! (O_EXCL) by its tapdisk, which holds off all that do the same by any node of the device: mounts, the device mapper, and another tapdisk. Other
 //! hosts, and programs that take no lock, are held off by nobody.

@@ -231,6 +231,35 @@ fn a_failed_merged_io_is_split_and_only_the_bad_part_fails() {
     assert_eq!(bench.queue.report().split, 1);
 }
 
+/// The kernel would say yes to another flush.
+#[test]
+fn a_flush_for_several_that_fails_fails_all_of_them() {
+    let mut bench = Bench::new(4, SubmitMode::Thread);
+    for _ in 0..3 {
+        bench.push(IoOp::Flush, 0, 0, 0);
+    }
+    bench.kick();
+    bench.double.wait_seen(1);
+    bench.double.complete(Some(Err(Errno::EIO)));
+    assert_eq!(bench.finished(3), [0, 1, 2].map(|i| (i, Err(Errno::EIO))));
+    assert_eq!(bench.queue.report().split, 0);
+    // Of writes that were to be durable somebody keeps account, whatever becomes of each.
+    for i in 0..2 {
+        bench.push(IoOp::Write { fua: true }, 0, i * 512, 512);
+    }
+    bench.kick();
+    bench.double.wait_seen(2);
+    bench.double.complete(Some(Err(Errno::EIO)));
+    bench.queue.reap();
+    assert_eq!(bench.queue.next_failed_fua(), Some((FileId(0), Errno::EIO)));
+    assert_eq!(bench.queue.next_failed_fua(), None);
+    bench.kick();
+    bench.double.wait_seen(4);
+    bench.double.complete(None);
+    bench.double.complete(None);
+    assert_eq!(bench.finished(2), [(3, Ok(512)), (4, Ok(512))]);
+}
+
 #[test]
 fn a_read_that_meets_the_end_of_the_file_says_so_and_those_behind_it_ask_for_themselves() {
     let mut bench = Bench::new(4, SubmitMode::Thread);

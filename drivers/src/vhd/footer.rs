@@ -275,7 +275,7 @@ impl Footer {
     }
 
     /// Says where the header is in the file; [`seal`](Self::seal) follows.
-    pub(super) fn set_header_at(&mut self, at: u64) {
+    pub fn set_header_at(&mut self, at: u64) {
         self.data_offset = at.into();
     }
 

@@ -266,7 +266,9 @@ fuzz_target!(|data: &[u8]| {
     let mut last = 0;
     let metadata = FOOTER_SIZE as u64..used.header().table_at() + Table::bytes(used.image.table.blocks());
     let mut written = Vec::new();
-    let size = used.disk.close(1_000_000_000, &mut |at, bytes| written.push((at, at + bytes.len() as u64)));
+    let size = used.disk.close(1_000_000_000, &mut |write| {
+        written.push((write.at, write.at + write.bytes.len() as u64));
+    });
     for (at, end) in written {
         used.nobodys(at, end);
         assert!(end <= metadata.start || at >= metadata.end, "bytes {at} to {end} are metadata");

@@ -121,6 +121,37 @@ fn a_disk_that_was_paused_begins_paused_and_its_image_is_anybodys() {
 }
 
 #[test]
+fn a_disk_whose_image_was_renamed_during_a_pause_begins_paused() {
+    // As the storage manager for files makes a snapshot: the name goes on with the new image.
+    let mut disk = Disk::new();
+    disk.write(&[1; 1024]);
+    pause(&disk.served);
+    std::fs::rename(disk.path("a.vhd"), disk.path("base.vhd")).unwrap();
+    good("snapshot -n {} -p {}", &[&disk.path("a.vhd"), &disk.path("base.vhd")]);
+    disk.start_again(SIGKILL);
+    assert_eq!(state(&disk.served), "0x2a");
+    unpause(&disk.served);
+    assert_eq!((disk.first_bytes(), disk.record()), ((1, 1), None));
+}
+
+#[test]
+fn a_pause_that_overtakes_a_resume_is_on_record() {
+    for seed in 0..20 {
+        let mut disk = Disk::with_snapshot();
+        pause(&disk.served);
+        let name = format!("vhd:{}", disk.path("b.vhd").display());
+        let mut unpause = disk.served.tap_ctl().args(["unpause", "-a", &name]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_micros(700 * seed));
+        pause(&disk.served);
+        unpause.wait().unwrap();
+        disk.start_again(SIGKILL);
+        assert_eq!(state(&disk.served), "0x2a", "{seed}");
+        run(disk.served.tap_ctl().arg("unpause"));
+        assert_eq!(disk.first_bytes(), (2, 1));
+    }
+}
+
+#[test]
 fn a_pause_that_is_over_leaves_no_record() {
     let disk = Disk::new();
     pause(&disk.served);

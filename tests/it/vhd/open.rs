@@ -151,9 +151,9 @@ fn a_parent_that_was_written_since_is_refused_unless_one_knows_better() {
         let time = found - behind;
         vhd::child(&others, SIZE, 2, Parent { path: "./base.vhd", uuid: footer.uuid, time });
         if served {
-            stop(start(&others, ""), &others)
+            stop(start(&others, ""), &others);
         } else {
-            assert!(refused(&others, "").contains("has changed since"))
+            assert!(refused(&others, "").contains("has changed since"));
         }
     }
     let served = start(&leaf, "changed_parent = 'serve'");

@@ -155,6 +155,10 @@ impl Journal {
         if header[..8] == *BLKTAP {
             return Ok(State::Blktap);
         }
+        if header == [0; HEADER as usize] {
+            // A new volume, which nothing was written to.
+            return Ok(State::Idle);
+        }
         if header[..8] != *MAGIC {
             return Ok(State::Foreign);
         }
@@ -226,7 +230,7 @@ mod tests {
         let mut bad = file.bytes();
         bad[700] ^= 1;
         assert_eq!(Journal::read(&Memory::new(bad, false)).unwrap(), State::Foreign);
-        assert_eq!(Journal::read(&Memory::new(vec![0; 4096], false)).unwrap(), State::Foreign);
+        assert_eq!(Journal::read(&Memory::new(vec![0; 4096], false)).unwrap(), State::Idle, "a new volume");
         let before = image.bytes();
         image.write_at(500, &[1; 100]).unwrap();
         image.write_at(3600, &[2; 5000]).unwrap();

@@ -228,7 +228,7 @@ impl Reader<'_> {
                 let piece = &mut buffer[..(run.len - done).min(PIECE as u64) as usize];
                 match run.from {
                     Some((file, at)) => {
-                        disk::read(file, at + done, piece).map_err(Failure::io(&self.args.name, "read it"))?
+                        disk::read(file, at + done, piece).map_err(Failure::io(&self.args.name, "read it"))?;
                     }
                     None => piece.fill(0),
                 }

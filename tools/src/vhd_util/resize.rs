@@ -5,8 +5,11 @@ use std::io;
 use std::path::Path;
 
 use drivers::vhd::layout::{self, Piece, batmap_pieces};
-use drivers::vhd::{Batmap, FOOTER_SIZE, Footer, Header, Image, Kind, Locator, SECTORS_MAX, Source, Table};
+use drivers::vhd::{
+    Batmap, Corrupt, FOOTER_SIZE, Footer, Header, Image, Kind, Locator, ReadError, SECTORS_MAX, Source, Table,
+};
 use nix::errno::Errno;
+use tapdisk::chain;
 use zerocopy::IntoBytes;
 
 use super::create::{mebibytes, whole_blocks};
@@ -82,7 +85,10 @@ fn disable(file: &dyn Medium, image: &Image) -> io::Result<()> {
         file.write_at(0, footer.as_bytes())?;
         file.sync()?;
     }
-    file.write_at(file.size() - FOOTER_SIZE as u64, footer.as_bytes())?;
+    // One that was in use when the host stopped has none there, and its file may end with a block.
+    let last = file.size() - FOOTER_SIZE as u64;
+    let at = if file.is_device() { last } else { last.max(image.end()) };
+    file.write_at(at, footer.as_bytes())?;
     file.sync()
 }
 
@@ -156,6 +162,15 @@ pub(super) fn revert(args: &Revert) -> Result<()> {
         }
         State::Blktap => {
             let text = "it is a journal of blktap's vhd-util, which has to revert it: nothing was changed";
+            return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
+        }
+        State::Idle
+            if matches!(
+                file.image(),
+                Err(chain::Error::Image { source: ReadError::Corrupt(Corrupt::Disabled), .. })
+            ) =>
+        {
+            let text = "there is nothing in it to make the image whole, which is disabled: it is another's, or of another resize";
             return Err(opening(Failure::new(Errno::EINVAL, &args.journal, text)));
         }
         State::Idle => {}
@@ -348,6 +363,25 @@ mod tests {
     fn grow(memory: &Memory, size: u64) -> io::Result<()> {
         let image = Image::read(memory, &mut Vec::new()).unwrap();
         Plan::make(memory, &image, size).map_err(|(errno, _)| io::Error::from(errno))?.carry_out(memory)
+    }
+
+    #[test]
+    fn an_image_without_a_last_footer_keeps_its_last_block() {
+        // As blktap leaves one that was in use when the host stopped: it ends with a block.
+        let image = testing::image(Kind::Dynamic, false, &[(1, 0..8)], 3);
+        let before = testing::content(&[&image]);
+        let mut bytes = image.bytes();
+        bytes.truncate(bytes.len() - FOOTER_SIZE);
+        let image = Memory::new(bytes, false);
+        let read = Image::read(&image, &mut Vec::new()).unwrap();
+        let plan = Plan::make(&image, &read, 4096 * 5000).unwrap();
+        let journal = Journal::take(&image, read.footer.uuid, &plan.overwritten).unwrap();
+        disable(&image, &read).unwrap();
+        assert!(disabled(&image));
+        journal.restore(&image).unwrap();
+        assert_eq!(testing::content(&[&image]), before);
+        disable(&image, &read).and_then(|()| plan.carry_out(&image)).unwrap();
+        assert!(testing::content(&[&image]).starts_with(&before));
     }
 
     /// Whether nobody uses it; all else must be whole.
