@@ -3,7 +3,8 @@
 use std::process::Command;
 
 use drivers::vhd::{
-    Batmap, Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Platform, Source, Table,
+    Batmap, Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Locator, Parts, Platform, Source, Table,
+    Uuid,
 };
 use zerocopy::IntoBytes;
 
@@ -194,4 +195,87 @@ fn a_batmap_among_other_metadata_is_not_used() {
             "its bits at byte {bits_at}: {problems:?}"
         );
     }
+}
+
+#[test]
+fn footers_of_two_images_are_refused_and_the_header_says_which_is_the_images() {
+    let mut bytes = image("dynamic");
+    let own = read(&bytes).footer;
+    let other = Footer::new(Kind::Dynamic, 32 << 20, Uuid([7; 16]), 1_000_000_000);
+    // A volume that has grown over what a deleted image has left.
+    bytes.0.resize(bytes.0.len() + (1 << 20), 0);
+    bytes.0.extend(other.as_bytes());
+    let two = Corrupt::TwoImages { copy: own.uuid, copy_size: 64 << 20, last: other.uuid, last_size: 32 << 20 };
+    assert_eq!(check(&bytes).0, Some(two));
+    let by_copy = Image::read_by_copy(&bytes, Parts::All, &mut Vec::new()).unwrap();
+    assert_eq!((by_copy.footer, by_copy.size), (own, 64 << 20));
+    // The image's own, of an earlier size, is no other image's.
+    let end = bytes.0.len() - FOOTER_SIZE;
+    let mut smaller = own;
+    smaller.set_size(62 << 20);
+    smaller.seal();
+    bytes.0[end..].copy_from_slice(smaller.as_bytes());
+    assert_eq!(check(&bytes), (None, vec![Corrupt::CopyDiffers]));
+}
+
+#[test]
+fn a_parent_is_as_large_as_its_field_says() {
+    let mut bytes = image("dynamic");
+    let end = bytes.0.len() - FOOTER_SIZE;
+    // As Virtual PC makes it: its geometry has a little less than the disk.
+    let mut footer = read(&bytes).footer;
+    footer.creator = *b"vpc ";
+    footer.set_size((64 << 20) - 512);
+    let by_geometry = footer.size();
+    footer.seal();
+    assert!(by_geometry < footer.stored_size(), "{by_geometry}");
+    for at in [0, end] {
+        bytes.0[at..at + FOOTER_SIZE].copy_from_slice(footer.as_bytes());
+    }
+    assert_eq!(read(&bytes).size, by_geometry);
+    assert_eq!(Image::read_parent(&bytes, &mut Vec::new()).unwrap().size, (64 << 20) - 512);
+}
+
+#[test]
+fn a_table_has_room_up_to_what_follows_it_whatever_its_header_claims() {
+    let mut bytes = image("dynamic");
+    let image = read(&bytes);
+    let (_, first) = image.table.allocated().next().unwrap();
+    let table_at = image.header.unwrap().table_at();
+    assert_eq!(image.table_room, 32, "no more than the header says");
+    let mut header = Header::new(table_at, 1 << 20, 2 << 20);
+    header.seal();
+    bytes.0[HEADER].copy_from_slice(header.as_bytes());
+    assert_eq!(u64::from(read(&bytes).table_room), (first - table_at) / 4);
+}
+
+#[test]
+fn a_disabled_image_is_looked_at_and_not_used() {
+    let mut bytes = image("dynamic");
+    let end = bytes.0.len() - FOOTER_SIZE;
+    let mut footer = read(&bytes).footer;
+    footer.disable();
+    footer.seal();
+    // The copy alone counts where there is no other; beside a good one it does not.
+    bytes.0[..FOOTER_SIZE].copy_from_slice(footer.as_bytes());
+    assert!(check(&bytes).0.is_none());
+    for last in [footer.as_bytes(), &[0; FOOTER_SIZE]] {
+        bytes.0[end..].copy_from_slice(last);
+        assert_eq!(check(&bytes).0, Some(Corrupt::Disabled));
+        for parts in [Parts::Heads, Parts::Unchecked] {
+            assert_eq!(Image::read_parts(&bytes, parts, &mut Vec::new()).unwrap().size, 64 << 20, "{parts:?}");
+        }
+    }
+}
+
+#[test]
+fn who_does_not_ask_for_the_blocks_does_not_hear_of_them() {
+    let mut bytes = image("dynamic");
+    let table = read(&bytes).header.unwrap().table_at() as usize;
+    bytes.0[table + 20..table + 24].copy_from_slice(&0xffff_fffe_u32.to_be_bytes());
+    assert!(matches!(check(&bytes).0, Some(Corrupt::BlockPlace { block: 5, .. })));
+    let heads = Image::read_parts(&bytes, Parts::Heads, &mut Vec::new()).unwrap();
+    assert_eq!((heads.size, heads.table.blocks()), (64 << 20, 0));
+    let unchecked = Image::read_parts(&bytes, Parts::Unchecked, &mut Vec::new()).unwrap();
+    assert_eq!(unchecked.table.allocated().count(), 2);
 }
