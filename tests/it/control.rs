@@ -612,6 +612,9 @@ fn the_end_waits_until_an_image_that_is_being_opened_is_let_go() {
     opening.args(["open", "-p", &pid, "-m", &minor, "-a", &image]).stderr(Stdio::null());
     let mut opening = opening.spawn().unwrap();
     wait_for(|| locked(&path).then_some(()));
+    let begin = std::time::Instant::now();
+    host.bad(&["close", "-p", &pid, "-m", &minor, "-t", "2"], libc::ETIMEDOUT, "an image is being opened for it");
+    assert!(begin.elapsed() < Duration::from_secs(20), "-t is kept");
     host.done(&["exit", "-p", &pid]);
     std::thread::sleep(Duration::from_millis(300));
     assert!(locked(&path) && host.pids().len() == 1, "it is being opened");

@@ -98,18 +98,20 @@ pub fn open(directory: &Path, pid: i32, minor: u16, opening: &Opening<'_>) -> io
 }
 
 /// Finishes what is under way, flushes, and closes a disk's image; `force` gives up what has not reached the engine. `limit` is for
-/// the answer; None: as long as it takes. While the disk is busy (EBUSY) it is tried again, for 30 seconds: ETIMEDOUT then.
+/// all of it; None: as long as it takes. While the disk is busy (EBUSY) it is tried again, as long as that or for 30 seconds: ETIMEDOUT then.
 pub fn close(directory: &Path, pid: i32, minor: u16, force: bool, limit: Option<Duration>) -> io::Result<()> {
     let kind = if force { kind::FORCE_SHUTDOWN } else { kind::CLOSE };
-    let end = Instant::now() + BUSY_MAX;
+    let end = Instant::now() + limit.unwrap_or(BUSY_MAX);
     loop {
-        let mut connection = Connection::send(path(directory, pid), &Message::new(kind, minor), &[], limit)?;
+        // All tries together take no longer than that.
+        let left = limit.map(|_| end.saturating_duration_since(Instant::now()).max(BUSY_EACH));
+        let mut connection = Connection::send(path(directory, pid), &Message::new(kind, minor), &[], left)?;
         match connection.done(kind::CLOSE_RSP) {
             Err(error) if errno(&error) == Errno::EBUSY => {
                 if Instant::now() >= end {
                     return Err(refused(Errno::ETIMEDOUT, error.to_string()));
                 }
-                std::thread::sleep(BUSY_EACH);
+                std::thread::sleep(BUSY_EACH.min(end.saturating_duration_since(Instant::now())));
             }
             other => return other,
         }
