@@ -37,8 +37,10 @@ struct Waiting {
 }
 
 impl Waiting {
+    /// With these defaults, in which `{s}` is its control directory.
     fn start(defaults: &str) -> Waiting {
         let host = Host::new();
+        let defaults = defaults.replace("{s}", host.directory().to_str().unwrap());
         let file = host.directory().join("defaults.toml");
         std::fs::write(&file, format!("{defaults}\n[log]\nfile = '{}/log'\n", host.directory().display())).unwrap();
         let mut command = tool("tapdisk");
@@ -145,7 +147,7 @@ fn raw(folder: &TempDir, size: u64) -> PathBuf {
 
 #[test]
 fn several_disks_live_in_one_process_which_ends_with_the_last() {
-    let (folder, tapdisk) = (folder(), Waiting::start("[frontend.local]\nsocket = '{pid}.{minor}.ring'\n"));
+    let (folder, tapdisk) = (folder(), Waiting::start("[frontend.local]\nsocket = '{s}/{pid}.{minor}.ring'\n"));
     let images = [raw(&folder, 1 << 20), raw(&folder, 2 << 20), raw(&folder, 3 << 20)];
     let minors: Vec<_> = images.iter().map(|_| tapdisk.attach()).collect();
     assert_eq!(minors, [0, 1, 2]);
@@ -315,9 +317,8 @@ fn a_parent_that_another_minor_has_open_is_used_again() {
 #[test]
 fn a_close_waits_for_what_is_under_way_and_holds_nobody_up() {
     let folder = folder();
-    let tapdisk = Waiting::start(
-        "[frontend.local]\nsocket = '/proc/self/cwd/{minor}.ring'\n[[fault]]\ntype = 'stuck'\non = ['write']\n",
-    );
+    let tapdisk =
+        Waiting::start("[frontend.local]\nsocket = '{s}/{minor}.ring'\n[[fault]]\ntype = 'stuck'\non = ['write']\n");
     let (path, minor) = (raw(&folder, 1 << 20), tapdisk.attach());
     tapdisk.good(&tapdisk.open(minor, &path, 0));
     let mut write = Command::new("qemu-io");
