@@ -78,6 +78,10 @@ pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, lo
             minors.end();
             Message::error(cookie, 0, "").as_bytes().to_vec()
         }
+        // As blktap's has it where no image is open.
+        kind::STATS if minors.iter().any(|minor| minor.number() == cookie && minor.disk().is_none()) => {
+            with_json(kind::STATS_RSP, cookie, &no_stats())
+        }
         _ => match minors.disk_mut(cookie) {
             Some(disk) => of_disk(request, disk, polling, log)?,
             None if is_known(request.kind) => no_disk(cookie),
@@ -224,6 +228,19 @@ pub(super) fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u
 /// `DISK_TYPE_AIO` and `DISK_TYPE_VHD` of blktap's `tapdisk-disktype.h`.
 const DRIVER_AIO: u32 = 0;
 const DRIVER_VHD: u32 = 4;
+
+/// STATS of a minor that has no image.
+fn no_stats() -> serde_json::Value {
+    json!({
+        "name": null,
+        "secs": [0, 0],
+        "images": [],
+        "FIXME_enospc_redirect_count": 0,
+        "nbd_mirror_failed": 0,
+        "reqs_outstanding": 0,
+        "read_caching": "false",
+    })
+}
 
 /// STATS, in blktap's words and order; what is ours comes last.
 fn stats(disk: &Disk) -> serde_json::Value {

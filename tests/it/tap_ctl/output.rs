@@ -113,6 +113,8 @@ fn a_disk_from_spawn_to_free() {
     host.bad(&["free", "-m", &minor], libc::EAGAIN, "a tapdisk has it");
     assert_eq!(host.good(&["list"]), format!("pid={pid} minor={minor} state=0"));
     host.bad(&with("pause"), libc::ENODEV, "no disk with minor 0");
+    let stats = json_of(&host.ctl(&with("stats")));
+    assert_eq!((&stats["name"], &stats["images"]), (&json!(null), &json!([])), "no image is open");
     host.bad(&[&with("open")[..], &["-a", "aio:/nonexistent"]].concat(), libc::ENOENT, "/nonexistent");
     host.bad(&[&with("open")[..], &["-a", "qcow:/x"]].concat(), libc::EINVAL, "is no type:path");
     let opened = json_of(&host.ctl(&[&with("open")[..], &["-a", &image, "--json"]].concat()));
