@@ -324,7 +324,8 @@ fn a_close_waits_for_what_is_under_way_and_holds_nobody_up() {
     let mut write = Command::new("qemu-io");
     write.args(["-f", "raw", "-c", "write 0 4096", &tapdisk.host.nbd(&tapdisk.pid().to_string(), "0")]);
     let mut write = write.stdout(Stdio::null()).spawn().unwrap();
-    wait_for(|| (tapdisk.debug_queue(minor)["slots_used"] == 1).then_some(()));
+    // What is released before it is stuck stays so.
+    wait_for(|| (tapdisk.debug_queue(minor)["faults"]["stuck"] == 1).then_some(()));
     let mut close = UnixStream::connect(&tapdisk.socket).unwrap();
     close.write_all(Message::new(kind::CLOSE, minor).as_bytes()).unwrap();
     wait_for(|| {

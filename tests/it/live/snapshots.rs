@@ -274,7 +274,7 @@ fn a_pause_waits_for_what_is_stuck_and_can_be_called_off() {
     let (served, path, folder) = raw("", "[[fault]]\ntype = 'stuck'\non = ['write']\nto = '1 MiB'\n");
     let mut guest = Guest::connect(&served.ring());
     send(&mut guest, 1);
-    wait_for(|| (served.debug_queue()["queue"]["in_flight"] == 1).then_some(()));
+    wait_for(|| (served.debug_queue()["faults"]["stuck"] == 1).then_some(()));
     let pausing = |served: &Served| {
         let child = served.tap_ctl().arg("pause").stderr(std::process::Stdio::piped()).spawn().unwrap();
         wait_for(|| (state(served) == "0x10").then_some(()));
@@ -373,7 +373,7 @@ fn a_pause_that_is_overtaken_by_the_end_says_so() {
     let (mut served, _path, _folder) = raw("", "[[fault]]\ntype = 'stuck'\non = ['write']\n");
     let mut guest = Guest::connect(&served.ring());
     send(&mut guest, 1);
-    wait_for(|| (served.debug_queue()["queue"]["in_flight"] == 1).then_some(()));
+    wait_for(|| (served.debug_queue()["faults"]["stuck"] == 1).then_some(()));
     let mut pausing = served.tap_ctl().arg("pause").stderr(std::process::Stdio::piped()).spawn().unwrap();
     wait_for(|| (state(&served) == "0x10").then_some(()));
     served.signal(Signal::SIGTERM);
