@@ -69,7 +69,7 @@ pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, lo
         kind::LIST_MINORS => list_minors(cookie, minors),
         kind::LIST => list(cookie, minors),
         kind::STATS if cookie == NO_MINOR => {
-            let all: Vec<_> = minors.iter().filter_map(Minor::disk).map(stats).collect();
+            let all: Vec<_> = minors.iter().filter_map(Minor::disk).map(|disk| stats(Some(disk))).collect();
             with_json(kind::STATS_RSP, cookie, &all)
         }
         kind::METRICS if cookie == NO_MINOR => metrics(cookie, minors.iter().filter_map(Minor::with_disk)),
@@ -80,7 +80,7 @@ pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, lo
         }
         // As blktap's has it where no image is open.
         kind::STATS if minors.iter().any(|minor| minor.number() == cookie && minor.disk().is_none()) => {
-            with_json(kind::STATS_RSP, cookie, &no_stats())
+            with_json(kind::STATS_RSP, cookie, &stats(None))
         }
         _ => match minors.disk_mut(cookie) {
             Some(disk) => of_disk(request, disk, polling, log)?,
@@ -100,7 +100,7 @@ fn of_disk(request: &Message, disk: &mut Disk, polling: &mut Polling, log: &Logg
         kind::COMMIT => pause::commit(request, disk),
         kind::QUERY_COMMIT => pause::query(cookie, disk),
         kind::CANCEL_COMMIT => pause::cancel(request, disk).ok_or(Late::Cancel(cookie))?,
-        kind::STATS => with_text(kind::STATS_RSP, cookie, &stats(disk).to_string()),
+        kind::STATS => with_text(kind::STATS_RSP, cookie, &stats(Some(disk)).to_string()),
         kind::METRICS => metrics(cookie, [(cookie, &*disk)]),
         kind::DISK_INFO => life::image(kind::DISK_INFO_RSP, cookie, disk.info()),
         kind::DEBUG_QUEUE => with_json(kind::DEBUG_QUEUE_RSP, cookie, &disk.inspect(polling)),
@@ -229,22 +229,9 @@ pub(super) fn with_json(kind: u16, cookie: u16, shown: &impl Serialize) -> Vec<u
 const DRIVER_AIO: u32 = 0;
 const DRIVER_VHD: u32 = 4;
 
-/// STATS of a minor that has no image.
-fn no_stats() -> serde_json::Value {
-    json!({
-        "name": null,
-        "secs": [0, 0],
-        "images": [],
-        "FIXME_enospc_redirect_count": 0,
-        "nbd_mirror_failed": 0,
-        "reqs_outstanding": 0,
-        "read_caching": "false",
-    })
-}
-
-/// STATS, in blktap's words and order; what is ours comes last.
-fn stats(disk: &Disk) -> serde_json::Value {
-    let images = disk.hits().map(|(layer, hits)| {
+/// STATS, in blktap's words and order; what is ours comes last. A minor without an image has no disk.
+fn stats(disk: Option<&Disk>) -> serde_json::Value {
+    let images = disk.into_iter().flat_map(Disk::hits).map(|(layer, hits)| {
         let driver = layer.format.name();
         let number = if driver == "vhd" { DRIVER_VHD } else { DRIVER_AIO };
         json!({
@@ -255,17 +242,19 @@ fn stats(disk: &Disk) -> serde_json::Value {
         })
     });
     let mut stats = json!({
-        "name": disk.info().name,
-        "secs": disk.stats().sectors(),
+        "name": disk.map(|disk| &disk.info().name),
+        "secs": disk.map_or_else(Default::default, |disk| disk.stats().sectors()),
         "images": images.collect::<Vec<_>>(),
     });
-    if let Some(xenbus) = disk.xenbus() {
+    if let Some(xenbus) = disk.and_then(Disk::xenbus) {
         stats["xenbus"] = xenbus;
     }
     stats["FIXME_enospc_redirect_count"] = json!(0);
     stats["nbd_mirror_failed"] = json!(0);
-    stats["reqs_outstanding"] = json!(disk.outstanding());
-    stats["read_caching"] = json!(if disk.is_buffered() { "true" } else { "false" });
-    stats["memory"] = json!(disk.budget());
+    stats["reqs_outstanding"] = json!(disk.map_or(0, Disk::outstanding));
+    stats["read_caching"] = json!(if disk.is_some_and(Disk::is_buffered) { "true" } else { "false" });
+    if let Some(disk) = disk {
+        stats["memory"] = json!(disk.budget());
+    }
     stats
 }

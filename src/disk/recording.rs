@@ -83,9 +83,14 @@ impl Disk {
     /// Nobody waits any more for what is being recorded, which may be on storage that hangs.
     pub(super) fn cancel_recording(&mut self) {
         if let Some(Recording::Resume { next, .. }) = self.recording.take() {
-            let event = Arc::clone(self.queue.engine().submit.event());
-            self.recording = Job::start("close", event, move || drop(next)).ok().map(Recording::Close);
+            self.close_unwanted(next.0);
         }
+    }
+
+    /// Closes an image that is not wanted. Where there is no thread for it, it is closed at once.
+    fn close_unwanted(&mut self, image: Image) {
+        let event = Arc::clone(self.queue.engine().submit.event());
+        self.recording = Job::start("close", event, move || drop(image)).ok().map(Recording::Close);
     }
 
     /// Whether something about an end of the pause is under way.
@@ -137,9 +142,7 @@ impl Disk {
         let done = match refusal {
             None => self.put_on(image, config).map(|()| self.go_on()),
             Some(why) => {
-                let event = Arc::clone(self.queue.engine().submit.event());
-                // Where there is no thread for it, it was closed here.
-                self.recording = Job::start("close", event, move || drop(image)).ok().map(Recording::Close);
+                self.close_unwanted(image);
                 Err(why)
             }
         };

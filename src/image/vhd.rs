@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
 use drivers::vhd::layout::batmap_pieces;
 use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, IN_USE, Image, Parts, Problem, Settings};
@@ -18,7 +17,7 @@ use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::{Backing, forget_cached, geometry, lock_changes, unlock_changes};
+use crate::sys::file::{Backing, CHANGE, forget_cached, geometry, lock_changes, unlock_changes};
 use crate::vhd::file::names_outside;
 
 /// Sectors of every VHD.
@@ -26,9 +25,6 @@ const SECTOR: u32 = 512;
 
 /// Bytes that a file grows by if nothing is set apart ahead.
 const STEP: u64 = 64 << 20;
-
-/// How long a change of the leaf's metadata is waited for.
-const CHANGE: Duration = Duration::from_secs(5);
 
 /// Memory for bitmaps of a layer at least, bytes.
 const CACHE_MIN: usize = 96 << 10;

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use drivers::{Extent, Fail, Format, LastWrite, OpenError, Plan, Ticket};
 use nix::errno::Errno;
@@ -20,7 +20,7 @@ use self::meta::MetaMemory;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stats::now;
-use crate::sys::file::{forget_cached, lock_changes, unlock_changes};
+use crate::sys::file::{CHANGE, forget_cached, lock_changes, unlock_changes};
 use crate::sys::io::{FileId, IoOp};
 
 /// I/Os of metadata at a time, at most.
@@ -28,9 +28,6 @@ pub const METAS: usize = 32;
 
 /// The frontend of the stack's own requests.
 pub const OWN: u16 = u16::MAX - 1;
-
-/// How long a change of an image's metadata is waited for before the image is closed.
-const CHANGE: Duration = Duration::from_secs(5);
 
 /// One image of the chain.
 pub struct Layer {

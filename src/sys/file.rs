@@ -86,6 +86,9 @@ pub fn forget_cached(file: &File) -> Result<(), Errno> {
 const CHANGES: i64 = i64::MAX - 1;
 const READERS: i64 = i64::MAX - 2;
 
+/// How long a tapdisk waits for a change of an image's metadata, as it opens the image and before it closes it.
+pub const CHANGE: Duration = Duration::from_secs(5);
+
 /// Locks what others than the program that writes an image's data may change of it, for as long as the file is open for writing or until
 /// [`unlock_changes`]: another lock than that of the whole file (an open file description's, fcntl(2)). EAGAIN: another has it, and kept it
 /// for so long. Blocks. On a network's file system, which takes the lock of the whole file for one of all bytes, there is none.
