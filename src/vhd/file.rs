@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use drivers::SECTOR_SIZE;
 use drivers::vhd::layout::{self, LayoutError, NewParent, Piece, batmap_pieces};
 use drivers::vhd::{Corrupt, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Parts, Problem, Source, Table};
 use nix::errno::Errno;
@@ -122,18 +123,16 @@ pub struct UsedFile {
 #[repr(C, align(4096))]
 struct Page([u8; 4096]);
 
-const SECTOR: u64 = 512;
-
 impl UsedFile {
     /// Opens one, without the lock that the tapdisk has.
     pub fn open(path: &Path) -> Result<UsedFile, image::Error> {
         check_storage(path).map_err(explain(path, "open it"))?;
         let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
-        let fits = |file: &File| direct_alignment(file).is_none_or(|(_, at)| u64::from(at) <= SECTOR);
+        let fits = |file: &File| direct_alignment(file).is_none_or(|(_, at)| u64::from(at) <= SECTOR_SIZE);
         let direct = open(libc::O_DIRECT)
             .ok()
             .filter(fits)
-            .filter(|file| geometry(file).is_ok_and(|geometry| u64::from(geometry.logical) <= SECTOR));
+            .filter(|file| geometry(file).is_ok_and(|geometry| u64::from(geometry.logical) <= SECTOR_SIZE));
         let is_direct = direct.is_some();
         let file = match direct {
             Some(file) => file,
@@ -157,8 +156,8 @@ impl UsedFile {
 
     /// The whole sectors that a range is in: where they begin, their bytes, and memory for them.
     fn sectors(&self, at: u64, len: usize) -> (u64, usize, Vec<Page>) {
-        let begin = at / SECTOR * SECTOR;
-        let end = (at + len as u64).next_multiple_of(SECTOR);
+        let begin = at / SECTOR_SIZE * SECTOR_SIZE;
+        let end = (at + len as u64).next_multiple_of(SECTOR_SIZE);
         let count = (end - begin) as usize;
         (begin, count, vec![Page([0; 4096]); count.div_ceil(4096)])
     }
@@ -243,7 +242,7 @@ fn free_places(image: &Image, header: &Header, header_at: u64) -> Vec<(u64, u64)
     let table_end = header.table_at() + Table::bytes(header.entries());
     let batmap_end = image.batmap.as_ref().map_or(0, |batmap| batmap.bits_at + batmap.bits().len() as u64);
     let least = table_end.max(batmap_end).max(header_at + HEADER_SIZE as u64).max(FOOTER_SIZE as u64);
-    let places = [least, image.metadata_end].map(|place| place.next_multiple_of(SECTOR)).into_iter();
+    let places = [least, image.metadata_end].map(|place| place.next_multiple_of(SECTOR_SIZE)).into_iter();
     let free = places.filter(|place| !names.iter().any(|(begin, end)| begin <= place && place < end));
     let end = |place: u64| {
         names.iter().map(|(begin, _)| *begin).filter(|begin| *begin > place).min().unwrap_or(first).min(first)

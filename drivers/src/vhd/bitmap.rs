@@ -2,6 +2,14 @@
 
 use std::ops::Range;
 
+use crate::SECTOR_SIZE;
+
+/// Sectors of a block that a disk of `size` bytes has: all of the block's `block_size` bytes, but for the last block.
+pub fn own_sectors(size: u64, block_size: u64, block: u32) -> u32 {
+    let left = size.saturating_sub(u64::from(block) * block_size);
+    (left.min(block_size) / SECTOR_SIZE) as u32
+}
+
 /// Whether a sector's bit is set. One that is beyond the bitmap's end is not.
 pub fn is_set(bitmap: &[u8], sector: u32) -> bool {
     bitmap.get(sector as usize / 8).is_some_and(|byte| byte & (0x80 >> (sector % 8)) != 0)

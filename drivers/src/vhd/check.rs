@@ -45,7 +45,7 @@ impl Image {
         let sectors = (u64::from(header.block_size()) / SECTOR_SIZE) as u32;
         for (block, at) in image.table.allocated() {
             let bits = read(source, at, header.bitmap_size())?;
-            let own = own_sectors(&image, header, block);
+            let own = bitmap::own_sectors(image.size, header.block_size().into(), block);
             if image.batmap.as_ref().is_some_and(|batmap| batmap.is_full(block)) && !bitmap::is_full(&bits, own) {
                 found.push(Corrupt::NotFull { block });
             }
@@ -60,13 +60,6 @@ impl Image {
         }
         Ok(found.into_iter().map(|what| Problem { what, fatal: false }).collect())
     }
-}
-
-/// Sectors of a block that the disk has: all, but for the last block.
-pub(super) fn own_sectors(image: &Image, header: &Header, block: u32) -> u32 {
-    let size = u64::from(header.block_size());
-    let left = image.size.saturating_sub(u64::from(block) * size);
-    (left.min(size) / SECTOR_SIZE) as u32
 }
 
 fn read(source: &dyn Source, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {

@@ -1,6 +1,5 @@
 //! What can be mended of an image without touching its data.
 
-use super::check::own_sectors;
 use super::image::{Image, Problem, ReadError, Source};
 use super::layout::{Piece, batmap_pieces};
 use super::{Batmap, Corrupt, Table, bitmap};
@@ -89,7 +88,8 @@ impl Repair {
             let mut bits = vec![0; header.bitmap_size() as usize];
             let read = source.read_at(at, &mut bits);
             read.map_err(|source| ReadError::Io { at, len: bits.len(), source })?;
-            batmap.set(block, bitmap::is_full(&bits, own_sectors(&self.image, header, block)));
+            let own = bitmap::own_sectors(self.image.size, header.block_size().into(), block);
+            batmap.set(block, bitmap::is_full(&bits, own));
         }
         self.pieces.extend(batmap_pieces(&batmap));
         self.mended.push("made the batmap again, from the blocks' bitmaps");

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use drivers::SECTOR_SIZE;
 use drivers::vhd::{Header, Image, Kind, Source, bitmap};
 use nix::errno::Errno;
 use tapdisk::chain::{self, Layer, Rules};
@@ -14,8 +15,6 @@ use super::create::raw;
 use super::failure::{Failure, Result};
 use super::file::ReadFile;
 use super::key::key_hash;
-
-const SECTOR: u64 = 512;
 
 /// Bytes of the disk that follow each other in one file.
 #[derive(Clone, Copy)]
@@ -126,11 +125,12 @@ impl Open {
                 self.file.read_at(place, &mut last.1).map_err(self.failed())?;
                 last.0 = block;
             }
-            let sectors = (within / SECTOR) as u32..(within + len).div_ceil(SECTOR) as u32;
+            let sectors = (within / SECTOR_SIZE) as u32..(within + len).div_ceil(SECTOR_SIZE) as u32;
             bitmap::runs(&last.1, sectors).collect()
         };
         for (held, sectors) in runs {
-            let (start, len) = (u64::from(sectors.start) * SECTOR, u64::from(sectors.end - sectors.start) * SECTOR);
+            let (start, len) =
+                (u64::from(sectors.start) * SECTOR_SIZE, u64::from(sectors.end - sectors.start) * SECTOR_SIZE);
             part(held.then_some(data + start), block * block_size + start, len)?;
         }
         Ok(())

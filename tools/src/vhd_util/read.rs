@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
+use drivers::SECTOR_SIZE;
 use drivers::vhd::{Footer, Header, Image, Kind, Locator, Parts, Platform, bitmap, decode_path, unix_seconds};
 use nix::errno::Errno;
 use tapdisk::chain;
@@ -12,7 +13,6 @@ use super::Read;
 use super::disk::{self, Disk};
 use super::failure::{Failure, Result};
 
-const SECTOR: u64 = 512;
 /// Bytes that are read at a time.
 const PIECE: usize = 1 << 20;
 
@@ -141,7 +141,7 @@ impl Reader<'_> {
 
     /// Sectors of the disk from one on, as many as are asked for.
     fn sector_range(&self, first: u64) -> Result<std::ops::Range<u64>> {
-        let sectors = self.image.size / SECTOR;
+        let sectors = self.image.size / SECTOR_SIZE;
         match first.checked_add(self.args.count.into()) {
             Some(end) if end <= sectors => Ok(first..end),
             _ => {
@@ -153,7 +153,7 @@ impl Reader<'_> {
 
     /// A sector's block, and its number in that.
     fn block_of(&self, sector: u64) -> Result<(u32, u64)> {
-        let in_block = u64::from(self.header()?.block_size()) / SECTOR;
+        let in_block = u64::from(self.header()?.block_size()) / SECTOR_SIZE;
         Ok(((sector / in_block) as u32, sector % in_block))
     }
 
@@ -162,7 +162,7 @@ impl Reader<'_> {
         let bitmap = self.header()?.bitmap_size();
         for sector in self.sector_range(first)? {
             let (block, within) = self.block_of(sector)?;
-            let place = self.image.table.get(block).map(|at| at + bitmap + within * SECTOR);
+            let place = self.image.table.get(block).map(|at| at + bitmap + within * SECTOR_SIZE);
             let place = place.map_or_else(|| "not allocated".to_owned(), |at| self.number(at));
             let [sector, block, within] = [sector, block.into(), within].map(|number| self.number(number));
             self.line(&format!(
@@ -222,7 +222,7 @@ impl Reader<'_> {
         let range = self.sector_range(first)?;
         let disk = Disk::open(&self.args.name, true)?;
         let mut buffer = vec![0; PIECE];
-        disk.runs(range.start * SECTOR, (range.end - range.start) * SECTOR, &mut |run| {
+        disk.runs(range.start * SECTOR_SIZE, (range.end - range.start) * SECTOR_SIZE, &mut |run| {
             let mut done = 0;
             while done < run.len {
                 let piece = &mut buffer[..(run.len - done).min(PIECE as u64) as usize];

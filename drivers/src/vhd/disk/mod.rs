@@ -192,12 +192,6 @@ impl Disk {
         Some(disk)
     }
 
-    /// Sectors of a block that the disk has: all, but for the last block.
-    fn own_sectors(&self, block: u32) -> u32 {
-        let left = self.size.saturating_sub(u64::from(block) * self.block_size);
-        (left.min(self.block_size) / SECTOR_SIZE) as u32
-    }
-
     /// It was not closed when it was used last, and may have been written then: closing it says so to its children.
     pub fn was_in_use(&mut self) {
         self.written = true;
@@ -475,7 +469,8 @@ impl Format for Disk {
             Own::NewBits(new) => {
                 to.fill(0);
                 if self.ones {
-                    bitmap::set(to, 0..self.own_sectors(self.blocks.get(new).block));
+                    let own = bitmap::own_sectors(self.size, self.block_size, self.blocks.get(new).block);
+                    bitmap::set(to, 0..own);
                 }
                 let ready = self.blocks.get(new).ready;
                 self.tickets.iter(ready).for_each(|ticket| mark(to, ticket));
