@@ -78,16 +78,25 @@ pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, lo
             minors.end();
             Message::error(cookie, 0, "").as_bytes().to_vec()
         }
-        // As blktap's has it where no image is open.
-        kind::STATS if minors.iter().any(|minor| minor.number() == cookie && minor.disk().is_none()) => {
-            with_json(kind::STATS_RSP, cookie, &stats(None))
-        }
         _ => match minors.disk_mut(cookie) {
             Some(disk) => of_disk(request, disk, polling, log)?,
-            None if is_known(request.kind) => no_disk(cookie),
-            None => unknown(request),
+            None => without_image(request, minors),
         },
     })
+}
+
+/// The answer to what is asked of a minor that has no image, or that nobody has attached.
+fn without_image(request: &Message, minors: &mut Minors) -> Vec<u8> {
+    let cookie = request.cookie;
+    match request.kind {
+        // As blktap's has it.
+        kind::STATS if minors.iter().any(|minor| minor.number() == cookie) => {
+            with_json(kind::STATS_RSP, cookie, &stats(None))
+        }
+        kind::PAUSE | kind::RESUME => pause::without_image(request, minors).unwrap_or_else(|| no_disk(cookie)),
+        kind if is_known(kind) => no_disk(cookie),
+        _ => unknown(request),
+    }
 }
 
 /// The answer to what is asked of one disk.
@@ -169,6 +178,7 @@ fn list(cookie: u16, minors: &Minors) -> Vec<u8> {
 
 fn state_of(minor: &Minor) -> i32 {
     match minor.disk() {
+        None if minor.is_paused_empty() => state::PAUSED,
         None if minor.is_closed() => state::CLOSED,
         None => 0,
         Some(disk) if disk.is_paused() => state::PAUSED,

@@ -9,7 +9,7 @@ use super::answer::{refused as refuse, with_json};
 use super::life::check_flags;
 use super::proto::{Coalesce, Message, Params, Query, coalesce as flag, kind, string, text};
 use crate::disk::{Disk, PauseError, Stage, parse_name};
-use crate::minors::MinorError;
+use crate::minors::{MinorError, Minors};
 
 /// The answer to PAUSE. None: it comes when the disk is paused, by [`paused`].
 pub(super) fn pause(cookie: u16, disk: &mut Disk) -> Option<Vec<u8>> {
@@ -17,6 +17,24 @@ pub(super) fn pause(cookie: u16, disk: &mut Disk) -> Option<Vec<u8>> {
         Ok(()) => disk.pause_outcome().map(|outcome| paused(cookie, disk, &outcome)),
         Err(error) => Some(refused(cookie, disk, &error)),
     }
+}
+
+/// The answer to PAUSE and RESUME of a minor without an image. None: nobody has attached it.
+pub(super) fn without_image(request: &Message, minors: &mut Minors) -> Option<Vec<u8>> {
+    let cookie = request.cookie;
+    let named = || text(&request.member::<Params>().path).is_none_or(|name| !name.is_empty());
+    let (done, answer) = match request.kind {
+        kind::PAUSE => (minors.pause_empty(cookie, true)?, kind::PAUSE_RSP),
+        _ if named() && minors.iter().any(|minor| minor.number() == cookie && minor.is_paused_empty()) => {
+            let text = format!("minor {cookie}: it was paused without an image: tap-ctl open opens one");
+            (Err(MinorError::new(Errno::EINVAL, text)), kind::RESUME_RSP)
+        }
+        _ => (minors.pause_empty(cookie, false)?, kind::RESUME_RSP),
+    };
+    Some(match done {
+        Ok(()) => Message::new(answer, cookie).as_bytes().to_vec(),
+        Err(error) => refuse(cookie, &error),
+    })
 }
 
 /// The late answer to PAUSE.

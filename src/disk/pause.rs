@@ -234,7 +234,7 @@ impl Disk {
                     (config.image.kind, config.image.path) = (kind, Some(path));
                 }
                 let event = Arc::clone(self.queue.engine().submit.event());
-                let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log);
+                let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log, |_| Ok(()));
                 let opening = opening.map_err(io_error)?;
                 self.resuming = Some(Resuming { opening, by_itself: false });
             }

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Deref;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,9 @@ use slog::{Logger, warn};
 
 use super::Error;
 use crate::config::{Direct, Image, Size};
-use crate::sys::file::{Geometry, check_storage, direct_alignment, geometry, lock_as_reader, open_storage};
+use crate::sys::file::{
+    Geometry, check_storage, direct_alignment, geometry, lock_as_reader, lock_holder, open_storage,
+};
 
 /// A file that is open for an engine.
 pub(super) struct Opened {
@@ -216,22 +218,12 @@ struct Holder {
     alive: bool,
 }
 
-/// Who holds a lock on the file, from /proc/locks (proc(5)).
+/// Who holds a lock on the file.
 fn holder(file: &File) -> Option<Holder> {
-    let meta = file.metadata().ok()?;
-    let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
-    let wanted = format!("{major:02x}:{minor:02x}:{}", meta.ino());
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let pid = locks.lines().find_map(|line| {
-        let fields: Vec<_> = line.split_whitespace().filter(|field| *field != "->").collect();
-        (fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&wanted.as_str()))
-            .then(|| fields.get(4).copied())?
-    })?;
-    // 0 and -1 are processes that this one cannot see.
-    let hidden = pid.parse().is_ok_and(|pid: i32| pid <= 0);
+    let pid = lock_holder(file)?;
     match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
         Ok(name) => Some(Holder { name: format!("process {pid} ({})", name.trim()), alive: true }),
-        Err(_) if hidden => Some(Holder { name: "a process of another container".into(), alive: true }),
+        Err(_) if pid <= 0 => Some(Holder { name: "a process of another container".into(), alive: true }),
         Err(_) => {
             Some(Holder { name: format!("process {pid}, which has ended but left I/O in flight"), alive: false })
         }

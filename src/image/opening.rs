@@ -24,15 +24,21 @@ pub struct Opening<E> {
 }
 
 impl<E: From<Error>> Opening<E> {
-    /// Begins to open what `config` names, for an engine with `event`, if it is to follow one that has it. `wake` tells of the end.
+    /// Begins to open what `config` names, for an engine with `event`, if it is to follow one that has it. `fits` looks at it, and may wait
+    /// for others. `wake` tells of the end.
     pub fn start(
         config: Arc<Config>,
         event: Option<Arc<EventFd>>,
         wake: Arc<EventFd>,
         log: &Logger,
+        fits: impl FnOnce(&Image) -> Result<(), Error> + Send + 'static,
     ) -> io::Result<Opening<E>> {
         let (wanted, log) = (Arc::clone(&config), log.clone());
-        let job = Job::start("open", Arc::clone(&wake), move || super::open(&wanted, event, &log))?;
+        let open = move || {
+            let image = super::open(&wanted, event, &log)?;
+            fits(&image).map(|()| image)
+        };
+        let job = Job::start("open", Arc::clone(&wake), open)?;
         Ok(Opening { job, refused: None, closing: None, wake, config })
     }
 

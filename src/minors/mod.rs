@@ -2,6 +2,7 @@
 //! ends when the last one is detached.
 
 pub mod marker;
+mod parent;
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd};
@@ -66,7 +67,7 @@ pub struct Wanted {
     pub buffered: bool,
     /// For how long I/O that fails is tried again, in seconds; none: as configured.
     pub timeout_s: Option<u16>,
-    /// The minor of this process whose image has to be its parent.
+    /// The minor, of this process or of another one, whose image has to be its parent.
     pub parent: Option<u16>,
 }
 
@@ -76,7 +77,10 @@ pub struct Minor {
     /// Names the disk's sources. None is used twice, so that no event reaches another disk.
     serial: usize,
     disk: Option<Disk>,
+    /// What is being opened, and the minor of this process whose image has to be its parent.
     opening: Option<(Opening<MinorError>, Option<u16>)>,
+    /// It was paused without an image.
+    paused: bool,
     /// How the last OPEN went.
     opened: Result<(), MinorError>,
     /// How the last image's end went. None: there was none.
@@ -104,6 +108,11 @@ impl Minor {
     /// Whether there was an image, and is none.
     pub fn is_closed(&self) -> bool {
         self.disk.is_none() && self.closed.is_some()
+    }
+
+    /// Whether it was paused while there was no image.
+    pub fn is_paused_empty(&self) -> bool {
+        self.disk.is_none() && self.paused
     }
 }
 
@@ -201,7 +210,8 @@ impl Minors {
     /// Adds a minor, with a disk or without; if it `goes`, for as long as the disk is open.
     pub fn add(&mut self, marker: Marker, disk: Option<Disk>, goes: bool) -> io::Result<()> {
         let number = marker.minor();
-        let mut minor = Minor { marker, serial: 0, disk: None, opening: None, opened: Ok(()), closed: None, goes };
+        let mut minor =
+            Minor { marker, serial: 0, disk: None, opening: None, paused: false, opened: Ok(()), closed: None, goes };
         if let Some(disk) = disk {
             self.put(&mut minor, disk)?;
         }
@@ -233,16 +243,36 @@ impl Minors {
         if let Some(disk) = self.list[index].disk() {
             return refused(Errno::EALREADY, &format!("{} is open", disk.info().name));
         }
-        if let Some(parent) = wanted.parent
-            && self.find(parent).ok().and_then(|index| self.list[index].disk()).is_none()
-        {
-            return Err(MinorError::no_such(parent, Errno::ENODEV));
-        }
+        let (ours, others) = match wanted.parent {
+            Some(parent) => match self.find(parent) {
+                Ok(index) if self.list[index].disk.is_some() => (Some(parent), None),
+                Ok(_) => return Err(MinorError::no_such(parent, Errno::ENODEV)),
+                Err(_) => (None, Some(parent)),
+            },
+            None => (None, None),
+        };
         let config = self.configure(minor, &wanted);
         let log = self.log.new(o!("minor" => minor));
-        let opening = Opening::start(config.into(), None, Arc::clone(&self.wake), &log);
-        self.list[index].opening = Some((opening.map_err(|error| of_io(&error, "a thread"))?, wanted.parent));
+        let directory = self.settings.control.directory.clone();
+        let fits = move |image: &Image| others.map_or(Ok(()), |parent| parent::check(image, &directory, parent));
+        let opening = Opening::start(config.into(), None, Arc::clone(&self.wake), &log, fits);
+        self.list[index].opening = Some((opening.map_err(|error| of_io(&error, "a thread"))?, ours));
         Ok(())
+    }
+
+    /// Pauses a minor without an image, of which nothing is under way, or ends that, as blktap does. EBUSY: an image is being opened.
+    /// EINVAL: it is not paused. None: it has an image, or nobody has attached it.
+    pub fn pause_empty(&mut self, minor: u16, paused: bool) -> Option<Result<(), MinorError>> {
+        let minor = self.get_mut(minor).filter(|minor| minor.disk.is_none())?;
+        let refused = |errno, text| Some(Err(MinorError::new(errno, format!("minor {}: {text}", minor.number()))));
+        if minor.opening.is_some() {
+            return refused(Errno::EBUSY, "an image is being opened for it");
+        }
+        if !paused && !minor.paused {
+            return refused(Errno::EINVAL, "it is not paused, and has no image");
+        }
+        minor.paused = paused;
+        Some(Ok(()))
     }
 
     /// The configuration of a disk that OPEN opens.
@@ -313,12 +343,12 @@ impl Minors {
     fn put_in(&mut self, index: usize, disk: Disk) -> Result<(), MinorError> {
         let mut minor = self.list.remove(index);
         let done = self.put(&mut minor, disk);
-        minor.closed = None;
+        (minor.closed, minor.paused) = (None, false);
         self.list.insert(index, minor);
         done.map_err(|error| of_io(&error, "cannot watch it"))
     }
 
-    /// Whether the image right below is the one of that minor.
+    /// Whether the image right below is the one of that minor, of this process.
     fn check_parent(&self, image: &Image, parent: u16) -> Result<(), MinorError> {
         let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::file);
         let below = image.locks.get(1);

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
+use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{NFS_SUPER_MAGIC, fstatfs};
 
 use super::io::IoOp;
@@ -156,6 +157,18 @@ fn has_both_locks(file: &File) -> bool {
 
 fn neither() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "is neither a regular file nor a block device")
+}
+
+/// The process that holds the file's lock (flock(2)), from /proc/locks (proc(5)). 0 and -1 are those that this one cannot see. None: nobody does.
+pub fn lock_holder(file: &File) -> Option<i32> {
+    let meta = file.metadata().ok()?;
+    let wanted = format!("{:02x}:{:02x}:{}", major(meta.dev()), minor(meta.dev()), meta.ino());
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().filter(|field| *field != "->").collect();
+        let of_file = fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&wanted.as_str());
+        fields.get(4).filter(|_| of_file)?.parse().ok()
+    })
 }
 
 /// Whether two are the same file, or the same block device.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use zerocopy::FromZeros;
 
-use super::super::proto::{Blkif, Image, Message, Params, Query, kind, open as flag, string, text};
+use super::super::proto::{Blkif, Image, List, Message, Params, Query, kind, open as flag, string, text};
 use super::{Connection, TIMEOUT, ask, errno, path, refused, tell};
 
 /// How long CLOSE is tried again while the disk is busy, as in blktap.
@@ -95,6 +95,15 @@ pub fn open(directory: &Path, pid: i32, minor: u16, opening: &Opening<'_>) -> io
     let (request, more) = opening.message(kind::OPEN, minor)?;
     let mut connection = Connection::send(path(directory, pid), &request, &more, None)?;
     connection.expect(kind::OPEN_RSP).map(|answer| answer.member())
+}
+
+/// The name and the state of the image that a process has open for a minor. None: none.
+pub fn image_of(directory: &Path, pid: i32, minor: u16) -> io::Result<Option<(String, i32)>> {
+    let mut connection =
+        Connection::send(path(directory, pid), &Message::new(kind::LIST, minor), &[], Some(TIMEOUT))?;
+    let listed: List = connection.expect(kind::LIST_RSP)?.member();
+    let name = text(&listed.path).ok_or(Errno::EPROTO)?;
+    Ok((listed.count > 0 && !name.is_empty()).then(|| (name.to_owned(), listed.state)))
 }
 
 /// Finishes what is under way, flushes, and closes a disk's image; `force` gives up what has not reached the engine. `limit` is for

@@ -63,6 +63,38 @@ fn what_a_storage_manager_does_with_a_disk() {
     assert!(disk(&base)[..4 << 20].iter().all(|byte| *byte == 0x11));
 }
 
+#[test]
+fn a_parent_that_any_tapdisk_of_the_host_has_open_is_used_again() {
+    let (host, folder) = (Host::new(), folder());
+    let [base, other, leaf] = ["base.vhd", "other.vhd", "leaf.vhd"].map(|name| folder.path().join(name));
+    good("create -n {} -s 16", &[&base]);
+    good("create -n {} -s 16", &[&other]);
+    run(Command::new("qemu-io").args(["-f", "vpc", "-c", "write -P 5 0 4096"]).arg(&base));
+    good("snapshot -n {} -p {}", &[&leaf, &base]);
+    let read_only = |path: &Path| {
+        let (pid, minor) = host.begun();
+        host.done(&["attach", "-p", &pid, "-m", &minor]);
+        host.done(&["open", "-p", &pid, "-m", &minor, "-a", &name("vhd", path), "-R"]);
+        (pid, minor)
+    };
+    let ((base_pid, base_minor), (_, other_minor)) = (read_only(&base), read_only(&other));
+    let (pid, minor) = host.begun();
+    host.done(&["attach", "-p", &pid, "-m", &minor]);
+    let image = name("vhd", &leaf);
+    let open = |parent: &'static str| ["open", "-p", &pid, "-m", &minor, "-a", &image, "-e", parent];
+    assert_eq!((base_minor.as_str(), other_minor.as_str()), ("0", "1"));
+    host.bad(&open("7"), libc::ENODEV, "the minor that is to have its parent open");
+    host.bad(&open("1"), libc::EINVAL, "its parent is not the image of minor 1, which is vhd:");
+    // One that is allocated, and that nobody has attached; and one that is paused.
+    assert!(host.good(&["allocate"]).ends_with("tapdisk-3"));
+    host.bad(&open("3"), libc::ENODEV, "the minor that is to have its parent open");
+    host.done(&["pause", "-p", &base_pid, "-m", "0"]);
+    host.bad(&open("0"), libc::EINVAL, "is paused");
+    host.done(&["unpause", "-p", &base_pid, "-m", "0"]);
+    host.done(&open("0"));
+    qemu_io(&host.nbd(&pid, &minor), &["read -P 5 0 4096", "write -P 6 4096 4096", "read -P 6 4096 4096"]);
+}
+
 /// Does the same for each of these numbers, eight at a time.
 fn each(count: usize, what: impl Fn(usize) + Sync) {
     let next = std::sync::atomic::AtomicUsize::new(0);

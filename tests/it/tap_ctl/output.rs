@@ -112,7 +112,13 @@ fn a_disk_from_spawn_to_free() {
     host.bad(&["attach", "-p", &pid, "-m", "7"], libc::ENOENT, "tap-ctl allocate makes one");
     host.bad(&["free", "-m", &minor], libc::EAGAIN, "a tapdisk has it");
     assert_eq!(host.good(&["list"]), format!("pid={pid} minor={minor} state=0"));
-    host.bad(&with("pause"), libc::ENODEV, "no disk with minor 0");
+    host.bad(&with("unpause"), libc::EINVAL, "it is not paused, and has no image");
+    host.done(&with("pause"));
+    assert_eq!(host.good(&["list"]), format!("pid={pid} minor={minor} state=0x2a"));
+    host.bad(&[&with("unpause")[..], &["-a", &image]].concat(), libc::EINVAL, "tap-ctl open opens one");
+    host.done(&with("unpause"));
+    assert_eq!(host.good(&["list"]), format!("pid={pid} minor={minor} state=0"));
+    host.done(&with("pause"));
     let stats = json_of(&host.ctl(&with("stats")));
     assert_eq!((&stats["name"], &stats["images"]), (&json!(null), &json!([])), "no image is open");
     host.bad(&[&with("open")[..], &["-a", "aio:/nonexistent"]].concat(), libc::ENOENT, "/nonexistent");
