@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::served::{folder, run};
+use crate::common::served::{folder, run, tool};
 use crate::common::small_fs::{Loop, SmallFs};
 use crate::common::vhd::{bytes, change, disk, good, image, vhd_util, write};
 use drivers::vhd::{Kind, Uuid};
@@ -154,7 +154,7 @@ fn a_journal_can_be_on_a_device() {
     let limit = 5 * MIB;
     limited
         .args([format!("--fsize={limit}"), "--core=0".into()])
-        .arg(crate::common::served::tool("vhd-util").get_program());
+        .arg(tool("vhd-util").get_program());
     let status = limited.args(["resize", "-s", "2088960", "-n"]).arg(&image).arg("-j").arg(journal).status().unwrap();
     assert!(!status.success() && std::fs::read(&image).unwrap() != before);
     let again = "resize -s 2088960 -n {} -j {}";
@@ -330,7 +330,7 @@ fn parts_are_read() {
     }
     assert_eq!(text.matches("(Good!)").count(), 3, "{text}");
     // Blocks 2, 3 and 4 of 50.
-    let mut command = crate::common::served::tool("vhd-util");
+    let mut command = tool("vhd-util");
     let read = command.args(["read", "-B", "-n"]).arg(&child).output().unwrap();
     assert_eq!(read.stdout, [0b0011_1000, 0, 0, 0, 0, 0, 0]);
     let place = image(&child).table.get(2).unwrap();
@@ -338,6 +338,17 @@ fn parts_are_read() {
     assert_eq!(shown, format!("block: 1: offset: not allocated\nblock: 2: offset: {place}\n"));
     assert_eq!(good("read -x -b 2 -n {}", &[&child]), format!("block: 0x2: offset: {place:#x}\n"));
     assert_eq!(vhd_util("read -b 50 -n {}", &[&child]).code, libc::ERANGE);
+    // Runs of sectors, within blocks and over their ends.
+    write(&child, 20 * MIB - 512, 1024, 2);
+    assert_eq!(good("read -e 0 -c 204800 -n {}", &[&child]), "10240 8192\n40959 2\n");
+    assert_eq!(good("read -C -x -e 18431 -c 22529 -n {}", &[&child]), "0x47ff 0x1\n0x9fff 0x1\n");
+    assert_eq!(vhd_util("read -e 204800 -n {}", &[&child]).code, libc::ERANGE);
+    // Bytes, from within a sector of one block to within one of the next.
+    let from = 20 * MIB - 514;
+    let read = tool("vhd-util").args(["read", "-c", "1028", "-R", &from.to_string(), "-n"]).arg(&child).output();
+    assert_eq!(read.unwrap().stdout, [&[0; 2][..], &[2; 1024], &[0; 2]].concat());
+    assert_eq!(good("read -c 3 -R 5242880 -n {}", &[&child]), "\x01\x01\x01");
+    assert_eq!(vhd_util("read -c 2 -R 104857599 -n {}", &[&child]).code, libc::ERANGE);
     let said = vhd_util("read -p -n /none", &[]);
     assert_eq!((said.code, said.out.as_str()), (libc::ENOENT, "Failed to open /none: -2\n"));
 }

@@ -178,6 +178,9 @@ pub struct Read {
     /// A sector's bit in its block's bitmap
     #[arg(short = 'i', value_name = "SECTOR")]
     pub bit: Option<u64>,
+    /// The runs of sectors from this one on that are in this image, and not only in a parent: a line each, the first and how many
+    #[arg(short = 'e', value_name = "SECTOR")]
+    pub extents: Option<u64>,
     /// A block's bit in the batmap, on standard error
     #[arg(short = 'j', value_name = "BLOCK")]
     pub full: Option<u32>,
@@ -187,7 +190,13 @@ pub struct Read {
     /// Sectors of the disk from this one on, as a guest sees them: with what the parents hold
     #[arg(short = 'r', value_name = "SECTOR")]
     pub sectors: Option<u64>,
-    /// How many blocks or sectors
+    /// The same for bytes
+    #[arg(short = 'R', value_name = "BYTE")]
+    pub bytes: Option<u64>,
+    /// Accepted, as blktap's: what is read comes through the page cache
+    #[arg(short = 'C')]
+    pub cached: bool,
+    /// How many blocks, sectors or bytes
     #[arg(short, value_name = "COUNT", default_value_t = 1)]
     pub count: u32,
     /// Numbers in hexadecimal

@@ -129,9 +129,10 @@ impl Open {
             bitmap::runs(&last.1, sectors).collect()
         };
         for (held, sectors) in runs {
-            let (start, len) =
-                (u64::from(sectors.start) * SECTOR_SIZE, u64::from(sectors.end - sectors.start) * SECTOR_SIZE);
-            part(held.then_some(data + start), block * block_size + start, len)?;
+            // A range may begin and end within a sector.
+            let start = (u64::from(sectors.start) * SECTOR_SIZE).max(within);
+            let end = (u64::from(sectors.end) * SECTOR_SIZE).min(within + len);
+            part(held.then_some(data + start), block * block_size + start, end - start)?;
         }
         Ok(())
     }

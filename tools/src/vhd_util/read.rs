@@ -1,6 +1,7 @@
 //! `read`: parts of an image, as text or as they are in the file.
 
 use std::io::Write;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use drivers::SECTOR_SIZE;
@@ -43,6 +44,9 @@ pub(super) fn read(args: &Read, out: &mut dyn Write) -> Result<()> {
     if let Some(sector) = args.bit {
         reader.bits(sector)?;
     }
+    if let Some(sector) = args.extents {
+        reader.extents(sector)?;
+    }
     if let Some(block) = args.full {
         reader.full(block)?;
     }
@@ -50,7 +54,12 @@ pub(super) fn read(args: &Read, out: &mut dyn Write) -> Result<()> {
         reader.data(block)?;
     }
     if let Some(sector) = args.sectors {
-        reader.sectors(sector)?;
+        let sectors = reader.sector_range(sector)?;
+        reader.bytes(sectors.start * SECTOR_SIZE..sectors.end * SECTOR_SIZE)?;
+    }
+    if let Some(byte) = args.bytes {
+        let bytes = reader.part_of_disk("byte", byte, image.size)?;
+        reader.bytes(bytes)?;
     }
     if args.batmap {
         let batmap = image.batmap.as_ref().ok_or_else(|| super::set::no_batmap(path))?;
@@ -101,7 +110,7 @@ impl Reader<'_> {
     }
 
     /// Blocks from one on, as many as are asked for.
-    fn range(&self, first: u32) -> Result<std::ops::Range<u32>> {
+    fn range(&self, first: u32) -> Result<Range<u32>> {
         match first.checked_add(self.args.count) {
             Some(end) if end <= self.image.table.blocks() => Ok(first..end),
             _ => {
@@ -140,12 +149,16 @@ impl Reader<'_> {
     }
 
     /// Sectors of the disk from one on, as many as are asked for.
-    fn sector_range(&self, first: u64) -> Result<std::ops::Range<u64>> {
-        let sectors = self.image.size / SECTOR_SIZE;
+    fn sector_range(&self, first: u64) -> Result<Range<u64>> {
+        self.part_of_disk("sector", first, self.image.size / SECTOR_SIZE)
+    }
+
+    /// Units of the disk, of which there are `all`, from one on, as many as are asked for.
+    fn part_of_disk(&self, unit: &str, first: u64, all: u64) -> Result<Range<u64>> {
         match first.checked_add(self.args.count.into()) {
-            Some(end) if end <= sectors => Ok(first..end),
+            Some(end) if end <= all => Ok(first..end),
             _ => {
-                let text = format!("sector {first} and what follows: it has {sectors} sectors");
+                let text = format!("{unit} {first} and what follows: it has {all} {unit}s");
                 Err(Failure::new(Errno::ERANGE, &self.args.name, text))
             }
         }
@@ -172,8 +185,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The bits of some sectors.
-    fn bits(&mut self, first: u64) -> Result<()> {
+    /// Whether the image holds each of some sectors, as the bitmap of its block says.
+    fn each_bit(&mut self, first: u64, mut each: impl FnMut(&mut Self, u64, bool) -> Result<()>) -> Result<()> {
         let mut bits = vec![0; self.header()?.bitmap_size() as usize];
         let mut read = None;
         for sector in self.sector_range(first)? {
@@ -185,10 +198,35 @@ impl Reader<'_> {
                     done.map_err(Failure::io(&self.args.name, "read it"))?;
                 }
             }
-            let bit = u8::from(bitmap::is_set(&bits, within as u32));
-            self.line(&format!("block {}: sec: {}: {bit}", self.number(block), self.number(within)))?;
+            each(self, sector, bitmap::is_set(&bits, within as u32))?;
         }
         Ok(())
+    }
+
+    /// The bits of some sectors.
+    fn bits(&mut self, first: u64) -> Result<()> {
+        self.each_bit(first, |reader, sector, bit| {
+            let (block, within) = reader.block_of(sector)?;
+            let [block, within] = [block.into(), within].map(|number: u64| reader.number(number));
+            reader.line(&format!("block {block}: sec: {within}: {}", u8::from(bit)))
+        })
+    }
+
+    /// The sectors that the image holds: of each run of them the first, and how many.
+    fn extents(&mut self, first: u64) -> Result<()> {
+        let mut run: Option<Range<u64>> = None;
+        let print = |reader: &mut Self, run: Option<Range<u64>>| match run {
+            Some(run) => reader.line(&format!("{} {}", reader.number(run.start), reader.number(run.end - run.start))),
+            None => Ok(()),
+        };
+        self.each_bit(first, |reader, sector, bit| {
+            if bit {
+                run.get_or_insert(sector..sector).end += 1;
+                return Ok(());
+            }
+            print(reader, run.take())
+        })?;
+        print(self, run)
     }
 
     /// What the batmap says of some blocks.
@@ -217,12 +255,11 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Some sectors of the disk.
-    fn sectors(&mut self, first: u64) -> Result<()> {
-        let range = self.sector_range(first)?;
+    /// Some bytes of the disk.
+    fn bytes(&mut self, range: Range<u64>) -> Result<()> {
         let disk = Disk::open(&self.args.name, true)?;
         let mut buffer = vec![0; PIECE];
-        disk.runs(range.start * SECTOR_SIZE, (range.end - range.start) * SECTOR_SIZE, &mut |run| {
+        disk.runs(range.start, range.end - range.start, &mut |run| {
             let mut done = 0;
             while done < run.len {
                 let piece = &mut buffer[..(run.len - done).min(PIECE as u64) as usize];
