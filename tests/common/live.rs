@@ -1,5 +1,8 @@
 //! Disks in use: load on both frontends that checks what it reads, and the commands that a storage manager gives meanwhile.
 
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -7,8 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{MsgFlags, recv};
 use serde_json::Value;
+use tapdisk::control::client;
+use tapdisk::control::proto::{MESSAGE_SIZE, Message, Response, kind};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::PATIENCE;
 use super::served::{Served, output, run, tool};
@@ -106,6 +114,32 @@ pub fn ctl(served: &Served, words: &[&str]) -> Said {
 pub fn refused(served: &Served, words: &[&str], errno: i32, text: &str) {
     let said = ctl(served, &[words, &["--debug"]].concat());
     assert!(said.code == errno && said.err.contains(text), "{words:?}: {}, {}", said.code, said.err);
+}
+
+/// A request that the tapdisk has, before all that happens to it from now on, and may answer later.
+pub struct Asked(UnixStream);
+
+/// Asks for something, by the type of the message. A program that did so might come to it late.
+pub fn ask(served: &Served, kind: u16) -> Asked {
+    let mut stream = UnixStream::connect(client::path(served.sockets(), served.pid())).unwrap();
+    stream.write_all(Message::new(kind, 0).as_bytes()).unwrap();
+    Asked(stream)
+}
+
+impl Asked {
+    /// There is no answer.
+    pub fn waits(&self) -> bool {
+        let peeked = recv(self.0.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        peeked == Err(Errno::EAGAIN)
+    }
+
+    /// The errno of the answer; 0: it is done.
+    pub fn errno(mut self) -> i32 {
+        let mut bytes = [0; MESSAGE_SIZE];
+        self.0.read_exact(&mut bytes).unwrap();
+        let message = Message::read_from_bytes(&bytes).unwrap();
+        if message.kind == kind::ERROR { message.member::<Response>().error } else { 0 }
+    }
 }
 
 /// The disk's state, as `tap-ctl list` prints it.

@@ -15,6 +15,7 @@ use crate::common::vhd_made::{stop, table};
 use nix::libc;
 use nix::sys::signal::Signal;
 use tapdisk::client::Wake;
+use tapdisk::control::proto::kind;
 use tapdisk::frontend::blkif::wire::{OP_FLUSH_DISKCACHE, OP_WRITE};
 use tempfile::TempDir;
 
@@ -313,29 +314,24 @@ fn a_pause_during_a_resume_waits_until_the_image_is_let_go() {
     let path = fs.path("disk.vhd");
     good("create -n {} -s 16", &[&path]);
     let served = Served::start(&table(&path), BOTH);
-    let begun = |word: &str| served.tap_ctl().arg(word).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    for end in ["pause", "close"] {
+    for end in [kind::PAUSE, kind::CLOSE] {
         pause(&served);
         let frozen = fs.freeze();
-        let resuming = begun("unpause");
+        let resuming = ask(&served, kind::RESUME);
         wait_for(|| locked(&path).then_some(()));
-        let mut ending = match end {
-            "pause" => begun("pause"),
-            _ => served.tap_ctl().args(["close", "-p", &served.pid().to_string(), "-m", "0"]).spawn().unwrap(),
-        };
+        let ending = ask(&served, end);
         std::thread::sleep(Duration::from_millis(300));
-        assert_eq!(ending.try_wait().unwrap().map(|status| status.code()), None, "{end}: the image is being opened");
+        assert!(ending.waits(), "{end}: the image is being opened");
         drop(frozen);
-        assert_eq!(ending.wait().unwrap().code(), Some(0), "{end}");
+        assert_eq!(ending.errno(), 0, "{end}");
         assert!(!locked(&path) && open_files(&served, &fs.path("")).is_empty(), "{end}");
         good("check -n {}", &[&path]);
-        let resuming = resuming.wait_with_output().unwrap().status.code();
-        match end {
-            "pause" => assert_eq!(resuming, Some(libc::EBUSY)),
-            _ => assert!([libc::EBUSY, libc::ENODEV].contains(&resuming.unwrap()), "{resuming:?}"),
-        }
-        if end == "pause" {
+        let resuming = resuming.errno();
+        if end == kind::PAUSE {
+            assert_eq!(resuming, libc::EBUSY);
             unpause(&served);
+        } else {
+            assert!([libc::EBUSY, libc::ENODEV].contains(&resuming), "{resuming}");
         }
     }
     run(served.tap_ctl().args(["detach", "-p", &served.pid().to_string(), "-m", "0"]));
@@ -379,12 +375,11 @@ fn a_pause_that_is_overtaken_by_the_end_says_so() {
     served.signal(Signal::SIGTERM);
     wait_for(|| (state(&served) == "0x4").then_some(()));
     assert_eq!(pausing.wait().unwrap().code(), Some(libc::EBUSY));
-    let closing = ["close", "-p", &served.pid().to_string(), "-m", "0"];
-    let mut closing = served.tap_ctl().args(closing).spawn().unwrap();
+    let closing = ask(&served, kind::CLOSE);
     std::thread::sleep(Duration::from_millis(100));
-    assert!(served.alive());
+    assert!(served.alive() && closing.waits());
     run(served.tap_ctl().args(["fault", "--release"]));
-    assert_eq!((served.code(), closing.wait().unwrap().code()), (Some(0), Some(0)), "nobody has to detach it");
+    assert_eq!((served.code(), closing.errno()), (Some(0), 0), "nobody has to detach it");
 }
 
 #[test]
