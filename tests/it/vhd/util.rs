@@ -152,9 +152,7 @@ fn a_journal_can_be_on_a_device() {
     let mut limited = Command::new("prlimit");
     // In the middle of the block that moves behind a table of four.
     let limit = 5 * MIB;
-    limited
-        .args([format!("--fsize={limit}"), "--core=0".into()])
-        .arg(tool("vhd-util").get_program());
+    limited.args([format!("--fsize={limit}"), "--core=0".into()]).arg(tool("vhd-util").get_program());
     let status = limited.args(["resize", "-s", "2088960", "-n"]).arg(&image).arg("-j").arg(journal).status().unwrap();
     assert!(!status.success() && std::fs::read(&image).unwrap() != before);
     let again = "resize -s 2088960 -n {} -j {}";
