@@ -148,7 +148,20 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) 
     target.merge(&from, progress).map_err(io(parent_path, "merge into it"))
 }
 
-/// What is merged.
+/// What is merged into an image: sectors of the disk, block by block.
+pub trait Held {
+    /// The blocks that may have some, in order.
+    fn blocks(&self) -> Vec<u32>;
+
+    /// Each run of such sectors of a block: where it is on the disk, and its bytes. It is asked twice, for the data and for the bitmaps, and says
+    /// the same until `run` is told of the block's first run the second time.
+    fn each(&self, block: u32, run: &mut dyn FnMut(u64, u64) -> io::Result<()>) -> io::Result<()>;
+
+    /// Reads the disk from byte `at` on, within a run.
+    fn read(&self, at: u64, to: &mut [u8]) -> io::Result<()>;
+}
+
+/// All that a differencing image holds.
 pub struct Child<'a> {
     /// Its file.
     pub source: &'a dyn Source,
@@ -157,19 +170,6 @@ pub struct Child<'a> {
 }
 
 impl Child<'_> {
-    /// Each run of sectors that it holds: where it is in the file and on the disk, and its bytes.
-    fn each(&self, block: u32, at: u64, mut run: impl FnMut(u64, u64, u64) -> io::Result<()>) -> io::Result<()> {
-        let Some(header) = &self.image.header else { return Ok(()) };
-        let block_size = u64::from(header.block_size());
-        let begin = u64::from(block) * block_size;
-        let sectors = (block_size.min(self.image.size - begin) / SECTOR) as u32;
-        for Range { start, end } in self.held(block, at, header, sectors)? {
-            let (start, end) = (u64::from(start) * SECTOR, u64::from(end) * SECTOR);
-            run(at + header.bitmap_size() + start, begin + start, end - start)?;
-        }
-        Ok(())
-    }
-
     /// The sectors of a block that it holds.
     fn held(&self, block: u32, at: u64, header: &Header, sectors: u32) -> io::Result<Vec<Range<u32>>> {
         if self.image.batmap.as_ref().is_some_and(|batmap| batmap.is_full(block)) {
@@ -182,10 +182,9 @@ impl Child<'_> {
 
     /// Where the last byte of the disk is that it holds.
     fn end_of_data(&self) -> io::Result<u64> {
-        let blocks: Vec<_> = self.image.table.allocated().collect();
         let mut last = 0;
-        for (block, at) in blocks.into_iter().rev() {
-            self.each(block, at, |_, disk, len| {
+        for block in self.blocks().into_iter().rev() {
+            self.each(block, &mut |disk, len| {
                 last = disk + len;
                 Ok(())
             })?;
@@ -195,6 +194,30 @@ impl Child<'_> {
             }
         }
         Ok(last)
+    }
+}
+
+impl Held for Child<'_> {
+    fn blocks(&self) -> Vec<u32> {
+        self.image.table.allocated().map(|(block, _)| block).collect()
+    }
+
+    fn each(&self, block: u32, run: &mut dyn FnMut(u64, u64) -> io::Result<()>) -> io::Result<()> {
+        let (Some(header), Some(at)) = (&self.image.header, self.image.table.get(block)) else { return Ok(()) };
+        let block_size = u64::from(header.block_size());
+        let begin = u64::from(block) * block_size;
+        let sectors = bitmap::own_sectors(self.image.size, block_size, block);
+        for Range { start, end } in self.held(block, at, header, sectors)? {
+            run(begin + u64::from(start) * SECTOR, u64::from(end - start) * SECTOR)?;
+        }
+        Ok(())
+    }
+
+    fn read(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
+        let header = self.image.header.as_ref().ok_or(Errno::EINVAL)?;
+        let block_size = u64::from(header.block_size());
+        let place = self.image.table.get((at / block_size) as u32).ok_or(Errno::EINVAL)?;
+        self.source.read_at(place + header.bitmap_size() + at % block_size, to)
     }
 }
 
@@ -224,8 +247,12 @@ impl<'a> Target<'a> {
         Target { to, image: Some(image), size, end, added: false, unsynced: 0 }
     }
 
-    /// Merges all that the child holds, and says how many sectors that are.
-    pub fn merge(&mut self, from: &Child, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> io::Result<u64> {
+    /// Merges all of that, and says how many sectors that are.
+    pub fn merge(
+        &mut self,
+        from: &dyn Held,
+        progress: &mut dyn FnMut(Progress) -> io::Result<()>,
+    ) -> io::Result<u64> {
         let done = self.steps(from, progress);
         if done.is_err() && self.added {
             // Blocks that the table does not have are lost, and there is room again for the footer. If it can't be written,
@@ -237,20 +264,20 @@ impl<'a> Target<'a> {
         done
     }
 
-    fn steps(&mut self, from: &Child, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> io::Result<u64> {
-        let blocks: Vec<_> = from.image.table.allocated().collect();
+    fn steps(&mut self, from: &dyn Held, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> io::Result<u64> {
+        let blocks = from.blocks();
         let marks = self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed);
         let share = if marks { DATA_SHARE } else { 1.0 };
         let (mut sectors, mut data) = (0, 0);
         let mut buffer = Vec::new();
-        for (i, (block, at)) in blocks.iter().enumerate() {
+        for (i, block) in blocks.iter().enumerate() {
             let done = share * i as f64 / blocks.len() as f64;
             progress(Progress { done, data: std::mem::take(&mut data), bitmaps: 0 })?;
-            from.each(*block, *at, |file, disk, len| {
+            from.each(*block, &mut |disk, len| {
                 sectors += len / SECTOR;
                 data += len;
                 buffer.resize(len as usize, 0);
-                from.source.read_at(file, &mut buffer)?;
+                from.read(disk, &mut buffer)?;
                 self.write(disk, &buffer)?;
                 self.written(len)
             })?;
@@ -258,10 +285,10 @@ impl<'a> Target<'a> {
         self.to.sync()?;
         let mut bitmaps = 0;
         if marks {
-            for (i, (block, at)) in blocks.iter().enumerate() {
+            for (i, block) in blocks.iter().enumerate() {
                 let done = share + (1.0 - share) * i as f64 / blocks.len() as f64;
                 progress(Progress { done, data: std::mem::take(&mut data), bitmaps: std::mem::take(&mut bitmaps) })?;
-                from.each(*block, *at, |_, disk, len| {
+                from.each(*block, &mut |disk, len| {
                     let bytes = self.mark(disk, len)?;
                     bitmaps += bytes;
                     self.written(bytes)
@@ -272,6 +299,21 @@ impl<'a> Target<'a> {
         }
         progress(Progress { done: 1.0, data, bitmaps })?;
         Ok(sectors)
+    }
+
+    /// Adds blocks of zeros that are not there, where no parent can show through: their bitmaps say that all of them is there.
+    pub fn add_zeros(&mut self, blocks: &[u32]) -> io::Result<()> {
+        let Some(block_size) = self.block_size() else { return Ok(()) };
+        for block in blocks {
+            self.place(*block)?;
+        }
+        self.to.sync()?;
+        for block in blocks {
+            let begin = u64::from(*block) * block_size;
+            self.mark(begin, block_size.min(self.size - begin))?;
+        }
+        self.to.sync()?;
+        self.finish()
     }
 
     /// So many bytes more were written: what is not safe yet must not become much.
@@ -352,9 +394,9 @@ impl<'a> Target<'a> {
             if bitmap::set(&mut bits, (within / SECTOR) as u32..((within + now) / SECTOR) as u32) {
                 self.to.write_at(at, &bits)?;
             }
-            let own = (image.size - u64::from(block) * block_size).min(block_size) / SECTOR;
+            let own = bitmap::own_sectors(image.size, block_size, block);
             if let Some(batmap) = &mut image.batmap
-                && bitmap::is_full(&bits, own as u32)
+                && bitmap::is_full(&bits, own)
             {
                 batmap.set(block, true);
             }

@@ -82,6 +82,77 @@ fn images_of_qemu_are_converted() {
 }
 
 #[test]
+fn an_image_without_a_parent_is_copied() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    for (name, options) in [("dynamic", ""), ("fixed", " -r")] {
+        let [original, copy] = ["vhd", "copy"].map(|kind| path(&format!("{name}.{kind}")));
+        good(&format!("create -n {{}} -s 64{options}"), &[&original]);
+        run(Command::new("qemu-io").args(["-f", "vpc", "-c", "write -q -P 9 3M 5M"]).arg(&original));
+        good("copy -n {} -N {}", &[&original, &copy]);
+        let compared = ["compare", "-q", "-f", "vpc", "-F", "vpc"];
+        run(Command::new("qemu-img").args(compared).arg(&original).arg(&copy));
+        assert_eq!(good("check -b -n {}", &[&copy]), valid(&copy));
+        let kind = |path: &Path| image(path).kind;
+        assert_eq!((kind(&copy), disk(&copy).len()), (kind(&original), 64 << 20));
+        assert_ne!(image(&copy).footer.uuid, image(&original).footer.uuid);
+        assert_eq!(vhd_util("copy -n {} -N {}", &[&original, &copy]).code, libc::EEXIST);
+    }
+    let [child, copy] = ["child", "copy"].map(path);
+    good("snapshot -n {} -p {}", &[&child, &path("dynamic.vhd")]);
+    for (options, errno, words) in [
+        ("", libc::EINVAL, "convert --from vhd --to vhd copies the whole disk"),
+        (" -k /etc/hostname", libc::EOPNOTSUPP, "no encrypted image is written"),
+        (" -E", libc::EOPNOTSUPP, "no encrypted image is written"),
+    ] {
+        let said = vhd_util(&format!("copy -n {{}} -N {{}}{options}"), &[&child, &copy]);
+        assert!(said.code == errno && said.err.contains(words) && !copy.exists(), "{options}: {}", said.err);
+    }
+}
+
+#[test]
+fn a_filled_image_holds_all_of_its_disk() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    let mut random = Rng::with_seed(12);
+    let mut model = vec![0; 40 << 20];
+    let [base, leaf, empty] = ["base.vhd", "leaf.vhd", "empty.vhd"].map(path);
+    good("create -n {} -s 40", &[&base]);
+    scribble(&mut random, &base, &mut model, 8);
+    good("snapshot -n {} -p {}", &[&leaf, &base]);
+    scribble(&mut random, &leaf, &mut model, 8);
+    let said = vhd_util("fill -b -n {}", &[&leaf]);
+    assert!(said.code == libc::EINVAL && said.err.contains("has a parent"), "{}", said.err);
+    // A signal at some moment leaves a good image, and what it holds; a kill, too.
+    for (signal, code) in [("INT", Some(libc::EINTR)), ("KILL", None)] {
+        let mut command = Command::new("timeout");
+        command.args(["-s", signal, "0.02"]).arg(tool("vhd-util").get_program()).args(["fill", "-n"]).arg(&leaf);
+        let ended = command.output().unwrap().status.code();
+        assert!([code, Some(0), Some(124), Some(137)].contains(&ended), "{ended:?}");
+        assert!(disk(&leaf) == model, "{signal}");
+    }
+    good("fill -n {}", &[&leaf]);
+    assert!(disk(&leaf) == model);
+    assert_eq!(good("check -b -p -n {}", &[&leaf]), valid(&leaf) + &valid(&base));
+    assert_eq!(good("read -e 0 -c 81920 -n {}", &[&leaf]), "0 81920\n");
+    let before = std::fs::read(&leaf).unwrap();
+    good("fill -n {}", &[&leaf]);
+    assert!(std::fs::read(&leaf).unwrap() == before, "it was full");
+    // Blocks alone: some of them, and the rest.
+    good("create -n {} -s 40", &[&empty]);
+    good("fill -b -f 4096 -t 8192 -n {}", &[&empty]);
+    assert_eq!(good("read -e 0 -c 81920 -n {}", &[&empty]), "4096 8192\n");
+    good("fill -b -n {}", &[&empty]);
+    assert_eq!(good("read -e 0 -c 81920 -n {}", &[&empty]), "0 81920\n");
+    assert_eq!(good("check -b -n {}", &[&empty]), valid(&empty));
+    assert!(disk(&empty).iter().all(|byte| *byte == 0));
+    for wrong in ["-b -f 8192 -t 4096", "-b -t 81920"] {
+        assert_eq!(vhd_util(&format!("fill {wrong} -n {{}}"), &[&empty]).code, libc::ERANGE, "{wrong}");
+    }
+    assert_eq!(vhd_util("fill -f 1 -n {}", &[&empty]).code, libc::EINVAL);
+}
+
+#[test]
 fn what_is_converted_is_never_guessed() {
     let folder = folder();
     let path = |name: &str| folder.path().join(name);

@@ -71,6 +71,10 @@ pub enum Command {
     },
     /// Writes a disk into a new file of another format; zeros are left out
     Convert(Convert),
+    /// Copies one image, which has no parent, into a new file
+    Copy(Copy),
+    /// Gives an image all of its blocks, with what its parents hold: it does without them then
+    Fill(Fill),
 }
 
 /// What `create` makes.
@@ -407,6 +411,40 @@ pub struct Convert {
     pub source: PathBuf,
     /// The new file, or a device
     pub target: PathBuf,
+}
+
+/// What `copy` makes.
+#[derive(Debug, ClapArgs)]
+pub struct Copy {
+    /// The image
+    #[arg(short, value_name = "FILE")]
+    pub name: PathBuf,
+    /// The new image
+    #[arg(short = 'N', value_name = "FILE")]
+    pub new_name: PathBuf,
+    /// Refused: blktap's encrypts the copy with a key from this file
+    #[arg(short, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Refused: the same with a key from standard input
+    #[arg(short = 'E')]
+    pub key_from_stdin: bool,
+}
+
+/// What `fill` adds.
+#[derive(Debug, ClapArgs)]
+pub struct Fill {
+    /// The image
+    #[arg(short, value_name = "FILE")]
+    pub name: PathBuf,
+    /// Adds the blocks that are not there, of zeros, without writing data; not of an image with a parent, whose data they would hide
+    #[arg(short)]
+    pub blocks: bool,
+    /// With -b: from the block of this sector on
+    #[arg(short, value_name = "SECTOR", requires = "blocks")]
+    pub from: Option<u64>,
+    /// With -b: up to the block of this sector
+    #[arg(short = 't', value_name = "SECTOR", requires = "blocks")]
+    pub to: Option<u64>,
 }
 
 /// The formats of `convert`.

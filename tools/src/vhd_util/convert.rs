@@ -1,4 +1,4 @@
-//! `convert`: a disk, with all its parents, into a new file of another format. Zeros are left out.
+//! `convert`: a disk, with all its parents, into a new file of another format. `copy`: one image into a new one. Zeros are left out.
 
 use std::fs::File;
 use std::io;
@@ -7,20 +7,20 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use drivers::vhd::layout::{self, Layout, NewImage, Piece};
-use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Source, Table, bitmap};
-use indicatif::{ProgressBar, ProgressStyle};
+use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Table, bitmap};
+use indicatif::ProgressBar;
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Whence, lseek};
+use tapdisk::chain;
 
-use super::create::{fits, new_uuid, now};
+use super::create::{fits, new_uuid, now, reserve};
 use super::disk::{self, Disk, Run};
 use super::failure::{self, Failure, Result};
 use super::file::table_piece;
 use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
-use super::{Convert, Format};
+use super::progress::{Stop, bar};
+use super::{Convert, Copy, Format};
 
 /// What is left out if it is all zeros, bytes.
 const CHUNK: u64 = 64 << 10;
@@ -40,48 +40,40 @@ pub(super) fn convert(args: &Convert) -> Result<()> {
         Format::Raw => Format::Vhd,
         Format::Vhd => Format::Raw,
     });
-    let stop = Stop::new().map_err(Failure::io(&args.target, "listen to signals"))?;
+    let stop = Stop::new(&args.target)?;
     let disk = Disk::open(&args.source, from == Format::Vhd)?;
     let target = NewFile::create(&args.target)?;
-    let mut copier = Copier { target: target.get(), stop, bar: bar(disk.size), buffer: Vec::new() };
+    let mut copier = Copier::new(target.get(), stop, &disk);
     match args.to {
         Format::Raw => copier.raw(&disk)?,
         Format::Vhd => copier.vhd(&disk)?,
     }
-    copier.bar.finish_and_clear();
     drop(copier);
     target.keep()
 }
 
-/// A bar on standard error, if that is a terminal.
-fn bar(len: u64) -> ProgressBar {
-    let bar = ProgressBar::new(len);
-    let style = "{bar:40} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(style);
+/// Copies one image, which has no parent, into a new file.
+pub(super) fn copy(args: &Copy) -> Result<()> {
+    if args.key.is_some() || args.key_from_stdin {
+        let text = "no encrypted image is written: copy it without a key (-k, -E)";
+        return Err(Failure::new(Errno::EOPNOTSUPP, &args.new_name, text));
     }
-    bar
-}
-
-/// Whether somebody wants it to end: a new file is removed then.
-struct Stop(SignalFd);
-
-impl Stop {
-    fn new() -> io::Result<Stop> {
-        let mut signals = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            signals.add(signal);
-        }
-        signals.thread_block()?;
-        Ok(Stop(SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    let image = chain::layer(&args.name)?.image;
+    let kind = image.as_ref().map(|image| image.kind);
+    if kind == Some(Kind::Differencing) {
+        let text = "it has a parent, which is not copied: vhd-util convert --from vhd --to vhd copies the whole disk";
+        return Err(Failure::new(Errno::EINVAL, &args.name, text));
     }
-
-    fn look(&self) -> io::Result<()> {
-        match self.0.read_signal() {
-            Ok(Some(_)) => Err(Errno::EINTR.into()),
-            _ => Ok(()),
-        }
+    let stop = Stop::new(&args.new_name)?;
+    let disk = Disk::open(&args.name, true)?;
+    let target = NewFile::create(&args.new_name)?;
+    let mut copier = Copier::new(target.get(), stop, &disk);
+    match kind {
+        Some(Kind::Fixed) => copier.fixed(&disk)?,
+        _ => copier.vhd(&disk)?,
     }
+    drop(copier);
+    target.keep()
 }
 
 struct Copier<'a> {
@@ -89,6 +81,18 @@ struct Copier<'a> {
     stop: Stop,
     bar: ProgressBar,
     buffer: Vec<u8>,
+}
+
+impl<'a> Copier<'a> {
+    fn new(target: &'a ImageFile, stop: Stop, disk: &Disk) -> Copier<'a> {
+        Copier { target, stop, bar: bar(disk.size), buffer: Vec::new() }
+    }
+}
+
+impl Drop for Copier<'_> {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 impl Copier<'_> {
@@ -109,6 +113,21 @@ impl Copier<'_> {
             return Err(Failure::new(Errno::ENOSPC, &target.path, text));
         }
         target.set_len(disk.size).map_err(Failure::io(&target.path, "write it"))?;
+        self.bytes(disk)
+    }
+
+    /// Writes a fixed image, all of whose bytes are reserved.
+    fn fixed(&mut self, disk: &Disk) -> Result<()> {
+        let target = self.target;
+        fits(target, disk.size)?;
+        reserve(target, disk.size).map_err(Failure::io(&target.path, "write it"))?;
+        self.bytes(disk)?;
+        let footer = Footer::new(Kind::Fixed, disk.size, new_uuid()?, now());
+        write_footers(target, &footer, disk.size).map_err(Failure::io(&target.path, "write it"))
+    }
+
+    /// Writes what is not zero of the disk's bytes.
+    fn bytes(&mut self, disk: &Disk) -> Result<()> {
         let mut at = 0;
         while at < disk.size {
             let len = STRIDE.min(disk.size - at);

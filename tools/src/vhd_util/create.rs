@@ -101,7 +101,7 @@ fn fixed(path: &Path, size: u64) -> Result<()> {
 }
 
 /// Reserves a fixed image's bytes, which read as zeros.
-fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
+pub(super) fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
     if file.is_device() {
         forget_image(file)?;
         return file.zero(0, size);

@@ -9,8 +9,10 @@ mod create;
 mod disk;
 mod failure;
 mod file;
+mod fill;
 mod journal;
 mod key;
+mod progress;
 mod read;
 mod repair;
 mod resize;
@@ -79,6 +81,8 @@ fn command(command: &Command, out: &mut dyn Write) -> Result<()> {
         Command::Coalesce(args) => coalesce::coalesce(args, out),
         Command::Repair(args) => repair::repair(args, out),
         Command::Convert(args) => convert::convert(args),
+        Command::Copy(args) => convert::copy(args),
+        Command::Fill(args) => fill::fill(args),
         Command::Resize(args) => resize::resize(args),
         Command::Revert(args) => resize::revert(args),
         Command::Key(args) => key::key(args, out),
