@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use drivers::vhd::{self, Image, Kind, Parts, Platform, Problem, ReadError, Source, Uuid};
 use nix::errno::Errno;
 
-use crate::sys::{self, file::open_storage};
+use crate::sys;
+use crate::sys::file::{geometry, open_storage};
 use crate::volume;
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
@@ -116,13 +117,12 @@ fn list(paths: &[PathBuf]) -> String {
 pub struct Opened {
     /// The file.
     pub file: File,
-    /// Its bytes, or the device's.
-    pub size: u64,
 }
 
 impl Source for Opened {
     fn size(&self) -> u64 {
-        self.size
+        // Now: a program may be writing it.
+        geometry(&self.file).map_or(0, |geometry| geometry.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
@@ -146,8 +146,8 @@ pub struct Layer {
 /// A path comes from an image that anybody may have made, and opening a FIFO would wait for its writer, which never comes.
 fn open(path: &Path) -> Result<Opened, Error> {
     let explain = |source| Error::Open { path: path.to_owned(), source };
-    let (file, geometry) = open_storage(path).map_err(explain)?;
-    Ok(Opened { file, size: geometry.size })
+    let (file, _) = open_storage(path).map_err(explain)?;
+    Ok(Opened { file })
 }
 
 /// The VHD image in a file, without its parents.
@@ -173,7 +173,7 @@ fn layer_with(
     let opened = open(path)?;
     let mut problems = Vec::new();
     let image = read(&opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
-    Ok(Layer { path: path.to_owned(), file_size: opened.size, image: Some(image), problems })
+    Ok(Layer { path: path.to_owned(), file_size: opened.size(), image: Some(image), problems })
 }
 
 /// All that is wrong with the image in a file, without its parents. `bitmaps`: those of its blocks are looked at, too.
@@ -277,7 +277,7 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
 fn identified(path: &Path, image: &Image, parent: PathBuf, read: Parts) -> Result<Layer, Error> {
     let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
     if expected == Uuid::NIL {
-        let file_size = open(&parent)?.size;
+        let file_size = open(&parent)?.size();
         return Ok(Layer { path: parent, file_size, image: None, problems: Vec::new() });
     }
     let layer = match read {

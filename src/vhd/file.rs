@@ -336,20 +336,19 @@ impl Medium for ImageFile {
 pub struct ReadFile {
     /// Read through the page cache.
     pub file: Lock,
-    size: u64,
 }
 
 impl ReadFile {
     /// Opens one for reading and takes its lock, as tapdisk does for what it only reads.
     pub fn open(path: &Path) -> Result<ReadFile, image::Error> {
-        let (file, geometry) = open_storage(path).map_err(explain(path, "open it"))?;
-        Ok(ReadFile { file: Lock::take(file, path, true)?, size: geometry.size })
+        let (file, _) = open_storage(path).map_err(explain(path, "open it"))?;
+        Ok(ReadFile { file: Lock::take(file, path, true)? })
     }
 }
 
 impl Source for ReadFile {
     fn size(&self) -> u64 {
-        self.size
+        geometry(&self.file).map_or(0, |geometry| geometry.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {

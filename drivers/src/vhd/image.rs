@@ -105,23 +105,23 @@ impl Image {
 
     /// Reads some of it. What is not read is empty.
     pub fn read_parts(source: &dyn Source, parts: Parts, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
-        let mut reader = Reader { source, problems, parts, stored_size: false };
-        let (footer, footer_at) = reader.footer()?;
-        reader.image(&footer, Some(footer_at))
+        let reader = Reader { source, problems, parts, stored_size: false };
+        reader.settled(Reader::by_footer)
     }
 
     /// That of an image that is another's parent: its disk is as large as the footer's field says, whatever the geometry does.
     pub fn read_parent(source: &dyn Source, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
-        let mut reader = Reader { source, problems, parts: Parts::All, stored_size: true };
-        let (footer, footer_at) = reader.footer()?;
-        reader.image(&footer, Some(footer_at))
+        let reader = Reader { source, problems, parts: Parts::All, stored_size: true };
+        reader.settled(Reader::by_footer)
     }
 
     /// The same by the footer's copy at the beginning, whatever is at the end: of an image that is in use, and may grow meanwhile.
     pub fn read_by_copy(source: &dyn Source, parts: Parts, problems: &mut Vec<Problem>) -> Result<Image, ReadError> {
-        let mut reader = Reader { source, problems, parts, stored_size: false };
-        let copy = reader.bytes("footer's copy", 0, FOOTER_SIZE as u64)?;
-        reader.image(&reader.parse(&copy)?, None)
+        let reader = Reader { source, problems, parts, stored_size: false };
+        reader.settled(|reader| {
+            let copy = reader.bytes("footer's copy", 0, FOOTER_SIZE as u64)?;
+            reader.image(&reader.parse(&copy)?, None)
+        })
     }
 
     /// Where the image's last byte ends in the file, without the footer that is to be there.
@@ -163,7 +163,30 @@ struct Reader<'a> {
     stored_size: bool,
 }
 
+/// How often an image is read that grows or shrinks meanwhile.
+const TRIES: usize = 100;
+
 impl Reader<'_> {
+    /// Reads an image that a program may be writing: what is no good is read again if the file has got another size meanwhile, since parts of
+    /// it are from before that, and others from after it.
+    fn settled(mut self, read: impl Fn(&mut Self) -> Result<Image, ReadError>) -> Result<Image, ReadError> {
+        let known = self.problems.len();
+        for _ in 1..TRIES {
+            let size = self.source.size();
+            let image = read(&mut self);
+            if image.is_ok() || self.source.size() == size {
+                return image;
+            }
+            self.problems.truncate(known);
+        }
+        read(&mut self)
+    }
+
+    fn by_footer(&mut self) -> Result<Image, ReadError> {
+        let (footer, footer_at) = self.footer()?;
+        self.image(&footer, Some(footer_at))
+    }
+
     /// What follows from the footer.
     fn image(&mut self, footer: &Footer, footer_at: Option<u64>) -> Result<Image, ReadError> {
         let kind = footer.kind()?;

@@ -1,5 +1,6 @@
 //! VHD images that qemu-img has made, and what becomes of them when something in them is changed.
 
+use std::cell::Cell;
 use std::process::Command;
 
 use drivers::vhd::{
@@ -46,6 +47,57 @@ fn read(image: &Bytes) -> Image {
     let read = Image::read(image, &mut problems).unwrap();
     assert_eq!(problems, []);
     read
+}
+
+/// A file that has another content after some reads.
+struct Changing {
+    before: Vec<u8>,
+    after: Vec<u8>,
+    reads: Cell<usize>,
+}
+
+impl Changing {
+    fn now(&self) -> &[u8] {
+        if self.reads.get() > 0 { &self.before } else { &self.after }
+    }
+}
+
+impl Source for Changing {
+    fn size(&self) -> u64 {
+        self.now().len() as u64
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
+        let bytes = self.now().get(at as usize..).and_then(|rest| rest.get(..to.len()));
+        let bytes = bytes.ok_or(std::io::ErrorKind::UnexpectedEof);
+        self.reads.set(self.reads.get().saturating_sub(1));
+        to.copy_from_slice(bytes?);
+        Ok(())
+    }
+}
+
+#[test]
+fn an_image_that_is_closed_or_gets_blocks_while_it_is_read_is_good() {
+    let closed = image("dynamic").0;
+    let whole = read(&Bytes(closed.clone()));
+    let header = whole.header.unwrap();
+    // As it is in use: with a new block where the footer was, and space ahead.
+    let mut used = closed.clone();
+    used.truncate(whole.footer_at as usize);
+    used.resize(used.len() + 3 * header.block_len() as usize, 0);
+    let entry = header.table_at() as usize + 4 * 20;
+    used[entry..entry + 4].copy_from_slice(&Table::entry(whole.footer_at));
+    for (before, after) in [(&closed, &used), (&used, &closed)] {
+        // After none of what is read, after a part of it, and after all.
+        let mut changed = 0;
+        for count in 0..20 {
+            let changing = Changing { before: before.clone(), after: after.clone(), reads: Cell::new(count) };
+            let image = Image::read(&changing, &mut Vec::new()).unwrap_or_else(|error| panic!("{count}: {error}"));
+            assert!([1, 2].contains(&image.table.allocated().count()));
+            changed += usize::from(changing.reads.get() == 0);
+        }
+        assert!((5..20).contains(&changed), "{changed}");
+    }
 }
 
 #[test]

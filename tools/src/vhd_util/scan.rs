@@ -164,8 +164,8 @@ fn look(
     let source: Box<dyn Source> = match volume {
         Some(volume) => Box::new(volume.open().map_err(|error| bad("opening file")(io(error)))?),
         None => {
-            let (file, geometry) = open_storage(path).map_err(|error| bad("opening file")(io(error)))?;
-            Box::new(Opened { file, size: geometry.size })
+            let (file, _) = open_storage(path).map_err(|error| bad("opening file")(io(error)))?;
+            Box::new(Opened { file })
         }
     };
     let size = source.size();
