@@ -259,6 +259,7 @@ impl Disk {
     /// Goes on with what is under way, and says whether there was something to do.
     pub(super) fn advance_coalesce(&mut self) -> bool {
         let may_pause = self.state == State::Running && !self.is_switching();
+        let resumed = self.resume_outcome().is_some();
         let Some(coalescing) = &mut self.coalescing else { return false };
         match coalescing.stage {
             Stage::Merging => {
@@ -277,11 +278,10 @@ impl Disk {
                 true
             }
             Stage::Relinking if coalescing.left_out => {
-                let done = self.resuming.is_none();
-                if done {
+                if resumed {
                     coalescing.stage = Stage::Done;
                 }
-                done
+                resumed
             }
             Stage::Relinking if may_pause => {
                 self.pauses_for_itself = true;
