@@ -206,7 +206,9 @@ fn each_step_out_of_turn_has_its_errno() {
     assert_eq!(tapdisk.bad(&tapdisk.open(3, &path, 0)).0, libc::EINVAL, "it is not attached");
     let minor = tapdisk.attach();
     assert_eq!(errno(kind::ATTACH, minor), libc::EEXIST);
-    assert_eq!(errno(kind::PAUSE, minor), libc::ENODEV, "it has no image");
+    assert_eq!(errno(kind::RESUME, minor), libc::EINVAL, "it is not paused, and has no image");
+    tapdisk.good(&Message::new(kind::PAUSE, minor));
+    tapdisk.good(&Message::new(kind::RESUME, minor));
     let other = Waiting::start("");
     let held = marker::Marker::take(other.host.directory(), Some(5)).unwrap();
     assert_eq!(other.bad(&Message::new(kind::ATTACH, 5)).0, libc::EAGAIN, "another process has it");
