@@ -7,7 +7,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use mio::net::{UnixListener, UnixStream};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::unistd::{Gid, chown};
 use slog::{Logger, warn};
 
@@ -18,7 +19,7 @@ const AT_A_TIME: usize = 16;
 /// How soon it is tried again where there is no descriptor for a client, ns.
 const AGAIN: u64 = 100_000_000;
 
-/// A stream socket that is bound and listens.
+/// A socket that is bound and listens.
 #[derive(Debug)]
 pub struct UnixSocket {
     listener: UnixListener,
@@ -38,9 +39,14 @@ impl UnixSocket {
 
     /// The same, and members of a group may connect too.
     pub fn bind_for(path: &Path, group: Option<Gid>) -> io::Result<UnixSocket> {
-        remove_stale(path)?;
+        UnixSocket::bind_as(path, SockType::Stream, group)
+    }
+
+    /// The same with another type of socket.
+    pub fn bind_as(path: &Path, kind: SockType, group: Option<Gid>) -> io::Result<UnixSocket> {
+        remove_stale(path, kind)?;
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        let fd = socket(AddressFamily::Unix, kind, flags, None)?;
         bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         // Nobody can connect before we listen, so nobody does with the mode that the umask left.
         if group.is_some() {
@@ -69,9 +75,14 @@ impl UnixSocket {
 
     /// Some of the clients that have connected. When to ask for the others, [`due`](Self::due) says.
     pub fn accept_some(&mut self, log: &Logger) -> Vec<UnixStream> {
+        self.accept_at_most(AT_A_TIME, log)
+    }
+
+    /// The same, and no more than there is room for.
+    pub fn accept_at_most(&mut self, most: usize, log: &Logger) -> Vec<UnixStream> {
         let mut clients = Vec::new();
         self.due = Some(0);
-        for _ in 0..AT_A_TIME {
+        for _ in 0..most.min(AT_A_TIME) {
             match self.accept() {
                 Ok(client) => clients.push(client),
                 Err(error) => match error.kind() {
@@ -113,7 +124,7 @@ impl Drop for UnixSocket {
 }
 
 /// Removes the socket of a server that is gone.
-fn remove_stale(path: &Path) -> io::Result<()> {
+fn remove_stale(path: &Path, kind: SockType) -> io::Result<()> {
     let file = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         file => file?,
@@ -121,10 +132,15 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     if !file.file_type().is_socket() {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
     }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another server listens on it")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(error) => Err(error),
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let client = socket(AddressFamily::Unix, kind, flags, None)?;
+    match connect(client.as_raw_fd(), &UnixAddr::new(path)?) {
+        Err(Errno::ECONNREFUSED) => fs::remove_file(path),
+        // Also one that is asked by too many, or for another type.
+        Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => {
+            Err(io::Error::new(io::ErrorKind::AddrInUse, "another server listens on it"))
+        }
+        Err(errno) => Err(errno.into()),
     }
 }
 

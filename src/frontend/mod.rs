@@ -12,6 +12,7 @@ use crate::request::{Op, Request, RequestId, Slots};
 pub mod blkif;
 pub mod local;
 pub mod nbd;
+mod seats;
 pub mod xen;
 
 /// What clients are told of a disk.

@@ -4,20 +4,15 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
-/// Descriptors in one message: a memfd and two doorbells for each of 64 queues, within the kernel's limit of 253.
-pub const MAX_FDS: usize = 129;
-
-/// Accepts a connection that never blocks.
-pub fn accept(listener: BorrowedFd) -> io::Result<OwnedFd> {
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    accept4(listener.as_raw_fd(), flags).map(own).map_err(Into::into)
-}
+/// Descriptors that a message has at most (the kernel's SCM_MAX_FD): with room for fewer, those that come are the process', but nobody knows
+/// which they are.
+const MAX_FDS: usize = 253;
 
 /// Takes over a descriptor that the kernel has just installed.
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the two callers have it from the kernel, and nobody else has seen its number.
+    // SAFETY: the caller has it from the kernel, and nobody else has seen its number.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

@@ -2,24 +2,35 @@
 //! the same disk notices nothing. The rows are those of the XSAs and of blkif.h's demands on a backend.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use crate::common::guest::{Guest, page};
-use crate::common::served::{Served, folder};
-use tapdisk::client::{Client, Error, Options};
+use crate::common::live::wait_for;
+use crate::common::served::{Served, folder, run};
+use tapdisk::client::{self, Client, Error, Options};
 use tapdisk::frontend::blkif::wire::*;
+use tapdisk::frontend::local::wire::{Hello, MAGIC};
+use tapdisk::sys::fdpass;
 use tempfile::TempDir;
+use zerocopy::IntoBytes;
 
 const LOCAL: &str = "[frontend.local]\nsocket = '{s}/ring'\n";
 const SIZE: u64 = 8 << 20;
 
 /// A disk of 8 MiB in a file of 0x11s.
 fn serve(image: &str) -> (TempDir, Served) {
+    serve_with(image, LOCAL)
+}
+
+/// The same with other tables: without a frontend of theirs it is the usual one.
+fn serve_with(image: &str, rest: &str) -> (TempDir, Served) {
+    let rest = if rest.contains("[frontend.") { rest.to_owned() } else { format!("{LOCAL}{rest}") };
     let folder = folder();
     let path = folder.path().join("disk.img");
     std::fs::write(&path, vec![0x11; SIZE as usize]).unwrap();
-    let served = Served::start(&format!("path = '{}'\n{image}", path.display()), LOCAL);
+    let served = Served::start(&format!("path = '{}'\n{image}", path.display()), &rest);
     (folder, served)
 }
 
@@ -92,6 +103,66 @@ fn row_3_more_requests_than_the_ring_has() {
         assert_eq!(honest.write(0, &[0x22; 512]), RSP_OKAY);
     }
     served.wait_log("is beyond the ring");
+    still_serves(&mut served);
+}
+
+#[test]
+fn row_3_fewer_requests_than_there_were() {
+    let (_folder, mut served) = serve_with("", "[[fault]]\ntype = 'stuck'\non = ['write']\n");
+    let mut guest = Guest::connect(&served.ring());
+    let entry = guest.entry(OP_WRITE).with_segments(1, &[page(0)]);
+    for _ in 0..3 {
+        guest.queue.ring.push(&entry);
+    }
+    guest.queue.publish().unwrap();
+    wait_for(|| (served.debug_queue()["faults"]["stuck"] == 3).then_some(()));
+    guest.queue.ring.forge_req_prod(2);
+    guest.queue.kick().unwrap();
+    assert!(guest.is_hung_up());
+    served.wait_log("req_prod 2 is beyond the ring, req_cons is 3");
+    let taken = served.debug_queue()["queue"]["submitted"].as_u64();
+    assert!(taken < Some(10), "{taken:?}");
+    still_serves(&mut served);
+}
+
+#[test]
+fn a_place_is_free_when_the_last_request_of_who_left_has_ended() {
+    let rest = "[frontend.local]\nsocket = '{s}/ring'\nmax_clients = 1\n[[fault]]\ntype = 'stuck'\non = ['write']\n";
+    let (_folder, mut served) = serve_with("", rest);
+    let mut guest = Guest::connect(&served.ring());
+    let entry = guest.entry(OP_WRITE).with_sector(64).with_segments(1, &[page(0)]);
+    guest.queue.ring.push(&entry);
+    guest.queue.publish().unwrap();
+    wait_for(|| (served.debug_queue()["faults"]["stuck"] == 1).then_some(()));
+    drop(guest);
+    let frontend = |served: &Served, name: &str| served.debug_queue()["frontends"][0][name].as_u64();
+    wait_for(|| (frontend(&served, "orphans") == Some(1)).then_some(()));
+    // The next client waits, and is not refused.
+    let path = served.ring();
+    let next = std::thread::spawn(move || Guest::connect(&path).read(0, 512));
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!((frontend(&served, "connections"), frontend(&served, "turned_away")), (Some(1), Some(0)));
+    run(served.tap_ctl().args(["fault", "--release"]));
+    assert_eq!(next.join().unwrap(), Ok(vec![0x11; 512]));
+    assert_eq!((frontend(&served, "connections"), frontend(&served, "orphans")), (Some(2), Some(0)));
+    still_serves(&mut served);
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_not_kept() {
+    let (_folder, mut served) = serve("");
+    let mut honest = Guest::connect(&served.ring());
+    let before = served.descriptors();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    for count in [1, 129, 130, 253] {
+        let socket = client::open_socket(&served.ring()).unwrap();
+        let hello = Hello { magic: MAGIC, abi: 0, ring_page_order: 0, queues: 1, data_pages: 1 };
+        fdpass::send(socket.as_fd(), hello.as_bytes(), &vec![null.as_fd(); count]).unwrap();
+        drop(socket);
+    }
+    served.wait_descriptors(before);
+    assert_eq!(honest.write(0, &[0x33; 4096]), RSP_OKAY);
+    drop(honest);
     still_serves(&mut served);
 }
 
@@ -369,7 +440,7 @@ fn a_message_after_the_hello_and_half_a_hello_end_the_connection() {
     let (_folder, mut served) = serve("");
     let options = Options { abi: Abi::Native, ring_page_order: 0, queues: 1, data_pages: 16 };
     let client = Client::connect(&served.ring(), &options).unwrap();
-    tapdisk::sys::fdpass::send(std::os::fd::AsFd::as_fd(&*client.socket), b"more", &[]).unwrap();
+    fdpass::send(AsFd::as_fd(&*client.socket), b"more", &[]).unwrap();
     served.wait_log("spoke after its hello");
     use nix::sys::socket::*;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();

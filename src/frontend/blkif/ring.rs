@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 use super::wire::{Abi, Entry, RING_HEADER, Response};
 use crate::sys::memory::Memory;
 
-/// The client claims more requests than the ring has room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The client claims requests that can't be: more than there is room for, or fewer than there were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("req_prod {req_prod} is beyond the ring, req_cons is {req_cons}")]
 pub struct Overflow {
     /// What it wrote as `req_prod`.
     pub req_prod: u32,
@@ -105,11 +106,13 @@ impl BackRing {
     /// Requests that are there and not consumed.
     pub fn pending(&self) -> Result<u32, Overflow> {
         let req_prod = self.shared.req_prod().load(Ordering::Acquire);
-        // Every request occupies an entry until it is answered, so the client can't be further than this.
-        if req_prod.wrapping_sub(self.rsp_prod_pvt) > self.shared.entries {
+        let new = req_prod.wrapping_sub(self.req_cons);
+        // Every request occupies an entry until it is answered. An index that goes back is one that goes far ahead.
+        let unanswered = self.req_cons.wrapping_sub(self.rsp_prod_pvt);
+        if new > self.shared.entries - unanswered {
             return Err(Overflow { req_prod, req_cons: self.req_cons });
         }
-        Ok(req_prod.wrapping_sub(self.req_cons))
+        Ok(new)
     }
 
     /// Copies the next request out. [`pending`](Self::pending) has said that there is one.
@@ -290,5 +293,25 @@ mod tests {
         front.forge_req_prod(u32::MAX);
         assert!(back.pending().is_err());
         assert!(back.arm(), "an overflow must not be slept on");
+    }
+
+    #[test]
+    fn whatever_the_client_says_there_are_never_more_requests_than_free_entries() {
+        // Wherever the indices are, also where they wrap around; with some requests taken, and some of those answered.
+        for base in [0u32, 5, u32::MAX - 7] {
+            for (taken, answered) in [(0u32, 0u32), (1, 0), (8, 3), (32, 0), (32, 32)] {
+                let (mut front, mut back) = pair();
+                (back.req_cons, back.rsp_prod_pvt) = (base.wrapping_add(taken), base.wrapping_add(answered));
+                let free = 32 - (taken - answered);
+                for claim in (0..40).chain((0..40).map(|back: u32| back.wrapping_neg())).chain([1 << 31]) {
+                    front.forge_req_prod(back.req_cons.wrapping_add(claim));
+                    assert_eq!(
+                        back.pending().ok(),
+                        (claim <= free).then_some(claim),
+                        "{base} {taken} {answered} {claim}"
+                    );
+                }
+            }
+        }
     }
 }

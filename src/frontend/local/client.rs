@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::MsgFlags;
+use nix::sys::socket::{MsgFlags, recv};
 use nix::unistd::ftruncate;
 use zerocopy::{FromBytes, FromZeros};
 
@@ -20,26 +20,24 @@ use crate::frontend::blkif::queue::{Doorbell, Limits, MUTE, Pages, RingQueue};
 use crate::frontend::blkif::ring::{BackRing, Shared};
 use crate::frontend::{DiskInfo, Intake};
 use crate::request::Request;
-use crate::sys::fdpass;
 use crate::sys::memory::{Memory, PAGE_SIZE};
 
 /// What a request's tag says.
 pub(super) struct Tag {
     pub(super) client: usize,
-    number: u16,
     queue: u16,
     place: u16,
 }
 
 impl Tag {
     /// Of the queue's place 0.
-    fn pack(client: u64, number: u64, queue: usize) -> u64 {
-        client << 48 | (number & 0xffff) << 32 | (queue as u64) << 16
+    fn pack(client: u64, queue: usize) -> u64 {
+        client << 32 | (queue as u64) << 16
     }
 
     pub(super) fn unpack(tag: u64) -> Tag {
         let part = |shift: u32| (tag >> shift) as u16;
-        Tag { client: usize::from(part(48)), number: part(32), queue: part(16), place: part(0) }
+        Tag { client: (tag >> 32) as usize, queue: part(16), place: part(0) }
     }
 }
 
@@ -95,9 +93,9 @@ impl Client {
     ) -> io::Result<Option<Hello>> {
         // One byte more than the message, to see one that is too long.
         let mut bytes = [0; size_of::<Hello>() + 1];
-        let flags = MsgFlags::MSG_DONTWAIT;
-        let (count, _unasked) = match fdpass::receive(self.socket.as_fd(), &mut bytes, flags) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+        // Descriptors that nobody asked for are not received.
+        let count = match recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => return Ok(None),
             other => other?,
         };
         if count == 0 {
@@ -194,13 +192,9 @@ impl Client {
         }
         for i in 0..self.queues.len() {
             let queue = &mut self.queues[i];
-            let tag = Tag::pack(index, self.number, i);
-            let taken = queue.ring.pull(intake, &queue.pages, tag).map_err(|overflow| {
-                format!(
-                    "queue {i}: req_prod {} is beyond the ring, req_cons is {}",
-                    overflow.req_prod, overflow.req_cons
-                )
-            })?;
+            let tag = Tag::pack(index, i);
+            let taken = queue.ring.pull(intake, &queue.pages, tag);
+            let taken = taken.map_err(|overflow| format!("queue {i}: {overflow}"))?;
             if queue.doorbell.storm(taken, &mut queue.ring.ring_mut().counters) {
                 let fd = queue.kick.as_fd().as_raw_fd();
                 registry.deregister(&mut SourceFd(&fd)).map_err(|error| error.to_string())?;
@@ -214,10 +208,7 @@ impl Client {
     }
 
     pub(super) fn answer(&mut self, tag: &Tag, request: &Request) {
-        // The request of an earlier client in the same place has nobody to be answered to.
-        if self.number as u16 == tag.number
-            && let Some(queue) = self.queues.get_mut(usize::from(tag.queue))
-        {
+        if let Some(queue) = self.queues.get_mut(usize::from(tag.queue)) {
             queue.ring.answer(tag.place, request);
         }
     }

@@ -17,18 +17,19 @@ pub mod wire;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::SockType;
 use slog::{Logger, info, warn};
 
 use self::client::Client;
+use super::seats::{Full, Seats};
 use super::{DiskInfo, Frontend, Intake};
+use crate::listen::UnixSocket;
 use crate::memory::Part;
 use crate::request::Request;
 use crate::sys::memory::PAGE_SIZE;
@@ -63,12 +64,14 @@ pub struct Local {
     config: Config,
     disk: DiskInfo,
     log: Logger,
-    listener: Option<OwnedFd>,
+    listener: Option<UnixSocket>,
+    /// Clients may be waiting.
+    acceptable: bool,
     registry: Option<(Registry, usize)>,
-    clients: Vec<Option<Client>>,
+    clients: Seats<Client>,
     /// The client that is asked first, in this turn: where slots are short, none must get them all.
     first: usize,
-    /// Clients so far: told apart by their number, so that an answer never reaches a later client.
+    /// Clients so far.
     connections: u64,
     turned_away: u64,
 }
@@ -80,54 +83,53 @@ impl Local {
             io::Error::new(error.kind(), format!("local ring socket {}: {error}", config.socket.display()))
         };
         assert!((config.max_queues as usize) < TOKENS, "each queue's doorbell has a token");
-        let listener = Self::listen(&config).map_err(explain)?;
-        let clients = std::iter::repeat_with(|| None).take(config.max_clients).collect();
-        let listener = Some(listener);
-        Ok(Local { config, disk, log, listener, registry: None, clients, first: 0, connections: 0, turned_away: 0 })
+        let listener = UnixSocket::bind_as(&config.socket, SockType::SeqPacket, None).map_err(explain)?;
+        let clients = Seats::new(config.max_clients);
+        Ok(Local {
+            config,
+            disk,
+            log,
+            listener: Some(listener),
+            acceptable: false,
+            registry: None,
+            clients,
+            first: 0,
+            connections: 0,
+            turned_away: 0,
+        })
     }
 
-    fn listen(config: &Config) -> io::Result<OwnedFd> {
-        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let new = || socket(AddressFamily::Unix, SockType::SeqPacket, flags, None);
-        let address = UnixAddr::new(&config.socket)?;
-        let listener = new()?;
-        match bind(listener.as_raw_fd(), &address) {
-            Err(Errno::EADDRINUSE) => {
-                // Left behind by a process that was killed, or in use?
-                if nix::sys::socket::connect(new()?.as_raw_fd(), &address) != Err(Errno::ECONNREFUSED) {
-                    return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
-                }
-                std::fs::remove_file(&config.socket)?;
-                bind(listener.as_raw_fd(), &address)?;
-            }
-            other => other?,
-        }
-        std::fs::set_permissions(&config.socket, std::fs::Permissions::from_mode(0o600))?;
-        listen(&listener, Backlog::new(64)?)?;
-        Ok(listener)
+    /// Whether the next client is not refused but waits to be accepted.
+    fn must_wait(&self) -> bool {
+        self.clients.free() == Err(Full::Orphans)
     }
 
     fn accept(&mut self) {
-        loop {
-            let Some(listener) = &self.listener else { return };
-            let socket = match crate::sys::fdpass::accept(listener.as_fd()) {
-                Ok(socket) => socket,
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => continue,
-                    io::ErrorKind::WouldBlock => return,
-                    _ => return warn!(self.log, "cannot accept a ring client"; "error" => %error),
-                },
-            };
-            if let Err(error) = self.admit(socket) {
+        let Some(listener) = &mut self.listener else { return };
+        let most = match self.clients.free() {
+            Ok(free) => free,
+            // Each is told that there are too many.
+            Err(Full::Clients) => usize::MAX,
+            Err(Full::Orphans) => return,
+        };
+        self.acceptable = false;
+        for socket in listener.accept_at_most(most, &self.log) {
+            if let Err(error) = self.admit(socket.into()) {
                 warn!(self.log, "cannot admit a ring client"; "error" => %error);
             }
         }
     }
 
+    /// When clients may be waiting that there is room for, ns of [`now`](crate::stats::now).
+    fn accept_due(&self) -> Option<u64> {
+        let listener = self.listener.as_ref().filter(|_| !self.must_wait())?;
+        if self.acceptable { Some(0) } else { listener.due() }
+    }
+
     fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
-        let Some(index) = self.clients.iter().position(Option::is_none) else {
+        let Some(index) = self.clients.first_free() else {
             self.turned_away += 1;
-            let message = format!("there are {} clients already, the limit max_clients", self.clients.len());
+            let message = format!("there are {} clients already, the limit max_clients", self.clients.count());
             wire::Welcome::refusal(Errno::EBUSY, &message).send(&socket, &[])?;
             return Ok(());
         };
@@ -136,12 +138,12 @@ impl Local {
         registry.register(&mut SourceFd(&socket.as_raw_fd()), Token(token), Interest::READABLE)?;
         self.connections += 1;
         let deadline = crate::stats::now() + HELLO_TIMEOUT;
-        self.clients[index] = Some(Client::new(self.connections, socket, token, deadline));
+        self.clients.seat(index, Client::new(self.connections, socket, token, deadline));
         Ok(())
     }
 
     fn drop_client(&mut self, index: usize, why: &str) {
-        let Some(client) = self.clients[index].take() else { return };
+        let Some(client) = self.clients.leave(index, Client::in_flight) else { return };
         if let Some((registry, _)) = &self.registry {
             client.deregister(registry);
         }
@@ -152,17 +154,20 @@ impl Local {
 
 impl Frontend for Local {
     fn register(&mut self, registry: Registry, base: usize) -> io::Result<()> {
-        if let Some(listener) = &self.listener {
-            registry.register(&mut SourceFd(&listener.as_raw_fd()), Token(base), Interest::READABLE)?;
+        if let Some(listener) = &mut self.listener {
+            registry.register(listener.source(), Token(base), Interest::READABLE)?;
         }
         self.registry = Some((registry, base));
         Ok(())
     }
 
     fn event(&mut self, index: usize, _event: &Event) {
-        let Some(index) = index.checked_sub(1) else { return self.accept() };
+        let Some(index) = index.checked_sub(1) else {
+            self.acceptable = true;
+            return;
+        };
         let (index, doorbell) = (index / TOKENS, index % TOKENS);
-        let (Some(Some(client)), Some((registry, _))) = (self.clients.get_mut(index), &self.registry) else { return };
+        let (Some(client), Some((registry, _))) = (self.clients.get_mut(index), &self.registry) else { return };
         if doorbell > 0 {
             return client.kicked(doorbell - 1);
         }
@@ -176,10 +181,13 @@ impl Frontend for Local {
     }
 
     fn pull(&mut self, intake: &mut Intake) {
-        self.first = (self.first + 1) % self.clients.len();
-        let (head, tail) = (0..self.first, self.first..self.clients.len());
+        if self.accept_due().is_some_and(|due| due <= intake.now) {
+            self.accept();
+        }
+        self.first = (self.first + 1) % self.clients.count();
+        let (head, tail) = (0..self.first, self.first..self.clients.count());
         for index in tail.chain(head) {
-            let (Some(client), Some((registry, _))) = (&mut self.clients[index], &self.registry) else { continue };
+            let (Some(client), Some((registry, _))) = (self.clients.get_mut(index), &self.registry) else { continue };
             if let Err(why) = client.pull(intake, index as u64, registry) {
                 self.drop_client(index, &why);
             }
@@ -188,13 +196,13 @@ impl Frontend for Local {
 
     fn answer(&mut self, request: &Request) {
         let tag = client::Tag::unpack(request.tag);
-        if let Some(Some(client)) = self.clients.get_mut(tag.client) {
+        if let Some(client) = self.clients.ended(tag.client) {
             client.answer(&tag, request);
         }
     }
 
     fn publish(&mut self) {
-        self.clients.iter_mut().flatten().for_each(Client::publish);
+        self.clients.iter_mut().for_each(|(_, client)| client.publish());
     }
 
     fn in_memory(&self) -> bool {
@@ -202,16 +210,17 @@ impl Frontend for Local {
     }
 
     fn ready(&self) -> bool {
-        self.clients.iter().flatten().any(Client::ready)
+        self.accept_due() == Some(0) || self.clients.iter().any(|(_, client)| client.ready())
     }
 
     fn arm(&mut self) -> bool {
         // Every ring has to be armed, so no short cut at the first that has something.
-        self.clients.iter_mut().flatten().fold(false, |ready, client| client.arm() | ready)
+        let accept = self.accept_due() == Some(0);
+        self.clients.iter_mut().fold(accept, |ready, (_, client)| client.arm() | ready)
     }
 
     fn deadline(&self) -> Option<u64> {
-        self.clients.iter().flatten().filter_map(Client::deadline).min()
+        self.clients.iter().filter_map(|(_, client)| client.deadline()).chain(self.accept_due()).min()
     }
 
     fn resized(&mut self, disk: &DiskInfo) {
@@ -219,15 +228,15 @@ impl Frontend for Local {
     }
 
     fn gather_ns(&self) -> Option<u64> {
-        self.clients.iter().flatten().next().map(|_| 0)
+        self.clients.iter().next().map(|_| 0)
     }
 
     fn close(&mut self) {
-        if self.listener.take().is_some() {
-            // Nothing can be done about a file that is gone already.
-            let _ = std::fs::remove_file(&self.config.socket);
+        if let (Some(mut listener), Some((registry, _))) = (self.listener.take(), &self.registry) {
+            // Closing it does the same; this only comes first.
+            let _ = registry.deregister(listener.source());
         }
-        (0..self.clients.len()).for_each(|index| self.drop_client(index, "the disk is closed"));
+        (0..self.clients.count()).for_each(|index| self.drop_client(index, "the disk is closed"));
     }
 
     fn memory(&self) -> Vec<Part> {
@@ -238,12 +247,13 @@ impl Frontend for Local {
     }
 
     fn inspect(&self) -> serde_json::Value {
-        let clients: Vec<_> = self.clients.iter().flatten().map(Client::inspect).collect();
+        let clients: Vec<_> = self.clients.iter().map(|(_, client)| client.inspect()).collect();
         serde_json::json!({
             "type": "local",
             "socket": self.config.socket,
             "connections": self.connections,
             "turned_away": self.turned_away,
+            "orphans": self.clients.orphans(),
             "clients": clients,
         })
     }

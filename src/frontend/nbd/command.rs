@@ -163,6 +163,11 @@ impl<T> Table<T> {
         entry
     }
 
+    /// The entries that are used.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.entries.iter().flatten()
+    }
+
     pub(super) fn find(&self, mut which: impl FnMut(&T) -> bool) -> Option<u16> {
         self.entries.iter().position(|entry| entry.as_ref().is_some_and(&mut which)).map(|index| index as u16)
     }

@@ -239,9 +239,9 @@ impl Connection {
         }
     }
 
-    /// Requests with the disk.
+    /// Requests with the disk. Parts of a simple read that were answered, and wait for those before them, are none.
     pub(super) fn in_flight(&self) -> usize {
-        self.parts.used()
+        self.parts.iter().filter(|part| !part.done).count()
     }
 
     /// Whether a pull or a publish can do something now.

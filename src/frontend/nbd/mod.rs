@@ -25,6 +25,7 @@ use slog::{Logger, debug, info, warn};
 use self::connection::{Connection, Socket};
 use self::listen::{Listener, Style};
 use self::negotiate::Export;
+use super::seats::{Full, Seats};
 use super::{DiskInfo, Frontend, Intake};
 use crate::memory::Part;
 use crate::request::Request;
@@ -58,16 +59,6 @@ pub struct Config {
     pub lock_memory: bool,
 }
 
-/// A place for a client.
-#[derive(Debug, Default)]
-struct Seat {
-    connection: Option<Box<Connection>>,
-    /// Clients that had the place before.
-    generation: u32,
-    /// Requests of a client that left; they still use its memory, so the place is not free before they end.
-    orphans: usize,
-}
-
 /// The server.
 pub struct Nbd {
     log: Logger,
@@ -78,7 +69,7 @@ pub struct Nbd {
     acceptable: bool,
     /// Not before this time, ns.
     accept_at: u64,
-    seats: Vec<Seat>,
+    seats: Seats<Box<Connection>>,
     /// The seat that is pulled first, another one each turn.
     first: usize,
     registry: Option<(Registry, usize)>,
@@ -86,13 +77,13 @@ pub struct Nbd {
     refused: u64,
 }
 
-/// A request's mark: the seat, the generation of its client, and the part.
-fn tag(seat: usize, generation: u32, part: u16) -> u64 {
-    (seat as u64) << 48 | u64::from(generation) << 16 | u64::from(part)
+/// A request's mark: the seat of its client, and the part.
+fn tag(seat: usize, part: u16) -> u64 {
+    (seat as u64) << 16 | u64::from(part)
 }
 
-fn untag(tag: u64) -> (usize, u32, u16) {
-    ((tag >> 48) as usize, (tag >> 16) as u32, tag as u16)
+fn untag(tag: u64) -> (usize, u16) {
+    ((tag >> 16) as usize, tag as u16)
 }
 
 impl Nbd {
@@ -121,7 +112,7 @@ impl Nbd {
             lock_memory: config.lock_memory,
             acceptable: true,
             accept_at: 0,
-            seats: (0..config.max_connections).map(|_| Seat::default()).collect(),
+            seats: Seats::new(config.max_connections),
             first: 0,
             registry: None,
             accepted: 0,
@@ -131,7 +122,7 @@ impl Nbd {
 
     /// The most tokens that it uses.
     pub fn tokens(&self) -> usize {
-        LISTENERS + self.seats.len()
+        LISTENERS + self.seats.count()
     }
 
     fn accept(&mut self) {
@@ -144,11 +135,9 @@ impl Nbd {
         }
     }
 
-    /// Whether all places that have no client still have requests of one that left. That ends by itself, and so the next
-    /// client is not refused but waits to be accepted.
+    /// Whether the next client is not refused but waits to be accepted.
     fn must_wait(&self) -> bool {
-        let mut vacant = self.seats.iter().filter(|seat| seat.connection.is_none()).peekable();
-        vacant.peek().is_some() && vacant.all(|seat| seat.orphans > 0)
+        self.seats.free() == Err(Full::Orphans)
     }
 
     /// Accepts from one listener. True: there may be more.
@@ -178,15 +167,13 @@ impl Nbd {
     /// Gives a client a place, or hangs up.
     fn seat(&mut self, socket: Socket, style: Style) {
         let Some((registry, base)) = &self.registry else { return };
-        let free = self.seats.iter().position(|seat| seat.connection.is_none() && seat.orphans == 0);
-        let Some(index) = free else {
+        let Some(index) = self.seats.first_free() else {
             self.refused += 1;
             warn!(self.log, "an NBD client is refused, there are too many"; "refused" => self.refused);
             return;
         };
-        let seat = &mut self.seats[index];
         let token = Token(base + LISTENERS + index);
-        let connection = Connection::new(socket, style, token, tag(index, seat.generation, 0), &self.export);
+        let connection = Connection::new(socket, style, token, tag(index, 0), &self.export);
         let connection = connection.and_then(|mut connection| connection.register(registry).map(|()| connection));
         match connection {
             Ok(connection) => {
@@ -195,7 +182,7 @@ impl Nbd {
                 {
                     warn!(self.log, "an NBD client's memory can't be locked"; "error" => %error);
                 }
-                seat.connection = Some(Box::new(connection));
+                self.seats.seat(index, Box::new(connection));
                 self.accepted += 1;
                 debug!(self.log, "an NBD client connects"; "client" => index);
             }
@@ -209,11 +196,12 @@ impl Nbd {
     /// Frees the places of those with whom it is over.
     fn clear(&mut self) {
         let Some((registry, _)) = &self.registry else { return };
-        for (index, seat) in self.seats.iter_mut().enumerate() {
-            let over = seat.connection.take_if(|connection| connection.is_over());
-            let Some(mut connection) = over else { continue };
+        for index in 0..self.seats.count() {
+            if !self.seats.get_mut(index).is_some_and(|connection| connection.is_over()) {
+                continue;
+            }
+            let Some(mut connection) = self.seats.leave(index, |connection| connection.in_flight()) else { continue };
             connection.deregister(registry);
-            (seat.orphans, seat.generation) = (connection.in_flight(), seat.generation.wrapping_add(1));
             match connection.failure() {
                 Some(why) => info!(self.log, "an NBD client is disconnected"; "client" => index, "reason" => why),
                 None => debug!(self.log, "an NBD client leaves"; "client" => index),
@@ -222,11 +210,11 @@ impl Nbd {
     }
 
     fn connections(&self) -> impl Iterator<Item = &Connection> {
-        self.seats.iter().filter_map(|seat| seat.connection.as_deref())
+        self.seats.iter().map(|(_, connection)| &**connection)
     }
 
     fn connections_mut(&mut self) -> impl Iterator<Item = &mut Connection> {
-        self.seats.iter_mut().filter_map(|seat| seat.connection.as_deref_mut())
+        self.seats.iter_mut().map(|(_, connection)| &mut **connection)
     }
 
     /// Hangs up on those who do not come to the point.
@@ -252,7 +240,7 @@ impl Frontend for Nbd {
         match index.checked_sub(LISTENERS) {
             None => self.acceptable = true,
             Some(seat) => {
-                if let Some(connection) = self.seats.get_mut(seat).and_then(|seat| seat.connection.as_mut()) {
+                if let Some(connection) = self.seats.get_mut(seat) {
                     connection.event(event);
                 }
             }
@@ -262,9 +250,9 @@ impl Frontend for Nbd {
     fn pull(&mut self, intake: &mut Intake) {
         self.accept();
         self.expire();
-        let seats = self.seats.len();
+        let seats = self.seats.count();
         for index in (self.first..seats).chain(0..self.first) {
-            if let Some(connection) = &mut self.seats[index].connection {
+            if let Some(connection) = self.seats.get_mut(index) {
                 connection.pull(intake);
             }
         }
@@ -272,17 +260,15 @@ impl Frontend for Nbd {
     }
 
     fn answer(&mut self, request: &Request) {
-        let (seat, generation, part) = untag(request.tag);
-        let seat = &mut self.seats[seat];
-        match &mut seat.connection {
-            Some(connection) if seat.generation == generation => connection.answer(part, request.result()),
-            _ => seat.orphans -= 1,
+        let (seat, part) = untag(request.tag);
+        if let Some(connection) = self.seats.ended(seat) {
+            connection.answer(part, request.result());
         }
     }
 
     fn publish(&mut self) {
         if let Some((registry, _)) = &self.registry {
-            for connection in self.seats.iter_mut().filter_map(|seat| seat.connection.as_mut()) {
+            for (_, connection) in self.seats.iter_mut() {
                 connection.publish(registry);
             }
         }
@@ -331,14 +317,14 @@ impl Frontend for Nbd {
     }
 
     fn memory(&self) -> Vec<Part> {
-        vec![Part::each("NBD client", connection::BYTES, self.seats.len())]
+        vec![Part::each("NBD client", connection::BYTES, self.seats.count())]
     }
 
     fn inspect(&self) -> serde_json::Value {
-        let client = |(index, seat): (usize, &Seat)| {
-            let mut client = seat.connection.as_ref()?.inspect();
+        let client = |(index, connection): (usize, &Box<Connection>)| {
+            let mut client = connection.inspect();
             client["client"] = index.into();
-            Some(client)
+            client
         };
         serde_json::json!({
             "type": "nbd",
@@ -346,8 +332,8 @@ impl Frontend for Nbd {
             "listen": self.listeners.iter().map(|(listener, _)| listener.address()).collect::<Vec<_>>(),
             "accepted": self.accepted,
             "refused": self.refused,
-            "orphans": self.seats.iter().map(|seat| seat.orphans).sum::<usize>(),
-            "clients": self.seats.iter().enumerate().filter_map(client).collect::<Vec<_>>(),
+            "orphans": self.seats.orphans(),
+            "clients": self.seats.iter().map(client).collect::<Vec<_>>(),
         })
     }
 }

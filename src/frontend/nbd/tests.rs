@@ -332,15 +332,38 @@ fn a_place_is_free_when_the_last_request_of_who_left_has_ended() {
     served.run();
     served.nbd.connections_mut().for_each(|connection| connection.kill("test"));
     served.run();
-    assert_eq!((served.nbd.seats[0].orphans, served.slots.used()), (2, 2));
+    assert_eq!((served.nbd.seats.orphans(), served.slots.used()), (2, 2));
     let mut next = UnixStream::connect(served.folder.path().join("nbd")).unwrap();
     next.set_nonblocking(true).unwrap();
     served.run();
     assert_eq!(next.read(&mut [0; 18]).unwrap_err().kind(), ErrorKind::WouldBlock);
     served.stuck = false;
     served.run();
-    assert_eq!((served.nbd.seats[0].orphans, served.slots.used()), (0, 0));
+    assert_eq!((served.nbd.seats.orphans(), served.slots.used()), (0, 0));
     assert_eq!(next.read(&mut [0; 18]).unwrap(), 18);
+}
+
+#[test]
+fn a_place_is_free_also_after_a_long_read_that_was_partly_answered() {
+    let mut served = Served::new(8, 1);
+    let mut client = served.connect(false);
+    served.stuck = true;
+    client.request((CMD_READ, 0, 0, 8 * CHUNK));
+    served.run();
+    assert!(served.started.len() > 3);
+    // The last part is answered, and waits for those before it; the first one is sent to a client that has gone.
+    let mut all = std::mem::take(&mut served.started);
+    served.started.push_back(all.pop_back().unwrap());
+    served.work();
+    drop(client);
+    served.started.push_back(all.pop_front().unwrap());
+    served.work();
+    served.run();
+    assert_eq!(served.nbd.seats.orphans(), all.len(), "what is with the disk");
+    served.started = all;
+    served.stuck = false;
+    served.run();
+    assert_eq!((served.nbd.seats.orphans(), served.nbd.seats.free()), (0, Ok(1)));
 }
 
 #[test]

@@ -363,12 +363,7 @@ impl Vbd {
                         ring.muted_until = Some(intake.now + MUTE);
                     }
                 }
-                Err(overflow) => {
-                    broken = Some(format!(
-                        "queue {index}: req_prod {} is beyond the ring, req_cons is {}",
-                        overflow.req_prod, overflow.req_cons
-                    ));
-                }
+                Err(overflow) => broken = Some(format!("queue {index}: {overflow}")),
             }
             room = room.saturating_sub(self.taken.len() - before);
         }
