@@ -17,6 +17,7 @@ use nix::sys::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 use slog::{error, info};
 
+use super::pause::PauseError;
 use super::{Disk, State};
 use crate::chain;
 use crate::job::Job;
@@ -259,7 +260,9 @@ impl Disk {
     /// Goes on with what is under way, and says whether there was something to do.
     pub(super) fn advance_coalesce(&mut self) -> bool {
         let may_pause = self.state == State::Running && !self.is_switching();
-        let resumed = self.resume_outcome().is_some();
+        // Whoever wants it to stay paused does not wait for the end of that.
+        let goes_on =
+            self.state != State::Paused || matches!(self.resume_outcome(), Some(Err(PauseError::PausedAgain)));
         let Some(coalescing) = &mut self.coalescing else { return false };
         match coalescing.stage {
             Stage::Merging => {
@@ -278,10 +281,10 @@ impl Disk {
                 true
             }
             Stage::Relinking if coalescing.left_out => {
-                if resumed {
+                if goes_on {
                     coalescing.stage = Stage::Done;
                 }
-                resumed
+                goes_on
             }
             Stage::Relinking if may_pause => {
                 self.pauses_for_itself = true;
@@ -300,8 +303,9 @@ impl Disk {
 
     /// The disk is paused: begins to leave out the image that was merged, if there is one.
     pub(super) fn leave_out_merged(&mut self) {
-        let Some(coalescing) = self.coalescing.as_mut().filter(|coalescing| coalescing.stage == Stage::Relinking)
-        else {
+        let to_leave_out =
+            |coalescing: &&mut Coalescing| coalescing.stage == Stage::Relinking && !coalescing.left_out;
+        let Some(coalescing) = self.coalescing.as_mut().filter(to_leave_out) else {
             self.pauses_for_itself = false;
             return;
         };

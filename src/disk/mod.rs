@@ -624,7 +624,10 @@ impl Disk {
     /// When a turn is due although nothing happens, ns of [`now`].
     pub fn deadline(&self) -> Option<u64> {
         let frontends = self.frontends.iter().filter_map(|frontend| frontend.deadline());
+        // Where nothing is pulled, what is to be pulled would be due again and again.
+        let pulls = self.frontends.iter().filter(|_| self.state == State::Running);
         frontends
+            .chain(pulls.filter_map(|frontend| frontend.pull_deadline()))
             .chain(self.queue.deadline())
             .chain(self.held_until)
             .chain(self.lease_until.filter(|_| self.resuming.is_none() && self.recording.is_none()))

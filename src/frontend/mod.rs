@@ -126,8 +126,13 @@ pub trait Frontend {
     /// The loop is about to sleep: asks every client to wake it. True: something came in before that took effect.
     fn arm(&mut self) -> bool;
 
-    /// When it wants a turn although nothing happens, ns of [`crate::stats::now`].
+    /// When it wants to [`publish`](Self::publish) although nothing happens, ns of [`crate::stats::now`].
     fn deadline(&self) -> Option<u64> {
+        None
+    }
+
+    /// The same for [`pull`](Self::pull), which is not called while the disk is paused.
+    fn pull_deadline(&self) -> Option<u64> {
         None
     }
 

@@ -55,6 +55,16 @@ pub enum Error {
     /// It or what it is based on is no good.
     #[error(transparent)]
     Chain(#[from] chain::Error),
+    /// Its parent is to be the image of a minor that is not to be found.
+    #[error("{}: its parent is to be the image of minor {minor}, and that can't be found: {source}", path.display())]
+    NoMinor {
+        /// The image.
+        path: PathBuf,
+        /// The minor.
+        minor: u16,
+        /// Why not.
+        source: io::Error,
+    },
     /// The configuration asks for what the image can't do.
     #[error("{}: {message}", path.display())]
     Unfit {
@@ -70,7 +80,7 @@ impl Error {
     pub fn errno(&self) -> Errno {
         let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, sys::errno);
         match self {
-            Error::Io { source, .. } => of(source),
+            Error::Io { source, .. } | Error::NoMinor { source, .. } => of(source),
             Error::Locked { .. } => Errno::EBUSY,
             Error::Chain(error) => error.errno(),
             Error::Format { .. } | Error::Unfit { .. } => Errno::EINVAL,

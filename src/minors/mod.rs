@@ -260,7 +260,7 @@ impl Minors {
         Ok(())
     }
 
-    /// Pauses a minor without an image, of which nothing is under way, or ends that, as blktap does. EBUSY: an image is being opened.
+    /// Pauses a minor without an image, of which nothing is under way, as blktap does, or ends that. EBUSY: an image is being opened.
     /// EINVAL: it is not paused. None: it has an image, or nobody has attached it.
     pub fn pause_empty(&mut self, minor: u16, paused: bool) -> Option<Result<(), MinorError>> {
         let minor = self.get_mut(minor).filter(|minor| minor.disk.is_none())?;
@@ -353,7 +353,9 @@ impl Minors {
         let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::file);
         let below = image.locks.get(1);
         match (below, of_parent) {
-            (Some(below), Some(of_parent)) if same_file(below, of_parent) => Ok(()),
+            (Some(below), Some(of_parent)) if of_parent.metadata().is_ok_and(|parent| same_file(&parent, below)) => {
+                Ok(())
+            }
             _ => {
                 let text = format!("{}: its parent is not the image of minor {parent}", image.info.name);
                 Err(MinorError::new(Errno::EINVAL, text))
@@ -377,9 +379,12 @@ impl Minors {
             if force {
                 disk.cancel();
             }
-        } else if minor.closed.is_some() {
-            // Whoever closed it was told how that went; whoever repeats it is to get on.
-            minor.closed = Some(Ok(()));
+        } else {
+            minor.paused = false;
+            if minor.closed.is_some() {
+                // Whoever closed it was told how that went; whoever repeats it is to get on.
+                minor.closed = Some(Ok(()));
+            }
         }
         Ok(())
     }

@@ -9,33 +9,41 @@ use nix::errno::Errno;
 use super::marker;
 use crate::control::client;
 use crate::control::proto::state;
-use crate::disk::parse_name;
 use crate::image::{Error, Image};
-use crate::sys::file::{lock_holder, open_storage, same_file};
+use crate::sys::file::{lock_holder, same_file};
 
-/// Whether the image right below is the one that a minor of another process has open. It waits for that process.
+/// Whether the image right below is one that the process of that minor has open, whatever its name is by now. It waits for that process.
 pub(super) fn check(image: &Image, directory: &Path, minor: u16) -> Result<(), Error> {
     let path = || PathBuf::from(&image.info.name);
     let unfit = |text: String| Error::Unfit { path: path(), message: text };
-    let (kind_and_path, state) = image_of(directory, minor).map_err(|source| Error::Io {
+    let (pid, name, state) = image_of(directory, minor).map_err(|source| Error::NoMinor {
         path: path(),
-        action: "find the minor that is to have its parent open",
+        minor,
         source: io::Error::from(client::errno(&source)),
     })?;
     if state == state::PAUSED {
-        return Err(unfit(format!("minor {minor}, which is to have its parent open, is paused")));
+        return Err(unfit(format!("its parent is to be the image of minor {minor}, and that is paused")));
     }
-    let of_minor = parse_name(&kind_and_path).ok().and_then(|(_, path)| Some(open_storage(&path).ok()?.0));
-    match (image.locks.get(1), of_minor) {
-        (Some(below), Some(of_minor)) if same_file(below, &of_minor) => Ok(()),
-        _ => Err(unfit(format!("its parent is not the image of minor {minor}, which is {kind_and_path}"))),
+    match image.locks.get(1) {
+        Some(below) if has_open(pid, below) => Ok(()),
+        _ => Err(unfit(format!("its parent is not the image of minor {minor}, which is {name}"))),
     }
 }
 
-/// The name and the state of a minor's image. ENODEV: no tapdisk of this host has it, or there is no image.
-fn image_of(directory: &Path, minor: u16) -> io::Result<(String, i32)> {
+fn has_open(pid: i32, wanted: &File) -> bool {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let mut opened = descriptors.filter_map(|descriptor| descriptor.path().metadata().ok());
+    opened.any(|opened| same_file(&opened, wanted))
+}
+
+/// The process of a minor, and the name and the state of its image. ENODEV: no tapdisk of this host has it, or there is no image.
+fn image_of(directory: &Path, minor: u16) -> io::Result<(i32, String, i32)> {
     let none = || io::Error::from(Errno::ENODEV);
-    let marker = File::open(marker::path(directory, minor)).map_err(|_| none())?;
+    let marker = File::open(marker::path(directory, minor)).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => none(),
+        _ => error,
+    })?;
     let pid = lock_holder(&marker).filter(|pid| *pid > 0).ok_or_else(none)?;
-    client::image_of(directory, pid, minor)?.ok_or_else(none)
+    let (name, state) = client::image_of(directory, pid, minor)?.ok_or_else(none)?;
+    Ok((pid, name, state))
 }

@@ -1,6 +1,6 @@
 //! What image files need beyond std: sizes and alignments of block devices, discard, locks.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -171,14 +171,13 @@ pub fn lock_holder(file: &File) -> Option<i32> {
     })
 }
 
-/// Whether two are the same file, or the same block device.
-pub fn same_file(one: &File, other: &File) -> bool {
-    let id = |file: &File| {
-        let meta = file.metadata().ok()?;
+/// Whether a file, of which that is known, is an open one, or the same block device.
+pub fn same_file(one: &Metadata, other: &File) -> bool {
+    let id = |meta: &Metadata| {
         let device = meta.file_type().is_block_device().then(|| meta.rdev());
-        Some(device.map_or((meta.dev(), meta.ino()), |device| (0, device)))
+        device.map_or((meta.dev(), meta.ino()), |device| (0, device))
     };
-    id(one).is_some_and(|one| Some(one) == id(other))
+    other.metadata().is_ok_and(|other| id(one) == id(&other))
 }
 
 /// What O_DIRECT demands of (memory, offset and length), in bytes, where the kernel says so (statx, since 6.1).

@@ -400,6 +400,15 @@ pub fn footer_place(of: &dyn Medium, end: u64) -> u64 {
     if of.is_device() { of.size() - FOOTER_SIZE as u64 } else { end }
 }
 
+/// The sectors of a table that have the entries of some blocks, from the first to the last.
+pub fn table_part(at: u64, table: &Table, first: u32, last: u32) -> Piece {
+    const ENTRIES: u32 = SECTOR_SIZE as u32 / 4;
+    let (begin, end) = (first / ENTRIES * ENTRIES, (last + 1).next_multiple_of(ENTRIES));
+    let mut bytes = vec![0; 4 * (end - begin) as usize];
+    table.write(begin, &mut bytes);
+    Piece { at: at + 4 * u64::from(begin), bytes }
+}
+
 /// A table as it is in the file.
 pub fn table_piece(at: u64, table: &Table) -> Piece {
     let mut bytes = vec![0; Table::bytes(table.blocks()) as usize];

@@ -3,7 +3,8 @@
 //! The child is not changed, beyond what it says of a raw parent's time, and hides what is changed in its parent. So a merge that
 //! was interrupted is done again, and until then the disk is what it was. The parent is a good image at each moment: data is written first, then the bitmaps
 //! that say that it is there, then the table that says where new blocks are, and each is safe before the next begins. Where
-//! new blocks are put the footer was; its copy at the beginning is used until it is written again.
+//! new blocks are put the footer was; its copy at the beginning is used until it is written again. All this is done for a part of the disk,
+//! and then for the next one: what is done stays done.
 
 use std::io;
 use std::ops::Range;
@@ -15,7 +16,7 @@ use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
 use super::file::{
-    ImageFile, Medium, ReadFile, cut_footer, footer_place, table_piece, write_batmap, write_footers, write_pieces,
+    ImageFile, Medium, ReadFile, cut_footer, footer_place, table_part, write_batmap, write_footers, write_pieces,
 };
 use crate::chain::{self, Layer, Rules};
 use crate::image;
@@ -23,8 +24,10 @@ use crate::image;
 const SECTOR: u64 = 512;
 /// Bytes that are written before they are made safe: what the page cache holds is written back all at once, beside what guests do.
 const SYNC_EACH: u64 = 32 << 20;
-/// How much of a merge is done where only bitmaps are left.
+/// How much of a part is done where only bitmaps are left.
 const DATA_SHARE: f64 = 0.99;
+/// Bytes of the disk that a part has.
+const PART: u64 = 256 << 20;
 
 /// Why an image is not merged into its parent. Both are as they were, or as an interrupted merge leaves them.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +117,20 @@ pub struct Progress {
     pub bitmaps: u64,
 }
 
+/// Who is told how far a merge is.
+struct Told<'a> {
+    progress: &'a mut dyn FnMut(Progress) -> io::Result<()>,
+    data: u64,
+    bitmaps: u64,
+}
+
+impl Told<'_> {
+    fn tell(&mut self, done: f64) -> io::Result<()> {
+        let (data, bitmaps) = (std::mem::take(&mut self.data), std::mem::take(&mut self.bitmaps));
+        (self.progress)(Progress { done, data, bitmaps })
+    }
+}
+
 /// Merges all that an image holds into its parent, and says how many sectors that are. `progress` is told before each block; an error
 /// of its ends the merge.
 pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> Result<u64, Error> {
@@ -148,13 +165,16 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) 
     target.merge(&from, progress).map_err(io(parent_path, "merge into it"))
 }
 
-/// What is merged into an image: sectors of the disk, block by block.
+/// What is merged into an image: sectors of the disk, block by block. It may be changed meanwhile: what is merged is what each block is asked
+/// for once.
 pub trait Held {
     /// The blocks that may have some, in order.
     fn blocks(&self) -> Vec<u32>;
 
-    /// Each run of such sectors of a block: where it is on the disk, and its bytes. It is asked twice, for the data and for the bitmaps, and says
-    /// the same until `run` is told of the block's first run the second time.
+    /// Bytes of a block.
+    fn block_size(&self) -> u64;
+
+    /// Each run of such sectors of a block: where it is on the disk, and its bytes.
     fn each(&self, block: u32, run: &mut dyn FnMut(u64, u64) -> io::Result<()>) -> io::Result<()>;
 
     /// Reads the disk from byte `at` on, within a run.
@@ -202,6 +222,10 @@ impl Held for Child<'_> {
         self.image.table.allocated().map(|(block, _)| block).collect()
     }
 
+    fn block_size(&self) -> u64 {
+        self.image.header.as_ref().map_or(PART, |header| header.block_size().into())
+    }
+
     fn each(&self, block: u32, run: &mut dyn FnMut(u64, u64) -> io::Result<()>) -> io::Result<()> {
         let (Some(header), Some(at)) = (&self.image.header, self.image.table.get(block)) else { return Ok(()) };
         let block_size = u64::from(header.block_size());
@@ -230,80 +254,63 @@ pub struct Target<'a> {
     size: u64,
     /// Where the next block goes.
     end: u64,
-    /// Blocks that the file's table does not have yet.
-    added: bool,
+    /// The first and the last block that the file's table does not have yet.
+    added: Option<(u32, u32)>,
     /// Bytes that were written since the last sync.
     unsynced: u64,
 }
 
 impl<'a> Target<'a> {
     fn raw(to: &'a dyn Medium) -> Target<'a> {
-        Target { to, image: None, size: to.size(), end: 0, added: false, unsynced: 0 }
+        Target { to, image: None, size: to.size(), end: 0, added: None, unsynced: 0 }
     }
 
     /// An image in a file.
     pub fn image(to: &'a dyn Medium, image: Image) -> Target<'a> {
         let (size, end) = (image.size, image.end());
-        Target { to, image: Some(image), size, end, added: false, unsynced: 0 }
+        Target { to, image: Some(image), size, end, added: None, unsynced: 0 }
     }
 
-    /// Merges all of that, and says how many sectors that are.
+    /// Merges all of that, and says how many sectors that are. `progress` is told before each block of a part, and before each block's bitmap; an
+    /// error of its ends the merge.
     pub fn merge(
         &mut self,
         from: &dyn Held,
         progress: &mut dyn FnMut(Progress) -> io::Result<()>,
     ) -> io::Result<u64> {
-        let done = self.steps(from, progress);
-        if done.is_err() && self.added {
-            // Blocks that the table does not have are lost, and there is room again for the footer. If it can't be written,
-            // its copy is used.
-            if let Ok(image) = Image::read(self.to, &mut Vec::new()) {
-                let _ = write_footers(self.to, &image.footer, image.end());
-            }
+        let (blocks, mut sectors) = (from.blocks(), 0);
+        let mut told = Told { progress, data: 0, bitmaps: 0 };
+        let mut before = 0;
+        for part in blocks.chunks((PART / from.block_size()).max(1) as usize) {
+            let of_all = |done: f64| (before as f64 + part.len() as f64 * done) / blocks.len() as f64;
+            let merged = self.part(from, part, &mut told, &of_all);
+            sectors += self.restored(merged)?;
+            before += part.len();
         }
-        done
-    }
-
-    fn steps(&mut self, from: &dyn Held, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> io::Result<u64> {
-        let blocks = from.blocks();
-        let marks = self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed);
-        let share = if marks { DATA_SHARE } else { 1.0 };
-        let (mut sectors, mut data) = (0, 0);
-        let mut buffer = Vec::new();
-        for (i, block) in blocks.iter().enumerate() {
-            let done = share * i as f64 / blocks.len() as f64;
-            progress(Progress { done, data: std::mem::take(&mut data), bitmaps: 0 })?;
-            from.each(*block, &mut |disk, len| {
-                sectors += len / SECTOR;
-                data += len;
-                buffer.resize(len as usize, 0);
-                from.read(disk, &mut buffer)?;
-                self.write(disk, &buffer)?;
-                self.written(len)
-            })?;
-        }
-        self.to.sync()?;
-        let mut bitmaps = 0;
-        if marks {
-            for (i, block) in blocks.iter().enumerate() {
-                let done = share + (1.0 - share) * i as f64 / blocks.len() as f64;
-                progress(Progress { done, data: std::mem::take(&mut data), bitmaps: std::mem::take(&mut bitmaps) })?;
-                from.each(*block, &mut |disk, len| {
-                    let bytes = self.mark(disk, len)?;
-                    bitmaps += bytes;
-                    self.written(bytes)
-                })?;
-            }
-            self.to.sync()?;
-            self.finish()?;
-        }
-        progress(Progress { done: 1.0, data, bitmaps })?;
+        self.close()?;
+        told.tell(1.0)?;
         Ok(sectors)
     }
 
-    /// Adds blocks of zeros that are not there, where no parent can show through: their bitmaps say that all of them is there.
-    pub fn add_zeros(&mut self, blocks: &[u32]) -> io::Result<()> {
+    /// Adds blocks of zeros that are not there, where no parent can show through: their bitmaps say that all of them is there. `go_on` is asked
+    /// before each part.
+    pub fn add_zeros(&mut self, blocks: &[u32], go_on: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         let Some(block_size) = self.block_size() else { return Ok(()) };
+        for part in blocks.chunks((PART / block_size).max(1) as usize) {
+            go_on()?;
+            let added = self.add_part(part, block_size);
+            self.restored(added)?;
+        }
+        self.close()
+    }
+
+    /// Makes all of it safe. What a program that was killed has left is mended also where nothing was merged: batmap and footers.
+    fn close(&mut self) -> io::Result<()> {
+        self.to.sync()?;
+        self.finish()
+    }
+
+    fn add_part(&mut self, blocks: &[u32], block_size: u64) -> io::Result<()> {
         for block in blocks {
             self.place(*block)?;
         }
@@ -314,6 +321,62 @@ impl<'a> Target<'a> {
         }
         self.to.sync()?;
         self.finish()
+    }
+
+    /// After a part that has failed, blocks that the table does not have are lost, and there is room again for the footer. If it can't be
+    /// written, its copy is used.
+    fn restored<T>(&mut self, done: io::Result<T>) -> io::Result<T> {
+        if done.is_err()
+            && self.added.take().is_some()
+            && let Ok(image) = Image::read(self.to, &mut Vec::new())
+        {
+            let _ = write_footers(self.to, &image.footer, image.end());
+        }
+        done
+    }
+
+    /// Merges some blocks.
+    fn part(
+        &mut self,
+        from: &dyn Held,
+        blocks: &[u32],
+        told: &mut Told,
+        of_all: &dyn Fn(f64) -> f64,
+    ) -> io::Result<u64> {
+        let marks = self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed);
+        let share = if marks { DATA_SHARE } else { 1.0 };
+        let (mut sectors, mut buffer) = (0, Vec::new());
+        // What was merged, by block.
+        let mut merged: Vec<Vec<(u64, u64)>> = Vec::with_capacity(blocks.len());
+        for (i, block) in blocks.iter().enumerate() {
+            told.tell(of_all(share * i as f64 / blocks.len() as f64))?;
+            let mut runs = Vec::new();
+            from.each(*block, &mut |disk, len| {
+                buffer.resize(len as usize, 0);
+                from.read(disk, &mut buffer)?;
+                self.write(disk, &buffer)?;
+                runs.push((disk, len));
+                sectors += len / SECTOR;
+                told.data += len;
+                self.written(len)
+            })?;
+            merged.push(runs);
+        }
+        if !marks || sectors == 0 {
+            return Ok(sectors);
+        }
+        self.to.sync()?;
+        for (i, runs) in merged.iter().enumerate() {
+            told.tell(of_all(share + (1.0 - share) * i as f64 / blocks.len() as f64))?;
+            for (disk, len) in runs {
+                let bytes = self.mark(*disk, *len)?;
+                told.bitmaps += bytes;
+                self.written(bytes)?;
+            }
+        }
+        self.to.sync()?;
+        self.finish()?;
+        Ok(sectors)
     }
 
     /// So many bytes more were written: what is not safe yet must not become much.
@@ -366,12 +429,13 @@ impl<'a> Target<'a> {
         if self.to.is_device() {
             self.to.zero(at, header.block_len())?;
         } else {
-            if !self.added {
+            if self.added.is_none() {
                 cut_footer(self.to, &image.footer, self.end)?;
             }
             self.to.set_len(end + FOOTER_SIZE as u64)?;
         }
-        self.added = true;
+        let (first, last) = self.added.unwrap_or((block, block));
+        self.added = Some((first.min(block), last.max(block)));
         image.table.set(block, at);
         self.end = end;
         Ok((at, header.bitmap_size()))
@@ -411,15 +475,15 @@ impl<'a> Target<'a> {
         let Some((image, header)) = self.image.as_ref().and_then(|image| Some((image, image.header?))) else {
             return Ok(());
         };
-        if self.added {
-            write_pieces(self.to, &[table_piece(header.table_at(), &image.table)])?;
+        if let Some((first, last)) = self.added {
+            write_pieces(self.to, &[table_part(header.table_at(), &image.table, first, last)])?;
             self.to.sync()?;
         }
         if let Some(batmap) = &image.batmap {
             write_pieces(self.to, &batmap_pieces(batmap))?;
         }
         write_footers(self.to, &image.footer, self.end)?;
-        self.added = false;
+        self.added = None;
         Ok(())
     }
 }

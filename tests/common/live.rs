@@ -15,8 +15,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{MsgFlags, recv};
 use serde_json::Value;
 use tapdisk::control::client;
-use tapdisk::control::proto::{MESSAGE_SIZE, Message, Response, kind};
-use zerocopy::{FromBytes, IntoBytes};
+use tapdisk::control::proto::{MESSAGE_SIZE, Message, Params, Response, kind, string};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::PATIENCE;
 use super::served::{Served, output, run, tool};
@@ -121,8 +121,19 @@ pub struct Asked(UnixStream);
 
 /// Asks for something, by the type of the message. A program that did so might come to it late.
 pub fn ask(served: &Served, kind: u16) -> Asked {
+    send(served, &Message::new(kind, 0))
+}
+
+/// The same, to go on with another image.
+pub fn ask_resume(served: &Served, kind_and_path: &str) -> Asked {
+    let mut params = Params::new_zeroed();
+    params.path = string(kind_and_path);
+    send(served, &Message::new(kind::RESUME, 0).with(&params))
+}
+
+fn send(served: &Served, message: &Message) -> Asked {
     let mut stream = UnixStream::connect(client::path(served.sockets(), served.pid())).unwrap();
-    stream.write_all(Message::new(kind, 0).as_bytes()).unwrap();
+    stream.write_all(message.as_bytes()).unwrap();
     Asked(stream)
 }
 

@@ -167,14 +167,14 @@ struct Reader<'a> {
 const TRIES: usize = 100;
 
 impl Reader<'_> {
-    /// Reads an image that a program may be writing: what is no good is read again if the file has got another size meanwhile, since parts of
-    /// it are from before that, and others from after it.
+    /// Reads an image that a program may be writing: where something is not as it should be, and the file has got another size meanwhile, it is
+    /// read again, since parts of it are from before that, and others from after it.
     fn settled(mut self, read: impl Fn(&mut Self) -> Result<Image, ReadError>) -> Result<Image, ReadError> {
         let known = self.problems.len();
         for _ in 1..TRIES {
             let size = self.source.size();
             let image = read(&mut self);
-            if image.is_ok() || self.source.size() == size {
+            if image.is_ok() && self.problems.len() == known || self.source.size() == size {
                 return image;
             }
             self.problems.truncate(known);

@@ -97,10 +97,12 @@ pub fn open(directory: &Path, pid: i32, minor: u16, opening: &Opening<'_>) -> io
     connection.expect(kind::OPEN_RSP).map(|answer| answer.member())
 }
 
+/// How long another tapdisk may take to say what it serves.
+const OTHER: Duration = Duration::from_secs(2);
+
 /// The name and the state of the image that a process has open for a minor. None: none.
 pub fn image_of(directory: &Path, pid: i32, minor: u16) -> io::Result<Option<(String, i32)>> {
-    let mut connection =
-        Connection::send(path(directory, pid), &Message::new(kind::LIST, minor), &[], Some(TIMEOUT))?;
+    let mut connection = Connection::send(path(directory, pid), &Message::new(kind::LIST, minor), &[], Some(OTHER))?;
     let listed: List = connection.expect(kind::LIST_RSP)?.member();
     let name = text(&listed.path).ok_or(Errno::EPROTO)?;
     Ok((listed.count > 0 && !name.is_empty()).then(|| (name.to_owned(), listed.state)))

@@ -164,7 +164,8 @@ impl Frontend for Local {
     fn event(&mut self, index: usize, _event: &Event) {
         let Some(index) = index.checked_sub(1) else {
             self.acceptable = true;
-            return;
+            // At once: also a disk that is paused has clients.
+            return self.accept();
         };
         let (index, doorbell) = (index / TOKENS, index % TOKENS);
         let (Some(client), Some((registry, _))) = (self.clients.get_mut(index), &self.registry) else { return };
@@ -219,7 +220,7 @@ impl Frontend for Local {
         self.clients.iter_mut().fold(accept, |ready, (_, client)| client.arm() | ready)
     }
 
-    fn deadline(&self) -> Option<u64> {
+    fn pull_deadline(&self) -> Option<u64> {
         self.clients.iter().filter_map(|(_, client)| client.deadline()).chain(self.accept_due()).min()
     }
 

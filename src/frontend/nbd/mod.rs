@@ -288,7 +288,7 @@ impl Frontend for Nbd {
         self.ready()
     }
 
-    fn deadline(&self) -> Option<u64> {
+    fn pull_deadline(&self) -> Option<u64> {
         let handshake = self.connections().filter(|c| c.is_negotiating()).map(|c| c.born + HANDSHAKE).min();
         let accept = (self.acceptable && self.accept_at > 0).then_some(self.accept_at);
         let slots = self.connections().any(Connection::is_starved).then(|| now() + SLOTS_AGAIN);
@@ -321,11 +321,12 @@ impl Frontend for Nbd {
     }
 
     fn inspect(&self) -> serde_json::Value {
-        let client = |(index, connection): (usize, &Box<Connection>)| {
+        let clients = self.seats.iter().map(|(index, connection)| {
             let mut client = connection.inspect();
             client["client"] = index.into();
             client
-        };
+        });
+        let clients: Vec<_> = clients.collect();
         serde_json::json!({
             "type": "nbd",
             "export": self.export.name,
@@ -333,7 +334,7 @@ impl Frontend for Nbd {
             "accepted": self.accepted,
             "refused": self.refused,
             "orphans": self.seats.orphans(),
-            "clients": self.seats.iter().map(client).collect::<Vec<_>>(),
+            "clients": clients,
         })
     }
 }

@@ -396,10 +396,10 @@ fn goodbye_answers_what_was_asked_before() {
 fn the_handshake_has_a_deadline_and_other_talk_is_cut_off() {
     let mut served = Served::new(1, 2);
     let mut client = served.connect(false);
-    assert_eq!(served.nbd.deadline(), None);
+    assert_eq!(served.nbd.pull_deadline(), None);
     let _silent = UnixStream::connect(served.folder.path().join("nbd")).unwrap();
     served.run();
-    let deadline = served.nbd.deadline().unwrap();
+    let deadline = served.nbd.pull_deadline().unwrap();
     assert!((now()..=now() + HANDSHAKE).contains(&deadline));
     client.send(&[0; 28]);
     served.run();

@@ -261,8 +261,11 @@ impl Frontend for Xen {
             Talk::Off { retry_at, .. } => Some(retry_at),
             _ => None,
         };
-        let vbd = self.shared.vbd.borrow().deadline();
-        vbd.into_iter().chain(self.shared.wake_at.get()).chain(retry).chain(self.goodbye_until).min()
+        self.shared.wake_at.get().into_iter().chain(retry).chain(self.goodbye_until).min()
+    }
+
+    fn pull_deadline(&self) -> Option<u64> {
+        self.shared.vbd.borrow().deadline()
     }
 
     fn gather_ns(&self) -> Option<u64> {

@@ -280,7 +280,7 @@ impl Frontend for Tapback {
         self.guests.iter_mut().flatten().fold(false, |ready, guest| guest.vbd.arm() | ready)
     }
 
-    fn deadline(&self) -> Option<u64> {
+    fn pull_deadline(&self) -> Option<u64> {
         self.present().filter_map(|guest| guest.vbd.deadline()).min()
     }
 

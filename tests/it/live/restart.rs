@@ -8,7 +8,6 @@ use crate::common::served::{Served, folder, run};
 use crate::common::vhd::good;
 use crate::common::vhd_made::table;
 use nix::sys::signal::Signal::{self, SIGKILL, SIGTERM};
-use tapdisk::control::proto::kind;
 use tempfile::TempDir;
 
 /// A disk that began with a.vhd, which has ones, and has b.vhd, a snapshot, with twos in its first sector.
@@ -140,7 +139,7 @@ fn a_pause_that_overtakes_a_resume_is_on_record() {
     for seed in 0..20 {
         let mut disk = Disk::with_snapshot();
         pause(&disk.served);
-        let resuming = ask(&disk.served, kind::RESUME);
+        let resuming = ask_resume(&disk.served, &name("vhd", &disk.path("b.vhd")));
         std::thread::sleep(std::time::Duration::from_micros(700 * seed));
         pause(&disk.served);
         assert!([0, libc::EBUSY].contains(&resuming.errno()));

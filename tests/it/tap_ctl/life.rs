@@ -83,11 +83,11 @@ fn a_parent_that_any_tapdisk_of_the_host_has_open_is_used_again() {
     let image = name("vhd", &leaf);
     let open = |parent: &'static str| ["open", "-p", &pid, "-m", &minor, "-a", &image, "-e", parent];
     assert_eq!((base_minor.as_str(), other_minor.as_str()), ("0", "1"));
-    host.bad(&open("7"), libc::ENODEV, "the minor that is to have its parent open");
+    host.bad(&open("7"), libc::ENODEV, "the image of minor 7, and that can't be found");
     host.bad(&open("1"), libc::EINVAL, "its parent is not the image of minor 1, which is vhd:");
     // One that is allocated, and that nobody has attached; and one that is paused.
     assert!(host.good(&["allocate"]).ends_with("tapdisk-3"));
-    host.bad(&open("3"), libc::ENODEV, "the minor that is to have its parent open");
+    host.bad(&open("3"), libc::ENODEV, "the image of minor 3, and that can't be found");
     host.done(&["pause", "-p", &base_pid, "-m", "0"]);
     host.bad(&open("0"), libc::EINVAL, "is paused");
     host.done(&["unpause", "-p", &base_pid, "-m", "0"]);

@@ -236,7 +236,7 @@ fn options_that_are_not_to_be_had_are_refused_with_a_reason() {
     }
     wait_for(|| (host.pids().len() == 1).then_some(()));
     assert_eq!(host.files().len(), 2, "{:?}", host.files());
-    host.bad(&[&open[..], &["-e", "9"]].concat(), libc::ENODEV, "no minor 9");
+    host.bad(&[&open[..], &["-e", "9"]].concat(), libc::ENODEV, "the image of minor 9, and that can't be found");
     let long = format!("aio:/{}", "x".repeat(251));
     assert_eq!(long.len(), 256);
     host.bad(&[&open[..6], &[&long]].concat(), libc::ENAMETOOLONG, "has 256 bytes, and may have 255");

@@ -433,7 +433,7 @@ pub struct Opened {
     /// A read cache on local storage: refused
     #[arg(short = 'r')]
     pub local_cache: bool,
-    /// The parent is the image that the same process has open as this minor
+    /// The parent has to be the image that a tapdisk of this host has open as this minor
     #[arg(short = 'e', value_name = "MINOR")]
     pub parent: Option<u16>,
     /// A secondary image: refused

@@ -26,6 +26,7 @@ pub(super) fn coalesce(args: &Coalesce, out: &mut dyn Write) -> Result<()> {
 mod tests {
     use drivers::vhd::{Image, Kind, Source};
     use nix::errno::Errno;
+    use tapdisk::vhd::file::Medium;
     use tapdisk::vhd::merge::{Child, Target};
 
     use super::super::testing::{self, Memory, crashes};
@@ -112,6 +113,31 @@ mod tests {
         assert_eq!(told.iter().map(|told| told.data).sum::<u64>(), 11 * 512);
         assert_eq!(told.iter().map(|told| told.bitmaps).sum::<u64>(), 3 * 512);
         assert!(told.is_sorted_by(|one, next| one.done < next.done) && told[6].done == 1.0 && told[5].done < 1.0);
+    }
+
+    #[test]
+    fn what_the_child_gets_meanwhile_is_not_said_to_be_merged() {
+        let parent = testing::image(Kind::Dynamic, false, &[(1, 0..3)], 1);
+        let child = testing::image(Kind::Differencing, false, &[(0, 0..2), (1, 4..5)], 2);
+        let (image, into) = (testing::image_of(&child).unwrap(), testing::image_of(&parent).unwrap());
+        let before = testing::content(&[&child, &parent]);
+        let mut told = 0;
+        // When the data is merged, the child gets a bit for each of its sectors, as from a program that fills it.
+        let mut fill = |_| {
+            told += 1;
+            if told == 3 {
+                for (_, at) in image.table.allocated() {
+                    child.write_at(at, &[0xff])?;
+                }
+            }
+            Ok(())
+        };
+        assert_eq!(
+            Target::image(&parent, into).merge(&Child { source: &child, image: &image }, &mut fill).unwrap(),
+            3
+        );
+        assert_eq!(testing::problems(&parent), []);
+        assert_eq!(testing::content(&[&parent]), before, "nothing of the parent is hidden");
     }
 
     #[test]

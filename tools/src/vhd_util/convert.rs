@@ -8,18 +8,16 @@ use std::os::unix::fs::FileExt;
 
 use drivers::vhd::layout::{self, Layout, NewImage, Piece};
 use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Table, bitmap};
-use indicatif::ProgressBar;
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
 use nix::unistd::{Whence, lseek};
-use tapdisk::chain;
 
 use super::create::{fits, new_uuid, now, reserve};
 use super::disk::{self, Disk, Run};
 use super::failure::{self, Failure, Result};
 use super::file::table_piece;
 use super::file::{ImageFile, Medium, NewFile, forget_image, write_footers, write_pieces};
-use super::progress::{Stop, bar};
+use super::progress::Work;
 use super::{Convert, Copy, Format};
 
 /// What is left out if it is all zeros, bytes.
@@ -40,10 +38,10 @@ pub(super) fn convert(args: &Convert) -> Result<()> {
         Format::Raw => Format::Vhd,
         Format::Vhd => Format::Raw,
     });
-    let stop = Stop::new(&args.target)?;
     let disk = Disk::open(&args.source, from == Format::Vhd)?;
+    let work = Work::new(&args.target, disk.size)?;
     let target = NewFile::create(&args.target)?;
-    let mut copier = Copier::new(target.get(), stop, &disk);
+    let mut copier = Copier { target: target.get(), work, buffer: Vec::new() };
     match args.to {
         Format::Raw => copier.raw(&disk)?,
         Format::Vhd => copier.vhd(&disk)?,
@@ -58,16 +56,15 @@ pub(super) fn copy(args: &Copy) -> Result<()> {
         let text = "no encrypted image is written: copy it without a key (-k, -E)";
         return Err(Failure::new(Errno::EOPNOTSUPP, &args.new_name, text));
     }
-    let image = chain::layer(&args.name)?.image;
-    let kind = image.as_ref().map(|image| image.kind);
+    let disk = Disk::open(&args.name, true)?;
+    let kind = disk.kind();
     if kind == Some(Kind::Differencing) {
         let text = "it has a parent, which is not copied: vhd-util convert --from vhd --to vhd copies the whole disk";
         return Err(Failure::new(Errno::EINVAL, &args.name, text));
     }
-    let stop = Stop::new(&args.new_name)?;
-    let disk = Disk::open(&args.name, true)?;
+    let work = Work::new(&args.new_name, disk.size)?;
     let target = NewFile::create(&args.new_name)?;
-    let mut copier = Copier::new(target.get(), stop, &disk);
+    let mut copier = Copier { target: target.get(), work, buffer: Vec::new() };
     match kind {
         Some(Kind::Fixed) => copier.fixed(&disk)?,
         _ => copier.vhd(&disk)?,
@@ -78,21 +75,8 @@ pub(super) fn copy(args: &Copy) -> Result<()> {
 
 struct Copier<'a> {
     target: &'a ImageFile,
-    stop: Stop,
-    bar: ProgressBar,
+    work: Work,
     buffer: Vec<u8>,
-}
-
-impl<'a> Copier<'a> {
-    fn new(target: &'a ImageFile, stop: Stop, disk: &Disk) -> Copier<'a> {
-        Copier { target, stop, bar: bar(disk.size), buffer: Vec::new() }
-    }
-}
-
-impl Drop for Copier<'_> {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
-    }
 }
 
 impl Copier<'_> {
@@ -133,14 +117,14 @@ impl Copier<'_> {
             let len = STRIDE.min(disk.size - at);
             disk.runs(at, len, &mut |run| self.run(&run, run.at).map_err(self.failed()))?;
             at += len;
-            self.bar.set_position(at);
+            self.work.at(at);
         }
         Ok(())
     }
 
     /// Copies what is not zero of a run to byte `to`. Of a device, the rest is made zeros.
     fn run(&mut self, run: &Run, to: u64) -> io::Result<()> {
-        self.stop.look()?;
+        self.work.look()?;
         let data = self.data(run)?;
         let Some((file, from)) = run.from else { return self.zero(to, run.len) };
         let mut done = 0;
@@ -196,7 +180,7 @@ impl Copier<'_> {
     fn copy(&mut self, file: &File, from: u64, to: u64, len: u64) -> io::Result<()> {
         let (mut from, mut to, mut left) = (from, to, len);
         while left > 0 {
-            self.stop.look()?;
+            self.work.look()?;
             let (mut source_at, mut target_at) = (from as i64, to as i64);
             let now = left.min(COPY_MAX) as usize;
             let target = self.target.file.as_fd();
@@ -245,7 +229,7 @@ impl Copier<'_> {
                 end = at + layout.header.block_len();
                 target.set_len(end).map_err(&failed)?;
             }
-            self.bar.set_position(begin);
+            self.work.at(begin);
         }
         let finish = || {
             target.sync()?;

@@ -45,18 +45,34 @@ struct Open {
 impl Disk {
     /// Opens a VHD image with all its parents, or a raw image.
     pub(super) fn open(path: &Path, vhd: bool) -> Result<Disk> {
-        let layers = if vhd { chain::chain(path, &Rules::ANY)? } else { vec![raw(path)?] };
+        let layers = || -> Result<Vec<Layer>> {
+            if vhd { Ok(chain::chain(path, &Rules::ANY)?) } else { Ok(vec![raw(path)?]) }
+        };
+        let paths = |layers: &[Layer]| layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>();
+        // Only from its lock on, nobody writes a file: what was read before may be old.
+        let mut before = layers()?;
+        let (files, layers) = loop {
+            let files: Vec<_> =
+                before.iter().map(|layer| ReadFile::open(&layer.path)).collect::<std::result::Result<_, _>>()?;
+            let now = layers()?;
+            if paths(&now) == paths(&before) {
+                break (files, now);
+            }
+            before = now;
+        };
         if let Some(layer) = layers.iter().find(|layer| key_hash(layer.image.as_ref()).is_some()) {
             let text = "it is encrypted, and what is written would be, too, without saying so: read it through a tapdisk \
                         that has the key";
             return Err(Failure::new(Errno::EOPNOTSUPP, &layer.path, text));
         }
         let size = layers[0].image.as_ref().map_or(layers[0].file_size, |image| image.size);
-        let open = |layer: Layer| {
-            let file = ReadFile::open(&layer.path)?;
-            Ok(Open { layer, file, bitmap: RefCell::new((u64::MAX, Vec::new())) })
-        };
-        Ok(Disk { layers: layers.into_iter().map(open).collect::<Result<_>>()?, size })
+        let open = |(layer, file)| Open { layer, file, bitmap: RefCell::new((u64::MAX, Vec::new())) };
+        Ok(Disk { layers: layers.into_iter().zip(files).map(open).collect(), size })
+    }
+
+    /// Which kind its image is. None: it is raw.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        self.layers[0].layer.image.as_ref().map(|image| image.kind)
     }
 
     /// Where a range of the disk is, run by run.

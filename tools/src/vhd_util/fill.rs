@@ -6,15 +6,12 @@ use std::ops::Range;
 use drivers::SECTOR_SIZE;
 use drivers::vhd::{Header, Image, Kind, Source, bitmap};
 use nix::errno::Errno;
-use tapdisk::vhd::merge::{Held, Target};
+use tapdisk::vhd::merge::{Held, Progress, Target};
 
 use super::Fill;
 use super::disk::{self, Disk};
 use super::failure::{Failure, Result};
-use super::progress::{Stop, bar};
-
-/// Bytes of the disk after which the blocks that were added are the image's, whatever happens next.
-const STRIDE: u64 = 1 << 30;
+use super::progress::Work;
 
 /// Gives an image the blocks and sectors that it has not.
 pub(super) fn fill(args: &Fill) -> Result<()> {
@@ -31,34 +28,33 @@ pub(super) fn fill(args: &Fill) -> Result<()> {
     let block_size = u64::from(header.block_size());
     let sectors = image.size / SECTOR_SIZE;
     let (from, to) = (args.from.unwrap_or(0), args.to.unwrap_or(sectors - 1));
-    if to < from || to >= sectors {
+    if to < from {
+        return wrong(Errno::EINVAL, format!("sectors {from} to {to}: the last one is before the first"));
+    }
+    if to >= sectors {
         return wrong(Errno::ERANGE, format!("sectors {from} to {to}: it has the sectors 0 to {}", sectors - 1));
     }
     let in_block = block_size / SECTOR_SIZE;
     let blocks = (from / in_block) as u32..(to / in_block) as u32 + 1;
-    let stop = Stop::new(&args.name)?;
+    let work = Work::new(&args.name, image.size)?;
     let disk = Disk::open(&args.name, true)?;
-    let failed = |error: io::Error| match error.raw_os_error() {
+    let mut target = Target::image(&file, image.clone());
+    let done = if args.blocks {
+        target.add_zeros(&absent(&image, blocks), &mut || work.look())
+    } else {
+        let missing = Missing { source: &file, disk: &disk, image: &image, header: &header, blocks };
+        let mut progress = |progress: Progress| {
+            work.at((progress.done * image.size as f64) as u64);
+            work.look()
+        };
+        target.merge(&missing, &mut progress).map(drop)
+    };
+    done.map_err(|error: io::Error| match error.raw_os_error() {
         Some(errno) if errno == Errno::EINTR as i32 => {
-            Failure::new(Errno::EINTR, &args.name, "interrupted; it has some of its blocks, and is good")
+            Failure::new(Errno::EINTR, &args.name, "interrupted; the image is good: fill it again to go on")
         }
         _ => Failure::io(&args.name, "write it")(error),
-    };
-    let bar = bar(image.size);
-    let mut target = Target::image(&file, image.clone());
-    for begin in blocks.clone().step_by((STRIDE / block_size).max(1) as usize) {
-        let some = begin..blocks.end.min(begin + (STRIDE / block_size).max(1) as u32);
-        bar.set_position(u64::from(begin) * block_size);
-        let done = if args.blocks {
-            stop.look().and_then(|()| target.add_zeros(&absent(&image, some)))
-        } else {
-            let missing = Missing { source: &file, disk: &disk, image: &image, header: &header, blocks: some };
-            target.merge(&missing, &mut |_| stop.look()).map(drop)
-        };
-        done.map_err(failed)?;
-    }
-    bar.finish_and_clear();
-    Ok(())
+    })
 }
 
 /// Those of some blocks that an image has not.
@@ -80,6 +76,10 @@ struct Missing<'a> {
 impl Held for Missing<'_> {
     fn blocks(&self) -> Vec<u32> {
         self.blocks.clone().collect()
+    }
+
+    fn block_size(&self) -> u64 {
+        self.header.block_size().into()
     }
 
     fn each(&self, block: u32, run: &mut dyn FnMut(u64, u64) -> io::Result<()>) -> io::Result<()> {
@@ -133,7 +133,7 @@ mod tests {
             let add = |to: &testing::Memory| {
                 let image = testing::image_of(to).unwrap();
                 let blocks = absent(&image, 0..image.table.blocks());
-                Target::image(to, image).add_zeros(&blocks)
+                Target::image(to, image).add_zeros(&blocks, &mut || Ok(()))
             };
             crashes(&image, add, |after| {
                 assert_eq!(testing::fatal(after), None);
@@ -146,5 +146,18 @@ mod tests {
             let read = testing::image_of(&image).unwrap();
             assert_eq!(read.table.allocated().count() as u32, read.table.blocks());
         }
+    }
+
+    #[test]
+    fn a_full_device_keeps_a_good_image() {
+        let image = testing::image(Kind::Dynamic, false, &[(1, 0..3)], 1);
+        let before = testing::content(&[&image]);
+        // Room for one more block, and not for two.
+        let full = image.device_of(image.size() + 2 * 4096 + 1024);
+        let read = testing::image_of(&full).unwrap();
+        let blocks = absent(&read, 0..read.table.blocks());
+        let error = Target::image(&full, read).add_zeros(&blocks, &mut || Ok(())).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::ENOSPC as i32));
+        assert_eq!((testing::problems(&full), testing::content(&[&full])), (Vec::new(), before));
     }
 }

@@ -185,48 +185,58 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Whether the image holds each of some sectors, as the bitmap of its block says.
-    fn each_bit(&mut self, first: u64, mut each: impl FnMut(&mut Self, u64, bool) -> Result<()>) -> Result<()> {
+    /// The runs of some sectors that the image holds or does not hold, as the bitmaps of their blocks say. None is in two blocks.
+    fn runs(&mut self, first: u64, mut each: impl FnMut(&mut Self, Range<u64>, bool) -> Result<()>) -> Result<()> {
         let mut bits = vec![0; self.header()?.bitmap_size() as usize];
-        let mut read = None;
-        for sector in self.sector_range(first)? {
+        let in_block = u64::from(self.header()?.block_size()) / SECTOR_SIZE;
+        let Range { start: mut sector, end } = self.sector_range(first)?;
+        while sector < end {
             let (block, within) = self.block_of(sector)?;
-            if read.replace(block) != Some(block) {
-                bits.fill(0);
-                if let Some(at) = self.image.table.get(block) {
+            let begin = sector - within;
+            let upto = end.min(begin + in_block);
+            match self.image.table.get(block) {
+                None => each(self, sector..upto, false)?,
+                Some(at) => {
                     let done = self.file.read_exact_at(&mut bits, at);
                     done.map_err(Failure::io(&self.args.name, "read it"))?;
+                    for (held, run) in bitmap::runs(&bits, within as u32..(upto - begin) as u32) {
+                        each(self, begin + u64::from(run.start)..begin + u64::from(run.end), held)?;
+                    }
                 }
             }
-            each(self, sector, bitmap::is_set(&bits, within as u32))?;
+            sector = upto;
         }
         Ok(())
     }
 
     /// The bits of some sectors.
     fn bits(&mut self, first: u64) -> Result<()> {
-        self.each_bit(first, |reader, sector, bit| {
-            let (block, within) = reader.block_of(sector)?;
-            let [block, within] = [block.into(), within].map(|number: u64| reader.number(number));
-            reader.line(&format!("block {block}: sec: {within}: {}", u8::from(bit)))
+        self.runs(first, |reader, sectors, held| {
+            for sector in sectors {
+                let (block, within) = reader.block_of(sector)?;
+                let [block, within] = [block.into(), within].map(|number: u64| reader.number(number));
+                reader.line(&format!("block {block}: sec: {within}: {}", u8::from(held)))?;
+            }
+            Ok(())
         })
     }
 
     /// The sectors that the image holds: of each run of them the first, and how many.
     fn extents(&mut self, first: u64) -> Result<()> {
-        let mut run: Option<Range<u64>> = None;
+        let mut last: Option<Range<u64>> = None;
         let print = |reader: &mut Self, run: Option<Range<u64>>| match run {
             Some(run) => reader.line(&format!("{} {}", reader.number(run.start), reader.number(run.end - run.start))),
             None => Ok(()),
         };
-        self.each_bit(first, |reader, sector, bit| {
-            if bit {
-                run.get_or_insert(sector..sector).end += 1;
-                return Ok(());
+        self.runs(first, |reader, sectors, held| {
+            match &mut last {
+                Some(run) if held && run.end == sectors.start => run.end = sectors.end,
+                _ if held => print(reader, last.replace(sectors))?,
+                _ => {}
             }
-            print(reader, run.take())
+            Ok(())
         })?;
-        print(self, run)
+        print(self, last)
     }
 
     /// What the batmap says of some blocks.
