@@ -210,6 +210,22 @@ fn a_pause_is_called_off_in_its_flush_and_an_error_of_that_is_the_next_flushs() 
 }
 
 #[test]
+fn what_is_to_be_pulled_is_not_due_while_nothing_is_pulled() {
+    let (double, mut world) = world();
+    assert_eq!(world.disk.deadline(), Some(1));
+    world.disk.pause_for_client().unwrap();
+    turns(&mut world);
+    assert_ne!(world.disk.deadline(), Some(1), "the loop would never sleep");
+    double.complete(None);
+    turns(&mut world);
+    assert!(world.disk.is_paused());
+    assert_ne!(world.disk.deadline(), Some(1));
+    world.disk.resume(None).unwrap();
+    turns(&mut world);
+    assert_eq!(world.disk.deadline(), Some(1));
+}
+
+#[test]
 fn an_error_that_is_owed_outlives_a_pause_without_one() {
     let (double, mut world) = world();
     for result in [Some(Err(Errno::EIO)), None] {
