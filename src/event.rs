@@ -41,6 +41,13 @@ pub fn signals() -> SigSet {
     SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP])
 }
 
+/// Those, and SIGXFSZ: a write beyond the limit of file sizes (setrlimit(2)) is an error of that write, EFBIG, and not the end of all disks.
+pub fn blocked() -> SigSet {
+    let mut blocked = signals();
+    blocked.add(Signal::SIGXFSZ);
+    blocked
+}
+
 /// The main loop of a process.
 pub struct MainLoop {
     poll: Poll,

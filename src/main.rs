@@ -13,9 +13,10 @@ use tapdisk::control::client::errno;
 use tapdisk::daemon::Daemon;
 use tapdisk::event::MainLoop;
 use tapdisk::log::{Log, Sink};
-use tapdisk::{event, memory, serve};
+use tapdisk::{event, memory, serve, sys};
 
 fn main() -> ExitCode {
+    sys::process::keep_from_others();
     let args = Args::parse();
     let config = match args.configuration() {
         Ok(config) => config,
@@ -45,7 +46,7 @@ fn code(args: &Args, error: &(dyn Error + 'static)) -> u8 {
 
 fn run(args: &Args, config: &Config) -> Result<ExitCode, Box<dyn Error>> {
     // Every thread inherits the mask, and so only the main loop sees these signals.
-    event::signals().thread_block()?;
+    event::blocked().thread_block()?;
     if !args.in_background() {
         let main_loop = open(args, config)?;
         return Ok(main_loop.run().map(|()| ExitCode::SUCCESS)?);

@@ -14,7 +14,7 @@ use slog::{Logger, warn};
 use super::Error;
 use crate::config::{Direct, Image, Size};
 use crate::sys::file::{
-    Geometry, check_storage, direct_alignment, geometry, lock_as_reader, lock_holder, open_storage,
+    Geometry, check_storage, direct_alignment, geometry, is_read_only, lock_as_reader, lock_holder, open_storage,
 };
 
 /// A file that is open for an engine.
@@ -82,6 +82,9 @@ pub fn open_to_write(path: &Path, direct: bool) -> Result<File, Error> {
                     return Err(Error::Locked { path: path.to_owned(), holder });
                 }
                 std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(device) if is_read_only(&device).map_err(io)? => {
+                return Err(Error::ReadOnly { path: path.to_owned() });
             }
             file => return file.map_err(io),
         }

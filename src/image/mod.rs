@@ -44,6 +44,12 @@ pub enum Error {
         /// The process, as far as it can be known.
         holder: String,
     },
+    /// It is a device that can't be written.
+    #[error("{}: the device is read-only: open it so (image.read_only, tap-ctl open -R), or make it writable (blockdev --setrw)", path.display())]
+    ReadOnly {
+        /// The image.
+        path: PathBuf,
+    },
     /// Its content does not fit.
     #[error("{}: {source}", path.display())]
     Format {
@@ -82,6 +88,7 @@ impl Error {
         match self {
             Error::Io { source, .. } | Error::NoMinor { source, .. } => of(source),
             Error::Locked { .. } => Errno::EBUSY,
+            Error::ReadOnly { .. } => Errno::EROFS,
             Error::Chain(error) => error.errno(),
             Error::Format { .. } | Error::Unfit { .. } => Errno::EINVAL,
         }

@@ -19,6 +19,7 @@ mod ioctl {
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
     nix::ioctl_read_bad!(blkpbszget, 0x127b, libc::c_uint);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, usize);
+    nix::ioctl_read_bad!(blkroget, 0x125e, libc::c_int);
     nix::ioctl_write_ptr_bad!(blkdiscard, 0x1277, [u64; 2]);
     nix::ioctl_write_ptr_bad!(blkzeroout, 0x127f, [u64; 2]);
 }
@@ -55,6 +56,14 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
     }
     let physical = meta.blksize().clamp(512, 4096) as u32;
     Ok(Geometry { block_device: false, size: meta.len(), logical: 512, physical })
+}
+
+/// Whether an open block device is read-only: the kernel opens it for writing all the same, and fails each write.
+pub fn is_read_only(device: &File) -> io::Result<bool> {
+    let mut read_only = 0;
+    // SAFETY: the ioctl stores one integer of the declared type.
+    unsafe { ioctl::blkroget(device.as_raw_fd(), &raw mut read_only)? };
+    Ok(read_only != 0)
 }
 
 /// Opens a regular file or a block device for reading, and nothing else, be it only for a moment.

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::ForkResult;
 
 /// This thread, and all that it starts, write memory back: the kernel's allocations on its behalf do not wait for I/O
@@ -13,6 +14,13 @@ pub fn set_io_flusher() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// What this process makes is not to be written by everybody, or a group, unless it says so: whatever the umask was, it has these two bits.
+pub fn keep_from_others() {
+    let writers = Mode::S_IWGRP | Mode::S_IWOTH;
+    let old = umask(writers);
+    umask(old | writers);
 }
 
 /// All threads allocate from one arena. glibc gives each thread that allocates one of its own, which is locked in memory with

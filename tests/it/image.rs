@@ -1,5 +1,6 @@
 //! Images: sizes, sectors, locks, read-only, O_DIRECT, and what happens when the file below goes wrong.
 
+use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::process::Command;
@@ -95,7 +96,7 @@ fn a_block_device_with_4096_byte_sectors_is_served_as_it_is() {
     assert_eq!(served.stop().0, Some(0));
     run(Command::new("blockdev").args(["--flushbufs", &device.0]));
     let mut bytes = [0; 8192];
-    std::fs::File::open(&file).unwrap().read_exact_at(&mut bytes, 8192).unwrap();
+    File::open(&file).unwrap().read_exact_at(&mut bytes, 8192).unwrap();
     assert_eq!(bytes, [0x77; 8192]);
     // 512-byte sectors on it need the page cache.
     let (_, text) = Served::refused(&format!("path = '{}'\nsector_size = 512\ndirect = 'on'", device.0), LOCAL);
@@ -231,6 +232,55 @@ fn a_device_has_one_writer_whatever_its_name() {
     assert_eq!(Guest::connect(&served.ring()).read(0, 512), Ok(vec![0; 512]));
     assert_eq!(served.stop().0, Some(0));
     assert_eq!(Served::start(&path(&node), LOCAL).stop().0, Some(0));
+}
+
+#[test]
+fn a_read_only_device_is_not_served_as_a_writable_one() {
+    let folder = folder();
+    let file = folder.path().join("device");
+    std::fs::write(&file, vec![1; 8 << 20]).unwrap();
+    let Some(device) = Loop::new(&file, 512) else { return };
+    let set = |word: &str| run(Command::new("blockdev").args([word, &device.0]));
+    set("--setro");
+    let image = format!("path = '{}'", device.0);
+    let (_, text) = Served::refused(&image, LOCAL);
+    assert!(text.contains(&format!("{}: the device is read-only: open it so", device.0)), "{text}");
+    let made = output(tool("vhd-util").args(["create", "-s", "4", "-n", &device.0]));
+    assert_eq!(made.status.code(), Some(libc::EROFS));
+    let served = Served::start(&format!("{image}\nread_only = true"), LOCAL);
+    assert_eq!(Guest::connect(&served.ring()).read(0, 512), Ok(vec![1; 512]));
+    assert_eq!(served.stop().0, Some(0));
+    set("--setrw");
+    assert_eq!(Served::start(&image, LOCAL).stop().0, Some(0));
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_the_requests_error() {
+    for engine in ["aio", "threads", "io_uring"] {
+        for kind in ["aio", "vhd"] {
+            let folder = folder();
+            let image = folder.path().join("image");
+            match kind {
+                "vhd" => drop(run(tool("vhd-util").args(["create", "-s", "64", "-n"]).arg(&image))),
+                _ => File::create(&image).unwrap().set_len(64 << 20).unwrap(),
+            }
+            let mut command = Command::new("prlimit");
+            command.args(["--fsize=10485760", "--"]).arg(tool("tapdisk").get_program());
+            let image = format!("type = '{kind}'\n{}", path(&image));
+            let served = Served::start_by(command, "", &image, &format!("{LOCAL}[engine]\nname = '{engine}'\n"));
+            let mut guest = Guest::connect(&served.ring());
+            // Of the VHD a step of 64 MiB does not fit, and some of its blocks do.
+            let statuses: Vec<_> = (0..16).map(|i| guest.write(i * 8192, &[i as u8 + 1; 4096])).collect();
+            let good = statuses.iter().take_while(|status| **status == 0).count();
+            assert!((2..14).contains(&good), "{engine} {kind}: {statuses:?}");
+            assert!(statuses[good..].iter().all(|status| *status != 0), "{engine} {kind}: {statuses:?}");
+            for i in 0..good as u64 {
+                assert_eq!(guest.read(i * 8192, 4096), Ok(vec![i as u8 + 1; 4096]), "{engine} {kind}");
+            }
+            drop(guest);
+            assert!(served.stop().0.is_some(), "{engine} {kind}: it ends as it is told to");
+        }
+    }
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub(super) struct Space {
     limit: u64,
     /// Bytes that it grows by.
     step: u64,
+    /// Bytes that the next block takes with all before it: if the file can't grow by a step, it grows to that.
+    least: u64,
     /// All of those get their blocks of the file system at once, rather than when they are written.
     preallocate: bool,
     pub(super) growing: Growing,
@@ -58,7 +60,16 @@ impl Space {
     /// Of a file of `size` bytes, of which those from `end` on are free, but for `tail` at its end; it grows by `step` bytes at a
     /// time, to `limit`.
     pub(super) fn new(end: u64, size: u64, tail: u64, limit: u64, step: u64, preallocate: bool) -> Space {
-        Space { end, usable: size.saturating_sub(tail), tail, limit, step, preallocate, growing: Growing::No }
+        Space {
+            end,
+            usable: size.saturating_sub(tail),
+            tail,
+            limit,
+            step,
+            least: 0,
+            preallocate,
+            growing: Growing::No,
+        }
     }
 
     /// Takes room for a bitmap and its block, `len` bytes together.
@@ -93,9 +104,14 @@ impl Space {
 
     fn want(&mut self, least: u64) {
         if self.growing == Growing::No {
-            let size = (least.max(self.usable) + self.tail + self.step).next_multiple_of(DATA_ALIGN);
-            self.growing = Growing::Wanted(size.min(self.limit));
+            self.least = least.max(self.usable);
+            self.growing = Growing::Wanted(self.size(self.step));
         }
+    }
+
+    /// Bytes of the file with what is wanted at least, and so many more.
+    fn size(&self, more: u64) -> u64 {
+        (self.least + self.tail + more).next_multiple_of(DATA_ALIGN).min(self.limit)
     }
 
     /// What is to be zeros so that the file grows: offset and length in bytes.
@@ -109,8 +125,14 @@ impl Space {
 
     pub(super) fn extended(&mut self, done: bool) {
         let Growing::Extending(size) = self.growing else { return };
-        // What the table points to, and the zeros at the end, are there also after a crash.
-        self.growing = if done { Growing::Flush(size) } else { Growing::Failed };
+        let least = self.size(0);
+        self.growing = match done {
+            // What the table points to, and the zeros at the end, are there also after a crash.
+            true => Growing::Flush(size),
+            // There is no room, or a limit of file sizes, for all of that.
+            false if least < size => Growing::Wanted(least),
+            false => Growing::Failed,
+        };
     }
 
     /// Whether a flush is wanted. It is the one that begins now.
@@ -151,7 +173,10 @@ mod tests {
         assert_eq!(space.growing, Growing::No);
         take(&mut space);
         assert!(matches!(space.growing, Growing::Wanted(_)), "half of it is used");
-        space.extend();
+        let (at, len) = space.extend().unwrap();
+        space.extended(false);
+        let (less_at, less) = space.extend().unwrap();
+        assert!(at + len - (less_at + less) == 8 << 20, "one block, and nothing ahead");
         space.extended(false);
         assert!(matches!(take(&mut space), Room::At(_)), "there is room left");
         assert_eq!((take(&mut space), take(&mut space)), (Room::None, Room::Soon), "it is tried again");
