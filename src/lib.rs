@@ -132,3 +132,4 @@ pub mod log;
 pub mod metrics;
 pub mod stats;
 pub mod sys;
+pub mod text;

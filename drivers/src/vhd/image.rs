@@ -9,7 +9,7 @@ use super::{
 use crate::SECTOR_SIZE;
 
 /// Bytes of a parent's name in a locator, at most.
-const NAME_MAX: u64 = 16 << 10;
+pub const NAME_MAX: u64 = 16 << 10;
 
 /// Bytes of a batmap, at most: a bit for each of the most blocks that a table can have.
 const BATMAP_MAX: u64 = 256 << 10;

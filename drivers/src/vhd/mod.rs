@@ -33,7 +33,7 @@ pub use disk::{Disk, Settings};
 pub use fixed::Fixed;
 pub use footer::{FOOTER_SIZE, Footer, Geometry, IN_USE, Kind, OLD_FOOTER_SIZE, timestamp, unix_seconds};
 pub use header::{BLOCK_SIZE, HEADER_SIZE, Header, Locator, Platform, decode_path, encode_path};
-pub use image::{Image, Parts, Problem, ReadError, Source};
+pub use image::{Image, NAME_MAX, Parts, Problem, ReadError, Source};
 pub use relink::relink;
 pub use repair::Repair;
 pub use table::{Batmap, KeyHash, SECTORS_MAX, Table};

@@ -161,6 +161,37 @@ fn a_disk_from_spawn_to_free() {
 }
 
 #[test]
+fn what_an_image_is_named_makes_no_lines() {
+    let (folder, host) = (folder(), Host::new());
+    let path = folder.path().join("a\npid=1 minor=7 state=0 args=vhd:victim.vhd\u{1b}[2J");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let (pid, minor) = host.opened(&name("aio", &path));
+    let listed = host.good(&["list"]);
+    assert_eq!(listed.lines().count(), 1, "{listed}");
+    assert!(listed.starts_with(&format!("pid={pid} minor={minor} ")) && !listed.contains('\u{1b}'), "{listed}");
+    let said = host.ctl(&["open", "--debug", "-p", &pid, "-m", &minor, "-a", &name("aio", &path)]);
+    assert!(
+        said.code == libc::EALREADY && said.err.lines().count() == 2 && !said.err.contains('\u{1b}'),
+        "{}",
+        said.err
+    );
+}
+
+#[test]
+fn what_is_made_is_not_everybodys_to_write_whatever_the_umask() {
+    let (folder, host) = (folder(), Host::new());
+    let script = "umask 0; exec \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh"]).arg(tool("tap-ctl").get_program());
+    let directory = folder.path().join("new");
+    let pid = run(command.arg("--directory").arg(&directory).arg("spawn"));
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o022;
+    assert_eq!(mode(&directory), 0);
+    run(tool("tap-ctl").arg("--directory").arg(&directory).args(["exit", "-p", pid.trim()]));
+    drop(host);
+}
+
+#[test]
 fn each_command_says_in_json_what_it_is_about() {
     let ((_folder, path), host) = (raw(), Host::new());
     let image = name("aio", &path);

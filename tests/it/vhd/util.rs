@@ -8,6 +8,7 @@ use crate::common::small_fs::{Loop, SmallFs};
 use crate::common::vhd::{bytes, change, disk, good, image, vhd_util, write};
 use drivers::vhd::{Kind, Uuid};
 use serde_json::Value;
+use zerocopy::IntoBytes;
 
 const MIB: u64 = 1 << 20;
 
@@ -298,6 +299,37 @@ fn a_footer_moves_and_data_is_forgotten() {
     assert_eq!(good("query -a -n {}", &[&path]), "0\n");
     assert_eq!(good("check -b -n {}", &[&path]), format!("{} is valid\n", path.display()));
     assert!(path.metadata().unwrap().len() < 4096 && disk(&path).iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn what_an_image_names_makes_no_lines() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    let forged = "p.vhd\nvhd=victim.vhd capacity=4194304 size=4194304 hidden=1 parent=none\u{1b}[2J";
+    good("create -n {} -s 4", &[&path("base.vhd")]);
+    good("snapshot -n {} -p {}", &[&path("a.vhd"), &path("base.vhd")]);
+    let forge = image(&path("a.vhd"));
+    let mut header = forge.header.unwrap().without_names();
+    header.set_parent_name(forged);
+    header.seal();
+    change(&path("a.vhd"), forge.footer.header_at().unwrap(), header.as_bytes());
+    let pattern = path("*.vhd");
+    for how in ["", "-f ", "-v ", "-p ", "-a "] {
+        let said = vhd_util(&format!("scan {how}-c -m {{}}"), &[&pattern]);
+        assert!(
+            said.out.contains("vhd=") && !said.out.lines().any(|line| line.starts_with("vhd=victim")),
+            "{how}: {}",
+            said.out
+        );
+        assert!(said.out.lines().count() <= 3 && !(said.out + &said.err).contains('\u{1b}'), "{how}");
+    }
+    for words in
+        ["query -p -n {}", "query -p -u -n {}", "read -p -n {}", "info {}", "check -p -n {}", "coalesce -n {}"]
+    {
+        let said = vhd_util(words, &[&path("a.vhd")]);
+        let all = said.out + &said.err;
+        assert!(!all.lines().any(|line| line.starts_with("vhd=victim")) && !all.contains('\u{1b}'), "{words}: {all}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use nix::errno::Errno;
 use serde_json::json;
 use tapdisk::control::client::{self, Refused};
+use tapdisk::text::one_line;
 
 use super::Args;
 
@@ -17,7 +18,7 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     }
     let number = if is_exact(error) { Errno::EPERM as i32 } else { number(error) };
     let known = strerror(number);
-    let words = words(error);
+    let words = words(error).map(|words| one_line(&words).into_owned());
     if args.json {
         print_json(number, words.as_ref().unwrap_or(&known));
     }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use tapdisk::control::client::{self, TIMEOUT, refused};
 use tapdisk::control::proto::{self, kind, text};
 use tapdisk::minors::marker;
+use tapdisk::text::one_line;
 
 use super::collect::{Answer, Collector, message};
 use super::{Args, Disk, List, Which, is_terminal};
@@ -60,7 +61,7 @@ impl Line {
         let pid = self.pid.map(|pid| format!("pid={pid}"));
         let minor = self.minor.map(|minor| format!("minor={minor}"));
         let state = self.state.map(|state| format!("state={}", hex(state)));
-        let name = self.name.as_ref().map(|name| format!("args={name}"));
+        let name = self.name.as_ref().map(|name| format!("args={}", one_line(name)));
         [pid, minor, state, name].into_iter().flatten().collect::<Vec<_>>().join(" ")
     }
 
@@ -70,7 +71,7 @@ impl Line {
         let (minor, state) = (or_dash(self.minor.map(|minor| minor.to_string())), or_dash(self.state.map(hex)));
         let (kind, path) = self.name.as_deref().and_then(|name| name.split_once(':')).unwrap_or(("-", "-"));
         let pid = or_dash(self.pid.map(|pid| pid.to_string()));
-        format!("{pid:>8} {minor:>4} {state:>4} {kind:>10} {path}")
+        format!("{pid:>8} {minor:>4} {state:>4} {kind:>10} {}", one_line(path))
     }
 }
 

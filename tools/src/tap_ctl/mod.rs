@@ -28,6 +28,7 @@ pub use args::*;
 
 /// Does what this process' command line says.
 pub fn main() -> ExitCode {
+    tapdisk::sys::process::keep_from_others();
     match Args::try_parse() {
         Ok(args) => run(&args),
         Err(error) => usage(&error),

@@ -11,7 +11,7 @@ use tapdisk::chain::{self, Error, Layer, Rules};
 
 use super::Check;
 use super::create::now;
-use super::failure::{Failure, Result};
+use super::failure::{Failure, Result, print_line};
 use super::show::opened;
 
 /// Says whether an image is good, and all that is not.
@@ -24,12 +24,12 @@ pub(super) fn check(check: &Check, out: &mut dyn Write) -> Result<()> {
             shown.extend(parent_problem(check, &path)?);
         }
         for text in &shown {
-            writeln!(out, "{}: {text}", path.display()).map_err(Failure::output)?;
+            print_line(out, &format!("{}: {text}", path.display()))?;
         }
         if !shown.is_empty() {
             bad.push(path);
         } else if !check.stats {
-            writeln!(out, "{} is valid", path.display()).map_err(Failure::output)?;
+            print_line(out, &format!("{} is valid", path.display()))?;
         }
     }
     if !bad.is_empty() {
@@ -124,7 +124,7 @@ fn stats(check: &Check, out: &mut dyn Write) -> Result<()> {
             line += &format!(" secs not in parent: {not_one:#x} ({one:.2}%)");
             line += &format!(" secs not in ancestors: {not_all:#x} ({all:.2}%)");
         }
-        writeln!(out, "{line}").map_err(Failure::output)?;
+        print_line(out, &line)?;
         let mut all = above.map_or_else(Held::new, |(_, all)| all);
         for (part, bits) in &held {
             let all = all.entry(*part).or_insert_with(|| vec![0; bits.len()]);

@@ -1,11 +1,12 @@
 //! Why a command failed: what is printed, and the exit code.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 
 use drivers::vhd::ReadError;
 use drivers::vhd::layout::LayoutError;
 use nix::errno::Errno;
+use tapdisk::text::one_line;
 use tapdisk::vhd::merge;
 use tapdisk::{chain, image, sys};
 
@@ -46,6 +47,11 @@ impl Failure {
     pub(super) fn saying(self, line: impl FnOnce(i32) -> String) -> Failure {
         Failure { line: Some(line(-(self.errno as i32))), ..self }
     }
+}
+
+/// Prints a line, of which nothing that an image or a path brings makes two.
+pub(super) fn print_line(out: &mut dyn Write, line: &str) -> Result<()> {
+    writeln!(out, "{}", one_line(line)).map_err(Failure::output)
 }
 
 /// The errno of a system's error.

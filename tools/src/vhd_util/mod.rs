@@ -29,6 +29,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use nix::errno::Errno;
+use tapdisk::text::one_line;
 
 pub use args::*;
 use failure::Result;
@@ -60,10 +61,10 @@ pub fn run(args: &Args) -> ExitCode {
     let Err(failure) = done else { return ExitCode::SUCCESS };
     if let Some(line) = failure.line {
         // Where it can't be written, the exit code still says that something is wrong.
-        let _ = writeln!(out, "{line}");
+        let _ = writeln!(out, "{}", one_line(&line));
     }
     if !failure.text.is_empty() {
-        eprintln!("{}", failure.text);
+        eprintln!("{}", one_line(&failure.text));
     }
     ExitCode::from(u8::try_from(failure.errno as i32).unwrap_or(1))
 }

@@ -8,6 +8,7 @@ use drivers::SECTOR_SIZE;
 use drivers::vhd::{Footer, Header, Image, Kind, Locator, Parts, Platform, bitmap, decode_path, unix_seconds};
 use nix::errno::Errno;
 use tapdisk::chain;
+use tapdisk::text::one_line;
 use zerocopy::IntoBytes;
 
 use super::Read;
@@ -82,7 +83,7 @@ impl Reader<'_> {
 
     /// A name and what it stands for.
     fn field(&mut self, name: &str, value: impl std::fmt::Display) -> Result<()> {
-        self.line(&format!("{name:<20}: {value}"))
+        self.line(&format!("{name:<20}: {}", one_line(&value.to_string())))
     }
 
     fn number(&self, number: impl Into<u64>) -> String {
@@ -393,7 +394,7 @@ impl Reader<'_> {
             self.line(&format!("       {name:<13}: {value}"))?;
         }
         match self.name(locator) {
-            Some(name) => self.line(&format!("       decoded name : {name}\n")),
+            Some(name) => self.line(&format!("       decoded name : {}\n", one_line(&name))),
             None => self.line("failed to read parent name\n"),
         }
     }

@@ -6,7 +6,7 @@ use drivers::vhd::{Corrupt, ReadError};
 
 use super::Repair;
 use super::create::now;
-use super::failure::{self, Failure, Result};
+use super::failure::{self, Failure, Result, print_line};
 use super::file::{ImageFile, Medium, cut_footer, write_footers, write_pieces};
 
 /// Mends an image, and says what it did.
@@ -20,7 +20,7 @@ pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
         let failure = failure::read(path)(error);
         opening(Failure { text: format!("{}: {remedy}", failure.text), ..failure })
     })?;
-    let say = |out: &mut dyn Write, text: &str| writeln!(out, "{}: {text}", path.display()).map_err(Failure::output);
+    let say = |out: &mut dyn Write, text: &str| print_line(out, &format!("{}: {text}", path.display()));
     let end = plan.image.end();
     if !file.is_device() && plan.pieces.iter().any(|piece| piece.at + piece.bytes.len() as u64 > plan.image.footer_at)
     {

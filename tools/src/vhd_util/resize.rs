@@ -6,7 +6,8 @@ use std::path::Path;
 
 use drivers::vhd::layout::{self, Piece, batmap_pieces};
 use drivers::vhd::{
-    Batmap, Corrupt, FOOTER_SIZE, Footer, Header, Image, Kind, Locator, ReadError, SECTORS_MAX, Source, Table,
+    Batmap, Corrupt, FOOTER_SIZE, Footer, Header, Image, Kind, Locator, NAME_MAX, ReadError, SECTORS_MAX, Source,
+    Table,
 };
 use nix::errno::Errno;
 use tapdisk::chain;
@@ -280,13 +281,18 @@ impl Plan {
         at = batmap.as_ref().map_or(at, |batmap| batmap.bits_at + batmap.bits().len() as u64);
         for locator in header.locators.iter_mut().filter(|locator| locator.platform().is_some()) {
             let (from, len) = locator.place();
-            let mut name = vec![0; locator.space() as usize];
+            // What it says of its room is the image's word.
+            let space = locator.space().min(NAME_MAX);
+            if len > space {
+                return Err((Errno::EINVAL, format!("its parent's name has {len} bytes, and may have {NAME_MAX}")));
+            }
+            let mut name = vec![0; space as usize];
             file.read_at(from, &mut name).map_err(|error| (Errno::EIO, format!("cannot read it: {error}")))?;
             if let Some(platform) = locator.platform() {
-                *locator = Locator::with_space(platform, at, len as u32, locator.space());
+                *locator = Locator::with_space(platform, at, len as u32, space);
             }
             self.pieces.push(Piece { at, bytes: name });
-            at += locator.space();
+            at += space;
         }
         header.seal();
         let header_at = self.image.footer.header_at().unwrap_or(FOOTER_SIZE as u64);
@@ -354,7 +360,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use drivers::vhd::{Corrupt, ReadError};
+    use drivers::vhd::{Corrupt, Platform, ReadError};
 
     use super::super::testing::{self, Memory, crashes};
     use super::*;
@@ -382,6 +388,25 @@ mod tests {
         assert_eq!(testing::content(&[&image]), before);
         disable(&image, &read).and_then(|()| plan.carry_out(&image)).unwrap();
         assert!(testing::content(&[&image]).starts_with(&before));
+    }
+
+    #[test]
+    fn the_room_that_locators_claim_is_not_taken_with_them() {
+        let image = testing::image(Kind::Differencing, false, &[(1, 0..8)], 3);
+        let mut read = testing::image_of(&image).unwrap();
+        let at = image.size();
+        let mut bytes = image.bytes();
+        bytes.resize(at as usize + (1 << 20), 0);
+        bytes[at as usize..][..12].copy_from_slice(b"file://p.vhd");
+        let image = Memory::new(bytes, false);
+        let mut header = read.header.unwrap();
+        header.locators = [Locator::with_space(Platform::MacX, at, 12, 1 << 20); 8];
+        read.header = Some(header);
+        let plan = Plan::make(&image, &read, 4096 * 5000).unwrap();
+        assert!(plan.pieces.iter().map(|piece| piece.bytes.len() as u64).sum::<u64>() < 10 * NAME_MAX);
+        header.locators = [Locator::with_space(Platform::MacX, at, NAME_MAX as u32 + 1, 1 << 20); 8];
+        read.header = Some(header);
+        assert_eq!(Plan::make(&image, &read, 4096 * 5000).err().map(|(errno, _)| errno), Some(Errno::EINVAL));
     }
 
     /// Whether nobody uses it; all else must be whole.

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Parts, Source, Uuid};
 use tapdisk::chain::{self, Error, Opened};
 use tapdisk::sys::file::open_storage;
+use tapdisk::text::one_line;
 use tapdisk::volume;
 
 use super::Scan;
-use super::failure::{Failure, Result, errno_of, read};
+use super::failure::{Failure, Result, errno_of, print_line, read};
 use super::volumes::{Volume, volumes};
 
 /// What a line says of an image.
@@ -67,13 +68,12 @@ pub(super) fn scan(args: &Scan, out: &mut dyn Write) -> Result<()> {
             }
             Err(bad) => {
                 let (path, errno) = (bad.path.display(), -(bad.failure.errno as i32));
-                writeln!(out, "vhd={path} scan-error={errno} error-message='{}'", bad.message)
-                    .map_err(Failure::output)?;
+                print_line(out, &format!("vhd={path} scan-error={errno} error-message='{}'", bad.message))?;
                 failed = Some(bad.failure);
                 if !args.go_on {
                     break;
                 }
-                eprintln!("{}", failed.take().map_or_else(String::new, |failure| failure.text));
+                eprintln!("{}", one_line(&failed.take().map_or_else(String::new, |failure| failure.text)));
             }
         }
     }
@@ -255,7 +255,7 @@ fn print(args: &Scan, image: &Found, indent: usize, remark: &str, out: &mut dyn 
     };
     let (name, hidden) = (shown(args, &image.path), image.hidden);
     let line = format!("vhd={name} capacity={} size={} hidden={hidden}", image.capacity, image.size);
-    writeln!(out, "{:indent$}{line}{markers} parent={parent}{remark}", "").map_err(Failure::output)
+    print_line(out, &format!("{:indent$}{line}{markers} parent={parent}{remark}", ""))
 }
 
 /// Prints images below their parents: by name, hidden ones after the others.

@@ -6,9 +6,10 @@ use std::path::Path;
 use drivers::vhd::{Header, Image, Kind, Parts};
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Layer, Rules};
+use tapdisk::text::one_line;
 
 use super::Query;
-use super::failure::{Failure, Result};
+use super::failure::{Failure, Result, print_line};
 
 /// `error opening %s: %d` on standard output, as storage managers know it.
 pub(super) fn opened<T>(path: &Path, layer: std::result::Result<T, Error>) -> Result<T> {
@@ -30,7 +31,7 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
             done = Err(Failure { line: None, ..failure });
             line
         });
-        writeln!(out, "{line}").map_err(Failure::output)
+        print_line(out, &line)
     };
     if query.size {
         say(Ok((image.size >> 20).to_string()))?;
@@ -95,7 +96,7 @@ fn print(layers: &[Layer], json: bool, out: &mut dyn Write) -> io::Result<()> {
         }
         for (name, value) in fields {
             let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            writeln!(out, "{:<16} {value}", name.replace('_', " "))?;
+            writeln!(out, "{:<16} {}", name.replace('_', " "), one_line(&value))?;
         }
     }
     Ok(())
