@@ -1,7 +1,8 @@
 //! Chains of VHD images on the host's file systems: an image, its parent, that one's parent, and so on.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -72,8 +73,8 @@ pub enum Error {
     },
     /// The parent is in a folder that the configuration does not allow.
     #[error(
-        "{}: its parent, {}, is in another folder, which an image made elsewhere must not name; if it is to be there, add its \
-         folder to image.parents",
+        "{}: its parent, {}, is in another folder, or a link to one, which an image made elsewhere must not name; if it is to be there, \
+         allow its folder: image.parents in the configuration, --parents of vhd-util",
         path.display(), parent.display()
     )]
     Folder {
@@ -81,6 +82,12 @@ pub enum Error {
         path: PathBuf,
         /// The parent.
         parent: PathBuf,
+    },
+    /// Another file has taken an image's place while it was opened.
+    #[error("{}: another file has taken its place meanwhile: try again", path.display())]
+    Replaced {
+        /// The image.
+        path: PathBuf,
     },
     /// An image is its own ancestor, or there are too many.
     #[error("{}: {why}", path.display())]
@@ -99,6 +106,7 @@ impl Error {
             Error::Open { source, .. } => source.raw_os_error(),
             Error::Image { source: ReadError::Io { source, .. }, .. } => source.raw_os_error(),
             Error::NoParent { .. } => return Errno::ENOENT,
+            Error::Replaced { .. } => return Errno::EAGAIN,
             Error::Image { .. }
             | Error::OtherParent { .. }
             | Error::ChangedParent { .. }
@@ -119,6 +127,25 @@ pub struct Opened {
     pub file: File,
 }
 
+impl Opened {
+    fn id(&self) -> FileId {
+        self.file.metadata().map_or((0, 0), |meta| file_id(&meta))
+    }
+
+    /// Its path without links, of which that by which it was opened is one.
+    fn real_path(&self, path: &Path) -> Option<PathBuf> {
+        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        std::fs::read_link(link).or_else(|_| path.canonicalize()).ok()
+    }
+}
+
+/// What tells a file from all others, whatever its name is: device and inode; of a block device, which may have several inodes, its number.
+type FileId = (u64, u64);
+
+fn file_id(meta: &Metadata) -> FileId {
+    if meta.file_type().is_block_device() { (0, meta.rdev()) } else { (meta.dev(), meta.ino()) }
+}
+
 impl Source for Opened {
     fn size(&self) -> u64 {
         // Now: a program may be writing it.
@@ -135,12 +162,36 @@ impl Source for Opened {
 pub struct Layer {
     /// Its path.
     pub path: PathBuf,
+    /// The file that was looked at.
+    pub id: (u64, u64),
     /// Bytes of its file or device.
     pub file_size: u64,
     /// Its metadata. None: it is raw, and the last of its chain.
     pub image: Option<Image>,
     /// What is not as it should be, and does not matter.
     pub problems: Vec<Problem>,
+}
+
+impl Layer {
+    /// A raw image.
+    pub fn raw(path: &Path) -> Result<Layer, Error> {
+        let opened = open(path)?;
+        Ok(Layer {
+            path: path.to_owned(),
+            id: opened.id(),
+            file_size: opened.size(),
+            image: None,
+            problems: Vec::new(),
+        })
+    }
+
+    /// Whether an open file, which was opened by the same path later, is the one that was looked at: what was allowed is that one.
+    pub fn is(&self, file: &File) -> Result<(), Error> {
+        match file.metadata() {
+            Ok(meta) if file_id(&meta) == self.id => Ok(()),
+            _ => Err(Error::Replaced { path: self.path.clone() }),
+        }
+    }
 }
 
 /// A path comes from an image that anybody may have made, and opening a FIFO would wait for its writer, which never comes.
@@ -170,10 +221,17 @@ fn layer_with(
     path: &Path,
     read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
 ) -> Result<Layer, Error> {
-    let opened = open(path)?;
+    read_layer(path, &open(path)?, read)
+}
+
+fn read_layer(
+    path: &Path,
+    opened: &Opened,
+    read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
+) -> Result<Layer, Error> {
     let mut problems = Vec::new();
-    let image = read(&opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
-    Ok(Layer { path: path.to_owned(), file_size: opened.size(), image: Some(image), problems })
+    let image = read(opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
+    Ok(Layer { path: path.to_owned(), id: opened.id(), file_size: opened.size(), image: Some(image), problems })
 }
 
 /// All that is wrong with the image in a file, without its parents. `bitmaps`: those of its blocks are looked at, too.
@@ -192,32 +250,38 @@ pub fn check(path: &Path, unix_seconds: u64, bitmaps: bool) -> Result<Vec<Proble
 /// Which parents are taken.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules<'a> {
-    /// Folders that they may be in, besides the leaf's own. None: any.
-    pub folders: Option<&'a [PathBuf]>,
+    /// Folders that they may be in, and below, besides the leaf's own, which they may be in only exactly. An image made elsewhere can name any
+    /// file of the host.
+    pub folders: &'a [PathBuf],
     /// Also those that were written after their child was made.
     pub changed: bool,
     /// What is read of each image.
     pub parts: Parts,
 }
 
-impl Rules<'_> {
-    /// All of them, to be looked at.
-    pub const ANY: Rules<'static> = Rules { folders: None, changed: true, parts: Parts::All };
+impl<'a> Rules<'a> {
+    /// Those that a tool takes: it is for people who know what they changed.
+    pub fn tool(folders: &'a [PathBuf], parts: Parts) -> Rules<'a> {
+        Rules { folders, changed: true, parts }
+    }
 
-    /// All of them, to be counted: their blocks are none of our business.
-    pub const HEADS: Rules<'static> = Rules { folders: None, changed: true, parts: Parts::Heads };
-
-    /// Whether a parent may be where it is, of an image whose leaf is at `leaf`.
-    fn allow(&self, leaf: &Path, parent: &Path) -> bool {
-        let (Some(folders), Some(folder)) = (self.folders, parent.parent()) else { return self.folders.is_none() };
-        let allowed = |allowed: &Path| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed));
+    /// Whether a parent that is open may be where it is, of an image whose leaf is at `leaf`. A file is where it is without links; a block device
+    /// is where the link or node is that was named.
+    fn allow(&self, leaf: &Path, path: &Path, parent: &Opened) -> bool {
+        let device = |meta: io::Result<Metadata>| meta.is_ok_and(|meta| meta.file_type().is_block_device());
+        let place = if device(parent.file.metadata()) { Some(path.to_owned()) } else { parent.real_path(path) };
+        let Some(folder) = place.as_deref().and_then(Path::parent) else { return false };
         // Volumes of one group are beside each other. All else that the host has is in /dev, too.
         let group = |path: &Path| Some(volume::group_and_name(path)?.0);
         let own = volume::lasting_name(leaf).ok().as_deref().and_then(group);
-        let device = leaf.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
-        let beside = volume::folders(leaf).into_iter().filter(|folder| !(device && folder.starts_with("/dev")));
-        own.is_some_and(|own| group(parent) == Some(own))
-            || beside.chain(folders.iter().cloned()).any(|each| allowed(&each))
+        let of_device = device(leaf.metadata());
+        let mut beside = volume::folders(leaf).into_iter().filter(|own| !(of_device && own.starts_with("/dev")));
+        own.is_some_and(|own| group(path) == Some(own))
+            || beside.any(|own| own.canonicalize().is_ok_and(|own| folder == own))
+            || self
+                .folders
+                .iter()
+                .any(|allowed| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed)))
     }
 }
 
@@ -249,22 +313,23 @@ pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
 /// An image and all that it is made of, the leaf first.
 pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
     let mut layers = vec![parts(leaf, rules.parts, false)?];
-    let mut seen = vec![identity(leaf)?];
+    let mut seen = vec![layers[0].id];
     loop {
         let Layer { path, image: Some(image), .. } = &layers[layers.len() - 1] else { return Ok(layers) };
         let Some(next) = parent(path, image)? else { return Ok(layers) };
         let endless = |why| Error::Endless { path: path.clone(), why };
-        let id = identity(&next)?;
+        let opened = open(&next)?;
+        let id = opened.id();
         if seen.contains(&id) {
             return Err(endless(format!("{} is its parent and its child", next.display())));
         }
         if layers.len() == DEPTH_MAX {
             return Err(endless(format!("it has more than {DEPTH_MAX} parents")));
         }
-        if !rules.allow(leaf, &next) {
+        if !rules.allow(leaf, &next, &opened) {
             return Err(Error::Folder { path: path.clone(), parent: next });
         }
-        let below = identified(path, image, next, rules.parts)?;
+        let below = identified(path, image, next, &opened, rules.parts)?;
         if !rules.changed {
             unchanged(path, image, &below)?;
         }
@@ -274,15 +339,20 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
 }
 
 /// What is in the place of an image's parent, if it is that.
-fn identified(path: &Path, image: &Image, parent: PathBuf, read: Parts) -> Result<Layer, Error> {
+fn identified(path: &Path, image: &Image, parent: PathBuf, opened: &Opened, read: Parts) -> Result<Layer, Error> {
     let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
     if expected == Uuid::NIL {
-        let file_size = open(&parent)?.size();
-        return Ok(Layer { path: parent, file_size, image: None, problems: Vec::new() });
+        return Ok(Layer {
+            path: parent,
+            id: opened.id(),
+            file_size: opened.size(),
+            image: None,
+            problems: Vec::new(),
+        });
     }
     let layer = match read {
-        Parts::All => parent_layer(&parent)?,
-        _ => parts(&parent, read, false)?,
+        Parts::All => read_layer(&parent, opened, Image::read_parent)?,
+        _ => read_layer(&parent, opened, |source, problems| Image::read_parts(source, read, problems))?,
     };
     match layer.image.as_ref().map(|image| image.footer.uuid) {
         Some(found) if found != expected => {
@@ -292,9 +362,11 @@ fn identified(path: &Path, image: &Image, parent: PathBuf, read: Parts) -> Resul
     }
 }
 
-/// The parent of an image, without its own parents. None: it has none.
+/// The parent of an image, without its own parents, wherever it is. None: it has none.
 pub fn below(path: &Path, image: &Image) -> Result<Option<Layer>, Error> {
-    parent(path, image)?.map(|parent| identified(path, image, parent, Parts::All)).transpose()
+    let Some(parent) = parent(path, image)? else { return Ok(None) };
+    let opened = open(&parent)?;
+    identified(path, image, parent, &opened, Parts::All).map(Some)
 }
 
 /// How far the clocks of hosts and file servers may differ, seconds (blktap's check).
@@ -320,9 +392,4 @@ fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::ChangedParent { path: path.to_owned(), parent: parent.path.clone(), expected, found })
-}
-
-fn identity(path: &Path) -> Result<(u64, u64), Error> {
-    let metadata = path.metadata().map_err(|source| Error::Open { path: path.to_owned(), source })?;
-    Ok((metadata.dev(), metadata.ino()))
 }

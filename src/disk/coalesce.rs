@@ -133,9 +133,9 @@ impl Drop for Coalescing {
 
 impl Shared {
     /// The thread: merges, and wakes the main loop.
-    fn run(&self, image: &Path) {
+    fn run(&self, image: &Path, parents: &[PathBuf]) {
         let mut due = Instant::now();
-        let outcome = merge(image, &mut |progress| {
+        let outcome = merge(image, parents, &mut |progress| {
             self.percent.store((progress.done * 100.0) as u64, Relaxed);
             self.bytes.fetch_add(progress.data, Relaxed);
             due = self.due(due, Instant::now(), progress.data + progress.bitmaps);
@@ -221,7 +221,8 @@ impl Disk {
         let thread = std::thread::Builder::new().name("coalesce".into()).stack_size(STACK_SIZE);
         let thread = thread.spawn({
             let (shared, image) = (Arc::clone(&shared), image.clone());
-            move || shared.run(&image)
+            let parents = self.reopen.as_ref().map_or_else(Vec::new, |reopen| reopen.config.image.parents.clone());
+            move || shared.run(&image, &parents)
         })?;
         info!(self.log, "coalescing"; "image" => %image.display(), "parent" => %parent.display(), "rate" => rate);
         let (stage, error) = (Stage::Merging, None);

@@ -35,11 +35,8 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
     let open = |path: &Path, read_only| file::open(image, path, read_only, Some(SECTOR), log);
     // It is locked, and nobody changes it from here on.
     let leaf = open(path, image.read_only)?;
-    let rules = Rules {
-        folders: Some(&image.parents),
-        changed: image.changed_parent == ChangedParent::Serve,
-        parts: Parts::All,
-    };
+    let rules =
+        Rules { folders: &image.parents, changed: image.changed_parent == ChangedParent::Serve, parts: Parts::All };
     let layers = read_chain(path, &leaf, image.read_only || !image.lock, &rules)?;
     let depth = layers.len();
     let tickets = if image.read_only { 0 } else { 2 * config.requests as usize };
@@ -58,6 +55,7 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
             Some(leaf) => (leaf, tickets),
             None => (open(&found.path, true)?, 0),
         };
+        found.is(&opened.file)?;
         chain.layers.push(layer(config, found, &opened, tickets, depth, log)?);
         let Opened { file, direct, geometry, lock, .. } = opened;
         chain.files.push(Backing { file, direct, block_device: geometry.block_device });

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::layout::{self, batmap_pieces};
-use drivers::vhd::{FOOTER_SIZE, Header, Image, KeyHash, Kind, SECTORS_MAX, Source, Uuid, bitmap};
+use drivers::vhd::{FOOTER_SIZE, Header, Image, KeyHash, Kind, Parts, SECTORS_MAX, Source, Uuid, bitmap};
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
@@ -133,7 +133,11 @@ impl Told<'_> {
 
 /// Merges all that an image holds into its parent, and says how many sectors that are. `progress` is told before each block; an error
 /// of its ends the merge.
-pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) -> Result<u64, Error> {
+pub fn merge(
+    path: &Path,
+    parents: &[PathBuf],
+    progress: &mut dyn FnMut(Progress) -> io::Result<()>,
+) -> Result<u64, Error> {
     let io = |path: &Path, action| {
         let path = path.to_owned();
         move |source| Error::Io { path, action, source }
@@ -145,9 +149,11 @@ pub fn merge(path: &Path, progress: &mut dyn FnMut(Progress) -> io::Result<()>) 
         .filter(|image| image.kind == Kind::Differencing)
         .ok_or_else(|| unfit(path, "it is no differencing image: there is no parent to merge it into"))?;
     // That it is the right one is part of it.
-    let chain = chain::chain(path, &Rules::ANY)?;
+    let chain = chain::chain(path, &Rules::tool(parents, Parts::All))?;
+    chain[0].is(&child_file.file)?;
     let parent_path = &chain[1].path;
     let parent = ImageFile::open(parent_path)?;
+    chain[1].is(&parent.file)?;
     let nil = child.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL);
     let mut target = if nil { Target::raw(&parent) } else { Target::image(&parent, parent.parent_image()?) };
     if key_hash(Some(&child)) != key_hash(target.image.as_ref()) {

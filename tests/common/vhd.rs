@@ -86,7 +86,7 @@ pub fn write(path: &Path, at: u64, len: u64, byte: u8) {
 pub fn disk(path: &Path) -> Vec<u8> {
     let folder = super::served::folder();
     let raw = folder.path().join("disk.raw");
-    good("convert --to raw {} {}", &[path, &raw]);
+    good("convert --parents / --to raw {} {}", &[path, &raw]);
     std::fs::read(raw).unwrap()
 }
 

@@ -10,6 +10,7 @@ use crate::common::live::*;
 use crate::common::served::{Served, folder, output, run};
 use crate::common::vhd::{good, vhd_util};
 use crate::common::vhd_made::table;
+use drivers::vhd::Parts;
 use fastrand::Rng;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -18,7 +19,7 @@ use tapdisk::frontend::blkif::wire::{OP_DISCARD, OP_FLUSH_DISKCACHE};
 
 /// Images of a chain, the leaf first.
 fn images(top: &Path) -> Vec<PathBuf> {
-    chain::chain(top, &chain::Rules::ANY).unwrap().into_iter().map(|layer| layer.path).collect()
+    chain::chain(top, &chain::Rules::tool(&[], Parts::Heads)).unwrap().into_iter().map(|layer| layer.path).collect()
 }
 
 /// A storage manager, whose commands fail when the tapdisk is gone.

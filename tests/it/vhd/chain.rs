@@ -5,9 +5,9 @@ use std::process::Command;
 
 use crate::common::served::{Served, folder, output, run, tool};
 use crate::common::vhd_made as vhd;
-use drivers::vhd::{FOOTER_SIZE, Kind, Uuid};
+use drivers::vhd::{FOOTER_SIZE, Kind, Parts, Uuid};
 use serde_json::Value;
-use tapdisk::chain::{self, Error, Rules};
+use tapdisk::chain::{self, Error, Layer, Rules};
 
 const SIZE: u64 = 64 << 20;
 const NAME: u64 = vhd::TABLE + 512;
@@ -29,6 +29,11 @@ fn uuid(path: &Path) -> Uuid {
     vhd::image(path).footer.uuid
 }
 
+/// An image's chain, whose parents are below a folder.
+fn below(folder: &Path, leaf: &Path) -> Result<Vec<Layer>, Error> {
+    chain::chain(leaf, &Rules::tool(&[folder.to_owned()], Parts::All))
+}
+
 /// What `vhd-util` prints, and its exit code.
 fn vhd_util(arguments: &[&str], path: &Path) -> (String, i32) {
     let output = output(tool("vhd-util").args(arguments).arg(path));
@@ -48,21 +53,31 @@ fn three(folder: &Path) -> [PathBuf; 3] {
 fn a_chain_is_followed_by_paths_that_are_relative_to_each_image() {
     let folder = folder();
     let paths = three(&folder.path().canonicalize().unwrap());
-    let layers = chain::chain(&paths[0], &Rules::ANY).unwrap();
+    let allowed = folder.path().to_str().unwrap();
+    let layers = below(folder.path(), &paths[0]).unwrap();
     assert_eq!(layers.iter().map(|layer| &layer.path).collect::<Vec<_>>(), paths.iter().collect::<Vec<_>>());
     let kinds: Vec<_> = layers.iter().map(|layer| layer.image.as_ref().unwrap().kind).collect();
     assert_eq!(kinds, [Kind::Differencing, Kind::Differencing, Kind::Dynamic]);
-    let (shown, code) = vhd_util(&["query", "-vspfdSa", "-n"], &paths[0]);
+    let (shown, code) = vhd_util(&["--parents", allowed, "query", "-vspfdSa", "-n"], &paths[0]);
     let expected = format!("64\n{}\n{}\nhidden: 0\nchain depth: 3\n0\n64\n", NAME + 512 + 512, paths[1].display());
     assert_eq!((shown, code), (expected, 0));
     let (shown, code) = vhd_util(&["query", "-pda", "-n"], &paths[2]);
     assert_eq!((shown, code), (format!("{} has no parent\nchain depth: 1\n1\n", paths[2].display()), 0));
-    let shown: Value = serde_json::from_str(&vhd_util(&["info", "--json"], &paths[0]).0).unwrap();
+    let shown: Value =
+        serde_json::from_str(&vhd_util(&["info", "--json", "--parents", allowed], &paths[0]).0).unwrap();
     assert_eq!(shown[2]["creator"], "qem2");
     assert_eq!((&shown[1]["kind"], &shown[1]["size"]), (&"differencing".into(), &SIZE.into()));
-    let (shown, code) = vhd_util(&["check", "-p", "-n"], &paths[0]);
+    let (shown, code) = vhd_util(&["check", "-p", "--parents", allowed, "-n"], &paths[0]);
     let valid: String = paths.iter().map(|path| format!("{} is valid\n", path.display())).collect();
     assert_eq!((shown, code), (valid, 0));
+    // Only where that is said: an image can name any file of the host.
+    for words in [&["query", "-d", "-n"][..], &["info"], &["check", "-p", "-n"], &["coalesce", "-n"], &["fill", "-n"]]
+    {
+        let output = output(tool("vhd-util").args(words).arg(&paths[0]));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(libc::EINVAL), "{words:?}: {text}");
+        assert!(text.contains("is in another folder") && text.contains("--parents of vhd-util"), "{words:?}: {text}");
+    }
 }
 
 #[test]
@@ -71,7 +86,7 @@ fn a_parent_without_a_uuid_is_raw() {
     let (leaf, raw) = (folder.path().join("leaf.vhd"), folder.path().join("disk.raw"));
     child(&leaf, 1, "./disk.raw", Uuid::NIL);
     std::fs::write(&raw, vec![0; 4096]).unwrap();
-    let layers = chain::chain(&leaf, &Rules::ANY).unwrap();
+    let layers = below(folder.path(), &leaf).unwrap();
     assert!(layers.len() == 2 && layers[1].image.is_none() && layers[1].file_size == 4096, "{layers:?}");
 }
 
@@ -80,12 +95,13 @@ fn a_parent_that_is_not_there_or_another_is_refused() {
     let folder = folder();
     let paths = three(folder.path());
     child(&paths[1], 9, "../a/base.vhd", uuid(&paths[2]));
-    let error = chain::chain(&paths[0], &Rules::ANY).unwrap_err();
+    let error = below(folder.path(), &paths[0]).unwrap_err();
     assert!(matches!(&error, Error::OtherParent { expected, .. } if *expected == Uuid([2; 16])), "{error}");
-    let (shown, code) = vhd_util(&["query", "-d", "-n"], &paths[0]);
+    let allowed = folder.path().to_str().unwrap();
+    let (shown, code) = vhd_util(&["query", "-d", "--parents", allowed, "-n"], &paths[0]);
     assert_eq!((shown.as_str(), code), ("error checking chain depth: -22\n", libc::EINVAL));
     std::fs::remove_file(&paths[1]).unwrap();
-    let error = chain::chain(&paths[0], &Rules::ANY).unwrap_err().to_string();
+    let error = below(folder.path(), &paths[0]).unwrap_err().to_string();
     assert!(error.contains("c/../b/größe 2.vhd") && error.contains("c/größe 2.vhd"), "{error}");
     assert_eq!(vhd_util(&["query", "-p", "-n"], &paths[0]), ("query failed\n".to_owned(), libc::ENOENT));
 }
@@ -132,10 +148,10 @@ fn a_chain_without_an_end_is_refused() {
     let [one, two] = ["one.vhd", "two.vhd"].map(|name| folder.path().join(name));
     child(&one, 1, "./two.vhd", Uuid([2; 16]));
     child(&two, 2, "./one.vhd", Uuid([1; 16]));
-    let error = chain::chain(&one, &Rules::ANY).unwrap_err();
+    let error = below(folder.path(), &one).unwrap_err();
     assert!(matches!(error, Error::Endless { .. }), "{error}");
     child(&one, 1, "./one.vhd", Uuid([1; 16]));
-    assert!(matches!(chain::chain(&one, &Rules::ANY).unwrap_err(), Error::Endless { .. }));
+    assert!(matches!(below(folder.path(), &one).unwrap_err(), Error::Endless { .. }));
 }
 
 #[test]

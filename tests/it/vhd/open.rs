@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::common::guest::Guest;
 use crate::common::served::{Served, folder, run};
 use crate::common::small_fs::Loop;
-use crate::common::vhd::good;
+use crate::common::vhd::{good, vhd_util, write};
 use crate::common::vhd_made::{self as vhd, Parent, stop, table};
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Uuid};
 use nix::sys::signal::Signal;
@@ -99,8 +99,8 @@ fn parents_are_in_the_folder_of_the_image_or_in_those_that_are_named() {
     let folder = folder();
     let (below, leaf) = two(folder.path(), "a/base.vhd", "b/leaf.vhd", "../a/base.vhd");
     let text = format!(
-        "its parent, {}, is in another folder, which an image made elsewhere must not name; if it is to be there, add its \
-         folder to image.parents",
+        "its parent, {}, is in another folder, or a link to one, which an image made elsewhere must not name; if it is to be there, \
+         allow its folder: image.parents in the configuration, --parents of vhd-util",
         below.display()
     );
     let allow = |folder: &Path| format!("parents = ['{}']", folder.display());
@@ -117,6 +117,48 @@ fn parents_are_in_the_folder_of_the_image_or_in_those_that_are_named() {
     let footer = vhd::image(&below).footer;
     vhd::child(&leaf, SIZE, 2, Parent { path: "./link/base.vhd", uuid: footer.uuid, time: 0 });
     assert_eq!(refused(&leaf, ""), text, "by a link");
+    // A link to a file there, and a folder below: the image's own is that and no other.
+    let name = |path: &str| vhd::child(&leaf, SIZE, 2, Parent { path, uuid: footer.uuid, time: 0 });
+    std::os::unix::fs::symlink(&below, folder.join("b/parent")).unwrap();
+    name("./parent");
+    assert!(refused(&leaf, "").contains("b/parent, is in another folder, or a link to one"));
+    start(&leaf, &allow(&outside));
+    std::fs::create_dir(folder.join("b/sub")).unwrap();
+    std::fs::copy(&below, folder.join("b/sub/base.vhd")).unwrap();
+    name("./sub/base.vhd");
+    assert!(refused(&leaf, "").contains("sub/base.vhd, is in another folder"));
+    // A link to a block device is how volumes are named.
+    let Some(device) = Loop::new(&below, 512) else { return };
+    std::os::unix::fs::symlink(&device.0, folder.join("b/device")).unwrap();
+    name("./device");
+    start(&leaf, "");
+}
+
+#[test]
+fn no_tool_writes_or_reads_what_a_strangers_image_names() {
+    let folder = folder();
+    let [own, host] = ["strangers", "etc"].map(|name| folder.path().join(name));
+    std::fs::create_dir(&own).unwrap();
+    std::fs::create_dir(&host).unwrap();
+    let secret = host.join("shadow");
+    std::fs::write(&secret, vec![b's'; 4 << 20]).unwrap();
+    let leaf = own.join("leaf.vhd");
+    std::os::unix::fs::symlink(&secret, own.join("link.raw")).unwrap();
+    for named in ["../etc/shadow", secret.to_str().unwrap(), "./link.raw"] {
+        vhd::child(&leaf, SIZE, 2, Parent { path: named, uuid: Uuid::NIL, time: 0 });
+        write(&leaf, 0, 4096, b'e');
+        for words in
+            ["coalesce -n {}", "convert --to raw {} /dev/shm/none", "read -r 8 -c 8 -n {}", "fill -n {}", "info {}"]
+        {
+            let said = vhd_util(words, &[&leaf]);
+            assert_eq!(said.code, libc::EINVAL, "{words} {named}: {}", said.err);
+            assert!(said.err.contains("is in another folder") && !said.out.contains("ssss"), "{words}: {}", said.err);
+        }
+        assert!(std::fs::read(&secret).unwrap().iter().all(|byte| *byte == b's'), "{named}");
+    }
+    // Whoever allows the folder has what it asks for.
+    let said = vhd_util("--parents {} coalesce -n {}", &[&host, &leaf]);
+    assert_eq!((said.code, std::fs::read(&secret).unwrap()[0]), (0, b'e'), "{}", said.err);
 }
 
 #[test]

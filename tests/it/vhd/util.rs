@@ -113,7 +113,7 @@ fn a_device_gets_metadata_only_and_its_footer_at_the_end() {
     good("snapshot -e -n {} -p {}", &[&child, device]);
     write(&child, 3 * MIB, 4096, 1);
     let before = disk(&child);
-    assert_eq!(good("coalesce -n {}", &[&child]), "Coalesced 8 sectors\n");
+    assert_eq!(good("coalesce --parents /dev -n {}", &[&child]), "Coalesced 8 sectors\n");
     assert!(disk(device) == before);
     assert_eq!(good("check -b -n {}", &[device]), format!("{} is valid\n", device.display()));
     // It grows where it is, and says so when it cannot.
@@ -185,25 +185,29 @@ fn a_snapshot_names_its_parent() {
     assert_eq!(header.parent_uuid, image(&path("base.vhd")).footer.uuid);
     assert_eq!(header.parent_name().as_deref(), Some("base.vhd"));
     assert_eq!((made.footer.size(), header.size_max()), (100 * MIB, 200 * MIB));
-    let shown = good("query -pd -n {}", &[&child]);
+    let shown = good("query -pd --parents {} -n {}", &[&root, &child]);
     assert_eq!(shown, format!("{}\nchain depth: 2\n", path("base.vhd").display()));
     assert_eq!(good("query -pu -n {}", &[&child]), "../../base.vhd\n");
     // A child without data is passed over, unless that is asked for; its size and key count.
     let third = path("third.vhd");
-    good("snapshot -n {} -p {}", &[&third, &child]);
+    good("snapshot -n {} -p {} --parents {}", &[&third, &child, &root]);
     assert_eq!(good("query -p -n {}", &[&third]), format!("{}\n", path("base.vhd").display()));
+    std::fs::remove_file(&third).unwrap();
+    // Where its parent may not be read, it is not passed over.
+    good("snapshot -n {} -p {}", &[&third, &child]);
+    assert_eq!(good("query -p -n {}", &[&third]), format!("{}\n", child.display()));
     let fourth = path("fourth.vhd");
     good("snapshot -e -n {} -p {}", &[&fourth, &child]);
     assert_eq!(good("query -p -n {}", &[&fourth]), format!("{}\n", child.display()));
     let valid = format!("{} is valid\n{} is valid\n", fourth.display(), child.display());
-    assert!(good("check -p -n {}", &[&fourth]).starts_with(&valid));
-    let said = vhd_util("snapshot -e -l 3 -n {} -p {}", &[&path("fifth.vhd"), &fourth]);
+    assert!(good("check -p -n {} --parents {}", &[&fourth, &root]).starts_with(&valid));
+    let said = vhd_util("snapshot -e -l 3 -n {} -p {} --parents {}", &[&path("fifth.vhd"), &fourth, &root]);
     assert_eq!(
         (said.code, said.out.as_str()),
         (libc::ENOSPC, "snapshot depth exceeded: current depth: 3, limit: 3\n")
     );
     assert!(!path("fifth.vhd").exists());
-    good("snapshot -e -l 4 -n {} -p {}", &[&path("fifth.vhd"), &fourth]);
+    good("snapshot -e -l 4 -n {} -p {} --parents {}", &[&path("fifth.vhd"), &fourth, &root]);
     let said = vhd_util("snapshot -S 50 -n {} -p {}", &[&path("sixth.vhd"), &fourth]);
     assert_eq!(said.code, libc::EINVAL, "{}", said.err);
     assert_eq!(vhd_util("snapshot -n {} -p {}", &[&path("sixth.vhd"), &path("none")]).code, libc::ENOENT);

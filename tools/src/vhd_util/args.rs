@@ -27,6 +27,10 @@ pub struct Args {
     /// Accepted, as blktap's; what goes wrong is always told of
     #[arg(long, global = true, hide = true)]
     pub debug: bool,
+    /// A folder that parents may be in, and below, besides the image's own folder; several times for several. An image that somebody brought can
+    /// name any file of the host
+    #[arg(long = "parents", global = true, value_name = "FOLDER")]
+    pub folders: Vec<PathBuf>,
     /// What to do
     #[command(subcommand)]
     pub command: Command,

@@ -15,9 +15,9 @@ use super::failure::{Failure, Result, print_line};
 use super::show::opened;
 
 /// Says whether an image is good, and all that is not.
-pub(super) fn check(check: &Check, out: &mut dyn Write) -> Result<()> {
+pub(super) fn check(check: &Check, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> {
     let mut bad = Vec::new();
-    for path in paths(check)? {
+    for path in paths(check, parents)? {
         let problems = opened(&path, chain::check(&path, now(), check.bitmaps))?;
         let mut shown: Vec<_> = problems.iter().filter(|problem| minded(check, problem)).map(told).collect();
         if !problems.iter().any(|problem| problem.fatal) {
@@ -35,14 +35,14 @@ pub(super) fn check(check: &Check, out: &mut dyn Write) -> Result<()> {
     if !bad.is_empty() {
         return Err(Failure { errno: Errno::EINVAL, line: None, text: String::new() });
     }
-    if check.stats { stats(check, out) } else { Ok(()) }
+    if check.stats { stats(check, parents, out) } else { Ok(()) }
 }
 
 /// The images to check: the one that is named, and, if that is asked for, its parents that are VHD.
-fn paths(check: &Check) -> Result<Vec<PathBuf>> {
+fn paths(check: &Check, parents: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut paths = vec![check.name.clone()];
     if check.parents {
-        match chain::chain(&check.name, &Rules::HEADS) {
+        match chain::chain(&check.name, &Rules::tool(parents, Parts::Heads)) {
             Ok(layers) => {
                 let parents = layers.into_iter().skip(1).filter(|layer| layer.image.is_some());
                 paths.extend(parents.map(|layer| layer.path));
@@ -106,9 +106,12 @@ const PART: u64 = 4096;
 type Held = BTreeMap<u64, Vec<u8>>;
 
 /// How many sectors the images hold, and how many of them their children do not.
-fn stats(check: &Check, out: &mut dyn Write) -> Result<()> {
-    let layers =
-        if check.parents { chain::chain(&check.name, &Rules::ANY)? } else { vec![chain::layer(&check.name)?] };
+fn stats(check: &Check, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> {
+    let layers = if check.parents {
+        chain::chain(&check.name, &Rules::tool(parents, Parts::All))?
+    } else {
+        vec![chain::layer(&check.name)?]
+    };
     let share = |part: u64, of: u64| if of == 0 { 0.0 } else { part as f64 / of as f64 * 100.0 };
     // The sectors of the image above, and of all that are above.
     let mut above: Option<(Held, Held)> = None;

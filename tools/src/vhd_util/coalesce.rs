@@ -1,6 +1,7 @@
 //! `coalesce`: writes what a differencing image holds into its parent.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use tapdisk::vhd::merge::{self, Progress};
 
@@ -8,7 +9,7 @@ use super::Coalesce;
 use super::failure::{Failure, Result};
 
 /// Merges an image into its parent.
-pub(super) fn coalesce(args: &Coalesce, out: &mut dyn Write) -> Result<()> {
+pub(super) fn coalesce(args: &Coalesce, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> {
     let mut shown = |Progress { done, .. }: Progress| -> io::Result<()> {
         if args.progress {
             write!(out, "\r{:6.2}%{}", 100.0 * done, if done >= 1.0 { "\n" } else { "" })?;
@@ -16,7 +17,7 @@ pub(super) fn coalesce(args: &Coalesce, out: &mut dyn Write) -> Result<()> {
         }
         Ok(())
     };
-    let merged = merge::merge(&args.name, &mut shown);
+    let merged = merge::merge(&args.name, parents, &mut shown);
     let failed = |failure: Failure| failure.saying(|errno| format!("error coalescing: {errno}"));
     let sectors = merged.map_err(|error| failed(error.into()))?;
     writeln!(out, "Coalesced {sectors} sectors").map_err(Failure::output)

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use drivers::vhd::layout::{self, Layout, NewImage, Piece};
 use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Table, bitmap};
@@ -32,13 +33,13 @@ const STRIDE: u64 = 64 << 20;
 const BUFFER: usize = 1 << 20;
 
 /// Writes the disk into a new file.
-pub(super) fn convert(args: &Convert) -> Result<()> {
+pub(super) fn convert(args: &Convert, parents: &[PathBuf]) -> Result<()> {
     // Not by what the file begins or ends with: that can be a guest's, and name files of the host.
     let from = args.from.unwrap_or(match args.to {
         Format::Raw => Format::Vhd,
         Format::Vhd => Format::Raw,
     });
-    let disk = Disk::open(&args.source, from == Format::Vhd)?;
+    let disk = Disk::open(&args.source, from == Format::Vhd, parents)?;
     let work = Work::new(&args.target, disk.size)?;
     let target = NewFile::create(&args.target)?;
     let mut copier = Copier { target: target.get(), work, buffer: Vec::new() };
@@ -56,7 +57,7 @@ pub(super) fn copy(args: &Copy) -> Result<()> {
         let text = "no encrypted image is written: copy it without a key (-k, -E)";
         return Err(Failure::new(Errno::EOPNOTSUPP, &args.new_name, text));
     }
-    let disk = Disk::open(&args.name, true)?;
+    let disk = Disk::open(&args.name, true, &[])?;
     let kind = disk.kind();
     if kind == Some(Kind::Differencing) {
         let text = "it has a parent, which is not copied: vhd-util convert --from vhd --to vhd copies the whole disk";

@@ -1,11 +1,11 @@
 //! `create` and `snapshot`: new images.
 
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use drivers::vhd::layout::{self, Layout, NewImage};
-use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Source, Uuid};
+use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Parts, Source, Uuid};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use tapdisk::chain::{self, Layer, Rules};
@@ -114,13 +114,13 @@ pub(super) fn reserve(file: &ImageFile, size: u64) -> io::Result<()> {
 }
 
 /// Makes a differencing image.
-pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
+pub(super) fn snapshot(args: &Snapshot, parents: &[PathBuf]) -> Result<()> {
     let given = volume::lasting_name(&args.parent).map_err(Failure::io(&args.parent, "find it"))?;
     let given = if args.raw { raw(&given)? } else { chain::layer(&given)? };
     let size = disk_size(&given);
-    let parent = if args.raw || args.even_empty { given } else { not_empty(given)? };
+    let parent = if args.raw || args.even_empty { given } else { not_empty(given, parents)? };
     if let (Some(limit), Some(_)) = (args.limit, &parent.image) {
-        let depth = depth(&parent.path)?;
+        let depth = depth(&parent.path, parents)?;
         if depth + 1 > limit {
             let text = format!("its chain would have {} images, more than the limit of {limit}", depth + 1);
             let line = format!("snapshot depth exceeded: current depth: {depth}, limit: {limit}");
@@ -142,8 +142,7 @@ pub(super) fn snapshot(args: &Snapshot) -> Result<()> {
 
 /// A raw image.
 pub(super) fn raw(path: &Path) -> Result<Layer> {
-    let (_, geometry) = tapdisk::sys::file::open_storage(path).map_err(Failure::io(path, "open it"))?;
-    Ok(Layer { path: path.to_owned(), file_size: geometry.size, image: None, problems: Vec::new() })
+    Ok(Layer::raw(path)?)
 }
 
 /// The size of an image's disk; of a raw one whole sectors.
@@ -152,23 +151,25 @@ fn disk_size(layer: &Layer) -> u64 {
 }
 
 /// The first of a chain that has a block: an image without one is no use as a parent.
-fn not_empty(layer: Layer) -> Result<Layer> {
-    let mut layer = layer;
-    for _ in 0..chain::DEPTH_MAX {
-        let Some(image) = layer.image.as_ref().filter(|image| image.kind == Kind::Differencing) else { break };
-        if image.table.allocated().next().is_some() {
-            break;
-        }
-        let Some(parent) = chain::parent(&layer.path, image)? else { break };
-        let nil = image.header.as_ref().is_none_or(|header| header.parent_uuid == Uuid::NIL);
-        layer = if nil { raw(&parent)? } else { chain::layer(&parent)? };
+fn not_empty(layer: Layer, parents: &[PathBuf]) -> Result<Layer> {
+    let is_empty = |layer: &Layer| {
+        let image = layer.image.as_ref().filter(|image| image.kind == Kind::Differencing);
+        image.is_some_and(|image| image.table.allocated().next().is_none())
+    };
+    if !is_empty(&layer) {
+        return Ok(layer);
     }
-    Ok(layer)
+    match chain::chain(&layer.path, &Rules::tool(parents, Parts::All)) {
+        Ok(chain) => Ok(chain.into_iter().find(|layer| !is_empty(layer)).unwrap_or(layer)),
+        // It is no worse as a parent for being empty.
+        Err(chain::Error::Folder { .. }) => Ok(layer),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Images of a chain, as `query -d` counts them.
-fn depth(path: &Path) -> Result<u32> {
-    let layers = chain::chain(path, &Rules::HEADS).map_err(Failure::from);
+fn depth(path: &Path, parents: &[PathBuf]) -> Result<u32> {
+    let layers = chain::chain(path, &Rules::tool(parents, Parts::Heads)).map_err(Failure::from);
     let layers =
         layers.map_err(|failure| failure.saying(|errno| format!("error checking snapshot depth: {errno}")))?;
     Ok(layers.len() as u32)

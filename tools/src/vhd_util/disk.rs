@@ -4,10 +4,10 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use drivers::SECTOR_SIZE;
-use drivers::vhd::{Header, Image, Kind, Source, bitmap};
+use drivers::vhd::{Header, Image, Kind, Parts, Source, bitmap};
 use nix::errno::Errno;
 use tapdisk::chain::{self, Layer, Rules};
 
@@ -44,10 +44,10 @@ struct Open {
 
 impl Disk {
     /// Opens a VHD image with all its parents, or a raw image.
-    pub(super) fn open(path: &Path, vhd: bool) -> Result<Disk> {
-        let layers = || -> Result<Vec<Layer>> {
-            if vhd { Ok(chain::chain(path, &Rules::ANY)?) } else { Ok(vec![raw(path)?]) }
-        };
+    pub(super) fn open(path: &Path, vhd: bool, parents: &[PathBuf]) -> Result<Disk> {
+        let rules = Rules::tool(parents, Parts::All);
+        let layers =
+            || -> Result<Vec<Layer>> { if vhd { Ok(chain::chain(path, &rules)?) } else { Ok(vec![raw(path)?]) } };
         let paths = |layers: &[Layer]| layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>();
         // Only from its lock on, nobody writes a file: what was read before may be old.
         let mut before = layers()?;
@@ -56,6 +56,7 @@ impl Disk {
                 before.iter().map(|layer| ReadFile::open(&layer.path)).collect::<std::result::Result<_, _>>()?;
             let now = layers()?;
             if paths(&now) == paths(&before) {
+                now.iter().zip(&files).try_for_each(|(layer, file)| layer.is(&file.file))?;
                 break (files, now);
             }
             before = now;

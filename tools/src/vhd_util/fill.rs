@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use drivers::SECTOR_SIZE;
 use drivers::vhd::{Header, Image, Kind, Source, bitmap};
@@ -14,7 +15,7 @@ use super::failure::{Failure, Result};
 use super::progress::Work;
 
 /// Gives an image the blocks and sectors that it has not.
-pub(super) fn fill(args: &Fill) -> Result<()> {
+pub(super) fn fill(args: &Fill, parents: &[PathBuf]) -> Result<()> {
     let (file, image) = super::set::open(&args.name)?;
     // A fixed image has all of it.
     let Some(header) = image.header else { return Ok(()) };
@@ -37,7 +38,7 @@ pub(super) fn fill(args: &Fill) -> Result<()> {
     let in_block = block_size / SECTOR_SIZE;
     let blocks = (from / in_block) as u32..(to / in_block) as u32 + 1;
     let work = Work::new(&args.name, image.size)?;
-    let disk = Disk::open(&args.name, true)?;
+    let disk = Disk::open(&args.name, true, parents)?;
     let mut target = Target::image(&file, image.clone());
     let done = if args.blocks {
         target.add_zeros(&absent(&image, blocks), &mut || work.look())

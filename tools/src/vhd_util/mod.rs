@@ -57,7 +57,7 @@ pub fn main() -> ExitCode {
 /// Does what the command line says.
 pub fn run(args: &Args) -> ExitCode {
     let mut out = io::stdout().lock();
-    let done = command(&args.command, &mut out).and_then(|()| out.flush().map_err(failure::Failure::output));
+    let done = command(args, &mut out).and_then(|()| out.flush().map_err(failure::Failure::output));
     let Err(failure) = done else { return ExitCode::SUCCESS };
     if let Some(line) = failure.line {
         // Where it can't be written, the exit code still says that something is wrong.
@@ -69,21 +69,22 @@ pub fn run(args: &Args) -> ExitCode {
     ExitCode::from(u8::try_from(failure.errno as i32).unwrap_or(1))
 }
 
-fn command(command: &Command, out: &mut dyn Write) -> Result<()> {
-    match command {
+fn command(args: &Args, out: &mut dyn Write) -> Result<()> {
+    let parents = args.folders.as_slice();
+    match &args.command {
         Command::Create(args) => create::create(args),
-        Command::Snapshot(args) => create::snapshot(args),
-        Command::Query(args) => show::query(args, out),
-        Command::Check(args) => check::check(args, out),
-        Command::Info { image, json } => show::info(image, *json, out),
-        Command::Read(args) => read::read(args, out),
+        Command::Snapshot(args) => create::snapshot(args, parents),
+        Command::Query(args) => show::query(args, parents, out),
+        Command::Check(args) => check::check(args, parents, out),
+        Command::Info { image, json } => show::info(image, parents, *json, out),
+        Command::Read(args) => read::read(args, parents, out),
         Command::Set(args) => set::set(args),
         Command::Modify(args) => set::modify(args),
-        Command::Coalesce(args) => coalesce::coalesce(args, out),
+        Command::Coalesce(args) => coalesce::coalesce(args, parents, out),
         Command::Repair(args) => repair::repair(args, out),
-        Command::Convert(args) => convert::convert(args),
+        Command::Convert(args) => convert::convert(args, parents),
         Command::Copy(args) => convert::copy(args),
-        Command::Fill(args) => fill::fill(args),
+        Command::Fill(args) => fill::fill(args, parents),
         Command::Resize(args) => resize::resize(args),
         Command::Revert(args) => resize::revert(args),
         Command::Key(args) => key::key(args, out),

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use drivers::SECTOR_SIZE;
 use drivers::vhd::{Footer, Header, Image, Kind, Locator, Parts, Platform, bitmap, decode_path, unix_seconds};
@@ -19,14 +20,14 @@ use super::failure::{Failure, Result};
 const PIECE: usize = 1 << 20;
 
 /// Prints what is asked for.
-pub(super) fn read(args: &Read, out: &mut dyn Write) -> Result<()> {
+pub(super) fn read(args: &Read, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> {
     let path = &args.name;
     let layer = chain::parts(path, Parts::Unchecked, false).map_err(Failure::from);
     let layer =
         layer.map_err(|failure| failure.saying(|errno| format!("Failed to open {}: {errno}", path.display())))?;
     let Some(image) = &layer.image else { return Ok(()) };
     let file = std::fs::File::open(path).map_err(Failure::io(path, "open it"))?;
-    let mut reader = Reader { args, image, file, out };
+    let mut reader = Reader { args, parents, image, file, out };
     if args.print {
         reader.headers()?;
     }
@@ -71,6 +72,7 @@ pub(super) fn read(args: &Read, out: &mut dyn Write) -> Result<()> {
 
 struct Reader<'a> {
     args: &'a Read,
+    parents: &'a [PathBuf],
     image: &'a Image,
     file: std::fs::File,
     out: &'a mut dyn Write,
@@ -268,7 +270,7 @@ impl Reader<'_> {
 
     /// Some bytes of the disk.
     fn bytes(&mut self, range: Range<u64>) -> Result<()> {
-        let disk = Disk::open(&self.args.name, true)?;
+        let disk = Disk::open(&self.args.name, true, self.parents)?;
         let mut buffer = vec![0; PIECE];
         disk.runs(range.start, range.end - range.start, &mut |run| {
             let mut done = 0;

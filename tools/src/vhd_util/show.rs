@@ -1,7 +1,7 @@
 //! `query` and `info`.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use drivers::vhd::{Header, Image, Kind, Parts};
 use serde_json::Value;
@@ -17,7 +17,7 @@ pub(super) fn opened<T>(path: &Path, layer: std::result::Result<T, Error>) -> Re
 }
 
 /// Prints what is asked for.
-pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
+pub(super) fn query(query: &Query, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> {
     let path = &query.name;
     // No more than is asked for: another program may be writing the image, or its table be damaged.
     let heads = !(query.physical || query.marker || query.allocated);
@@ -49,7 +49,7 @@ pub(super) fn query(query: &Query, out: &mut dyn Write) -> Result<()> {
         say(Ok(format!("marker: {}", image.batmap.as_ref().map_or(0, |batmap| batmap.marker))))?;
     }
     if query.depth {
-        let layers = chain::chain(path, &Rules::HEADS).map_err(Failure::from);
+        let layers = chain::chain(path, &Rules::tool(parents, Parts::Heads)).map_err(Failure::from);
         let layers = layers.map_err(|failure| failure.saying(|errno| format!("error checking chain depth: {errno}")));
         say(layers.map(|layers| format!("chain depth: {}", layers.len())))?;
     }
@@ -78,8 +78,8 @@ fn parent(query: &Query, image: &Image) -> Result<String> {
 }
 
 /// Shows an image and its parents.
-pub(super) fn info(path: &Path, json: bool, out: &mut dyn Write) -> Result<()> {
-    let layers = chain::chain(path, &Rules::ANY)?;
+pub(super) fn info(path: &Path, parents: &[PathBuf], json: bool, out: &mut dyn Write) -> Result<()> {
+    let layers = chain::chain(path, &Rules::tool(parents, Parts::All))?;
     print(&layers, json, out).map_err(Failure::output)
 }
 
