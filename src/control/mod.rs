@@ -27,6 +27,7 @@ pub use self::answer::{Late, respond};
 use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, Params, kind, open};
 use crate::config;
 use crate::listen::UnixSocket;
+use crate::log::Limiter;
 use crate::minors::Minors;
 use crate::polling::Polling;
 use crate::stats::now;
@@ -86,6 +87,8 @@ pub struct Control {
     connections: Vec<Option<Box<Connection>>>,
     /// Some may wait for a disk.
     waiting: bool,
+    /// For those who may not connect.
+    limiter: Limiter,
     log: Logger,
 }
 
@@ -105,7 +108,7 @@ impl Control {
         let mut socket = UnixSocket::bind_for(&path, group).map_err(explain)?;
         registry.register(socket.source(), Token(base), Interest::READABLE)?;
         let connections = std::iter::repeat_with(|| None).take(CONNECTIONS_MAX).collect();
-        Ok(Control { socket, group, registry, base, connections, waiting: false, log })
+        Ok(Control { socket, group, registry, base, connections, waiting: false, limiter: Limiter::default(), log })
     }
 
     /// The socket's path.
@@ -131,7 +134,9 @@ impl Control {
             }
             let mut connection = Connection::new(socket);
             if !self.may(&connection.socket) {
-                warn!(self.log, "a client may not use the control socket");
+                if let Some(suppressed) = self.limiter.allow(now()) {
+                    warn!(self.log, "a client may not use the control socket"; "suppressed_before" => suppressed);
+                }
                 let text = "only root may use this socket, and the group that control.group names";
                 let refusal = Message::error(NO_MINOR, Errno::EACCES as i32, text);
                 connection.answer(refusal.as_bytes().to_vec());

@@ -323,6 +323,24 @@ fn row_13_fast_connects_disconnects_and_wrong_hellos() {
 }
 
 #[test]
+fn clients_that_come_and_go_do_not_fill_the_log() {
+    let (_folder, served) = serve("");
+    let begin = std::time::Instant::now();
+    for _ in 0..500 {
+        drop(client::open_socket(&served.ring()).unwrap());
+    }
+    let came = |queue: &serde_json::Value, how: &str| queue["frontends"][0][how].as_u64();
+    wait_for(|| {
+        let queue = served.debug_queue();
+        (came(&queue, "connections")? + came(&queue, "turned_away")? == 500).then_some(())
+    });
+    // Ten in each second that has begun.
+    let most = 10 * (begin.elapsed().as_secs() as usize + 2);
+    let lines = served.log().matches("ring client").count();
+    assert!((1..=most).contains(&lines), "{lines} lines, and {most} at most");
+}
+
+#[test]
 fn row_14_and_15_a_storm_of_doorbells_without_work() {
     let (_folder, mut served) = serve("");
     let mut honest = Guest::connect(&served.ring());

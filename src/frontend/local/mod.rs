@@ -30,8 +30,10 @@ use self::client::Client;
 use super::seats::{Full, Seats};
 use super::{DiskInfo, Frontend, Intake};
 use crate::listen::UnixSocket;
+use crate::log::Limiter;
 use crate::memory::Part;
 use crate::request::Request;
+use crate::stats::now;
 use crate::sys::memory::PAGE_SIZE;
 
 /// Limits of the local frontend.
@@ -74,6 +76,8 @@ pub struct Local {
     /// Clients so far.
     connections: u64,
     turned_away: u64,
+    /// For what clients do.
+    limiter: Limiter,
 }
 
 impl Local {
@@ -96,6 +100,7 @@ impl Local {
             first: 0,
             connections: 0,
             turned_away: 0,
+            limiter: Limiter::default(),
         })
     }
 
@@ -114,8 +119,10 @@ impl Local {
         };
         self.acceptable = false;
         for socket in listener.accept_at_most(most, &self.log) {
-            if let Err(error) = self.admit(socket.into()) {
-                warn!(self.log, "cannot admit a ring client"; "error" => %error);
+            if let Err(error) = self.admit(socket.into())
+                && let Some(suppressed) = self.limiter.allow(now())
+            {
+                warn!(self.log, "cannot admit a ring client"; "error" => %error, "suppressed_before" => suppressed);
             }
         }
     }
@@ -137,7 +144,7 @@ impl Local {
         let token = base + 1 + index * TOKENS;
         registry.register(&mut SourceFd(&socket.as_raw_fd()), Token(token), Interest::READABLE)?;
         self.connections += 1;
-        let deadline = crate::stats::now() + HELLO_TIMEOUT;
+        let deadline = now() + HELLO_TIMEOUT;
         self.clients.seat(index, Client::new(self.connections, socket, token, deadline));
         Ok(())
     }
@@ -147,8 +154,10 @@ impl Local {
         if let Some((registry, _)) = &self.registry {
             client.deregister(registry);
         }
-        info!(self.log, "ring client gone"; "client" => client.number, "why" => why,
-            "in_flight" => client.in_flight());
+        if let Some(suppressed) = self.limiter.allow(now()) {
+            info!(self.log, "ring client gone"; "client" => client.number, "why" => why,
+                "in_flight" => client.in_flight(), "suppressed_before" => suppressed);
+        }
     }
 }
 
@@ -174,9 +183,13 @@ impl Frontend for Local {
         }
         match client.receive(&self.config, &self.disk, registry) {
             Ok(None) => {}
-            Ok(Some(hello)) => info!(self.log, "ring client connected"; "client" => client.number,
-                "queues" => hello.queues, "ring_page_order" => hello.ring_page_order, "abi" => hello.abi,
-                "data_pages" => hello.data_pages),
+            Ok(Some(hello)) => {
+                if let Some(suppressed) = self.limiter.allow(now()) {
+                    info!(self.log, "ring client connected"; "client" => client.number, "queues" => hello.queues,
+                        "ring_page_order" => hello.ring_page_order, "abi" => hello.abi, "data_pages" => hello.data_pages,
+                        "suppressed_before" => suppressed);
+                }
+            }
             Err(error) => self.drop_client(index, &error.to_string()),
         }
     }

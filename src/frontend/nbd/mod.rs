@@ -27,6 +27,7 @@ use self::listen::{Listener, Style};
 use self::negotiate::Export;
 use super::seats::{Full, Seats};
 use super::{DiskInfo, Frontend, Intake};
+use crate::log::Limiter;
 use crate::memory::Part;
 use crate::request::Request;
 use crate::stats::now;
@@ -75,6 +76,8 @@ pub struct Nbd {
     registry: Option<(Registry, usize)>,
     accepted: u64,
     refused: u64,
+    /// For what clients do.
+    limiter: Limiter,
 }
 
 /// A request's mark: the seat of its client, and the part.
@@ -117,6 +120,7 @@ impl Nbd {
             registry: None,
             accepted: 0,
             refused: 0,
+            limiter: Limiter::default(),
         })
     }
 
@@ -169,7 +173,10 @@ impl Nbd {
         let Some((registry, base)) = &self.registry else { return };
         let Some(index) = self.seats.first_free() else {
             self.refused += 1;
-            warn!(self.log, "an NBD client is refused, there are too many"; "refused" => self.refused);
+            if let Some(suppressed) = self.limiter.allow(now()) {
+                warn!(self.log, "an NBD client is refused, there are too many"; "refused" => self.refused,
+                    "suppressed_before" => suppressed);
+            }
             return;
         };
         let token = Token(base + LISTENERS + index);
@@ -188,7 +195,9 @@ impl Nbd {
             }
             Err(error) => {
                 self.refused += 1;
-                warn!(self.log, "an NBD client is refused"; "error" => %error);
+                if let Some(suppressed) = self.limiter.allow(now()) {
+                    warn!(self.log, "an NBD client is refused"; "error" => %error, "suppressed_before" => suppressed);
+                }
             }
         }
     }
@@ -203,7 +212,12 @@ impl Nbd {
             let Some(mut connection) = self.seats.leave(index, |connection| connection.in_flight()) else { continue };
             connection.deregister(registry);
             match connection.failure() {
-                Some(why) => info!(self.log, "an NBD client is disconnected"; "client" => index, "reason" => why),
+                Some(why) => {
+                    if let Some(suppressed) = self.limiter.allow(now()) {
+                        info!(self.log, "an NBD client is disconnected"; "client" => index, "reason" => why,
+                            "suppressed_before" => suppressed);
+                    }
+                }
                 None => debug!(self.log, "an NBD client leaves"; "client" => index),
             }
         }
