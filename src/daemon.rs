@@ -4,9 +4,22 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 
+use nix::syslog::{Severity, syslog};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, pipe, setsid};
 
 use crate::sys::process::fork;
+
+/// A panic of any thread ends the process, by SIGABRT: whoever waits for that thread would wait for ever. What it was goes to standard error, and
+/// to the system's log, since nobody reads the former in the background.
+pub fn end_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        // Nothing can be done where not even that is possible.
+        let _ = syslog(Severity::LOG_CRIT, panic.to_string().as_str());
+        std::process::abort();
+    }));
+}
 
 /// The process in the background, before it serves.
 pub struct Daemon {

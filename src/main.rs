@@ -10,13 +10,14 @@ use slog::Level;
 use tapdisk::args::Args;
 use tapdisk::config::Config;
 use tapdisk::control::client::errno;
-use tapdisk::daemon::Daemon;
+use tapdisk::daemon::{self, Daemon};
 use tapdisk::event::MainLoop;
 use tapdisk::log::{Log, Sink};
 use tapdisk::{event, memory, serve, sys};
 
 fn main() -> ExitCode {
     sys::process::keep_from_others();
+    daemon::end_on_panic();
     let args = Args::parse();
     let config = match args.configuration() {
         Ok(config) => config,

@@ -7,6 +7,7 @@ mod common;
 
 mod memory_limit;
 mod no_alloc;
+mod panics;
 mod pool_threads;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
