@@ -10,6 +10,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
+#[cfg(not(miri))]
+use nix::sys::mman::{MmapAdvise, madvise};
 
 use super::gntdev::Grants;
 
@@ -47,7 +49,7 @@ impl Memory {
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address the kernel chooses touches no memory of ours.
         let base = unsafe { mmap_anonymous(None, size, rw, MapFlags::MAP_PRIVATE) }?;
-        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None })
+        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None }.left_out_of_dumps())
     }
 
     /// The first `len` bytes of `fd`, shared. A file that shrinks under its mapping makes an access a SIGBUS, so a
@@ -62,7 +64,15 @@ impl Memory {
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: as in `anonymous`.
         let base = unsafe { mmap(None, size, rw, MapFlags::MAP_SHARED, fd, offset as i64) }?;
-        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None })
+        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None }.left_out_of_dumps())
+    }
+
+    /// What guests write and read is in no core dump.
+    fn left_out_of_dumps(self) -> Memory {
+        // SAFETY: the range is this mapping, and its content stays as it is. Where the kernel refuses, it is in dumps.
+        #[cfg(not(miri))]
+        let _ = unsafe { madvise(self.base.cast(), self.len, MmapAdvise::MADV_DONTDUMP) };
+        self
     }
 
     /// Pages of a guest, `len` bytes.
@@ -174,6 +184,27 @@ impl Drop for Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no /proc")]
+    fn what_guests_write_is_in_no_core_dump() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        for memory in [Memory::anonymous(8192).unwrap(), Memory::shared(&file, 8192).unwrap()] {
+            // The flags of the mapping that has it, by its address (proc(5), VmFlags; dd: do not dump).
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let at = memory.base.as_ptr() as usize;
+            let has = |line: &str| {
+                let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+                let bound = |text: &str| usize::from_str_radix(text, 16).ok();
+                range.is_some_and(|(begin, end)| {
+                    bound(begin) <= Some(at) && Some(at) < bound(end) && bound(begin).is_some()
+                })
+            };
+            let flags = maps.lines().skip_while(|line| !has(line)).find_map(|line| line.strip_prefix("VmFlags:"));
+            assert!(flags.unwrap().split_whitespace().any(|flag| flag == "dd"), "{flags:?}");
+        }
+    }
 
     #[test]
     fn what_is_written_is_read() {
