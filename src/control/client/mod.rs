@@ -17,6 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::proto::{MESSAGE_SIZE, Message, NO_MINOR, Response, Stat, kind, text};
 use crate::sys;
+use crate::text::one_line;
 
 pub use disk::*;
 pub use ours::*;
@@ -161,7 +162,7 @@ fn check(message: &Message) -> io::Result<()> {
     }
     let words = text(&message).filter(|words| !words.is_empty());
     let errno = sys::errno(error);
-    Err(refused(errno, words.map_or_else(|| errno.desc().to_owned(), str::to_owned)))
+    Err(refused(errno, words.map_or_else(|| errno.desc().to_owned(), |words| one_line(words).into_owned())))
 }
 
 /// The standard library's connect() has no limit, and waits where a stopped tapdisk has many connections to take already.

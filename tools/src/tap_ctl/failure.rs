@@ -18,7 +18,9 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     }
     let number = if is_exact(error) { Errno::EPERM as i32 } else { number(error) };
     let known = strerror(number);
-    let words = words(error).map(|words| one_line(&words).into_owned());
+    // What a tapdisk says that does not start has lines.
+    let escaped = |words: String| words.lines().map(one_line).collect::<Vec<_>>().join("\n");
+    let words = words(error).map(escaped);
     if args.json {
         print_json(number, words.as_ref().unwrap_or(&known));
     }
