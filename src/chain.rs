@@ -10,7 +10,7 @@ use drivers::vhd::{self, Image, Kind, Parts, Platform, Problem, ReadError, Sourc
 use nix::errno::Errno;
 
 use crate::sys;
-use crate::sys::file::{geometry, open_storage};
+use crate::sys::file::{file_id, geometry, open_storage};
 use crate::volume;
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
@@ -128,7 +128,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    fn id(&self) -> FileId {
+    fn id(&self) -> (u64, u64) {
         self.file.metadata().map_or((0, 0), |meta| file_id(&meta))
     }
 
@@ -137,13 +137,6 @@ impl Opened {
         let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         std::fs::read_link(link).or_else(|_| path.canonicalize()).ok()
     }
-}
-
-/// What tells a file from all others, whatever its name is: device and inode; of a block device, which may have several inodes, its number.
-type FileId = (u64, u64);
-
-fn file_id(meta: &Metadata) -> FileId {
-    if meta.file_type().is_block_device() { (0, meta.rdev()) } else { (meta.dev(), meta.ino()) }
 }
 
 impl Source for Opened {

@@ -180,13 +180,14 @@ pub fn lock_holder(file: &File) -> Option<i32> {
     })
 }
 
+/// What tells a file from all others, whatever its name is: device and inode; of a block device, which may have several inodes, its number.
+pub fn file_id(meta: &Metadata) -> (u64, u64) {
+    if meta.file_type().is_block_device() { (0, meta.rdev()) } else { (meta.dev(), meta.ino()) }
+}
+
 /// Whether a file, of which that is known, is an open one, or the same block device.
 pub fn same_file(one: &Metadata, other: &File) -> bool {
-    let id = |meta: &Metadata| {
-        let device = meta.file_type().is_block_device().then(|| meta.rdev());
-        device.map_or((meta.dev(), meta.ino()), |device| (0, device))
-    };
-    other.metadata().is_ok_and(|other| id(one) == id(&other))
+    other.metadata().is_ok_and(|other| file_id(one) == file_id(&other))
 }
 
 /// What O_DIRECT demands of (memory, offset and length), in bytes, where the kernel says so (statx, since 6.1).
