@@ -10,7 +10,7 @@ use drivers::vhd::{self, Image, Kind, Parts, Platform, Problem, ReadError, Sourc
 use nix::errno::Errno;
 
 use crate::sys;
-use crate::sys::file::{file_id, geometry, open_storage};
+use crate::sys::file::{FileIdentity, file_id, geometry, open_storage};
 use crate::volume;
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
@@ -128,8 +128,8 @@ pub struct Opened {
 }
 
 impl Opened {
-    fn id(&self) -> (u64, u64) {
-        self.file.metadata().map_or((0, 0), |meta| file_id(&meta))
+    fn id(&self) -> FileIdentity {
+        self.file.metadata().map_or_else(|_| FileIdentity::default(), |meta| file_id(&meta))
     }
 
     /// Its path without links, of which that by which it was opened is one.
@@ -156,7 +156,7 @@ pub struct Layer {
     /// Its path.
     pub path: PathBuf,
     /// The file that was looked at.
-    pub id: (u64, u64),
+    pub id: FileIdentity,
     /// Bytes of its file or device.
     pub file_size: u64,
     /// Its metadata. None: it is raw, and the last of its chain.

@@ -13,9 +13,11 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use slog::{Logger, error, info, warn};
 
+use crate::blocking::Blocking;
 use crate::config::{self, Config};
 use crate::control::Control;
 use crate::disk::Turn;
+use crate::job;
 use crate::log::Log;
 use crate::metrics::text::Exposition;
 use crate::metrics::{self, ProcessMetrics};
@@ -66,8 +68,9 @@ pub struct MainLoop {
 }
 
 impl MainLoop {
-    /// A loop without disks.
-    pub fn new(config: Arc<Config>, logging: Log, log: Logger) -> io::Result<MainLoop> {
+    /// A loop without disks. Starts the [job maker](job::start_maker).
+    pub fn new(blocking: &Blocking, config: Arc<Config>, logging: Log, log: Logger) -> io::Result<MainLoop> {
+        job::start_maker(blocking)?;
         let poll = Poll::new()?;
         let registry = poll.registry();
         let signals = SignalFd::with_flags(&signals(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
@@ -102,8 +105,8 @@ impl MainLoop {
         self.control.path()
     }
 
-    /// Serves until the last minor is detached. An error is one of a last flush.
-    pub fn run(mut self) -> io::Result<()> {
+    /// Serves until the last minor is detached. An error is one of a last flush. From here on this thread waits for events only.
+    pub fn run(mut self, _: Blocking) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut turns = 0;
         let mut last = Turn::Nothing;

@@ -118,6 +118,7 @@ pub mod submit;
 
 pub mod engine;
 
+pub mod blocking;
 pub mod chain;
 pub mod image;
 pub mod job;

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::Parser;
 use slog::Level;
 use tapdisk::args::Args;
+use tapdisk::blocking::Blocking;
 use tapdisk::config::Config;
 use tapdisk::control::client::errno;
 use tapdisk::daemon::{self, Daemon};
@@ -48,15 +49,16 @@ fn code(args: &Args, error: &(dyn Error + 'static)) -> u8 {
 fn run(args: &Args, config: &Config) -> Result<ExitCode, Box<dyn Error>> {
     // Every thread inherits the mask, and so only the main loop sees these signals.
     event::blocked().thread_block()?;
+    let blocking = Blocking::before_main_loop();
     if !args.in_background() {
-        let main_loop = open(args, config)?;
-        return Ok(main_loop.run().map(|()| ExitCode::SUCCESS)?);
+        let main_loop = open(&blocking, args, config)?;
+        return Ok(main_loop.run(blocking).map(|()| ExitCode::SUCCESS)?);
     }
     let daemon = match Daemon::start()? {
         Ok(daemon) => daemon,
         Err(code) => return Ok(ExitCode::from(code)),
     };
-    let main_loop = match open(args, config) {
+    let main_loop = match open(&blocking, args, config) {
         Ok(main_loop) => main_loop,
         Err(error) => {
             daemon.failed(code(args, &*error));
@@ -64,10 +66,10 @@ fn run(args: &Args, config: &Config) -> Result<ExitCode, Box<dyn Error>> {
         }
     };
     daemon.serves()?;
-    Ok(main_loop.run().map(|()| ExitCode::SUCCESS)?)
+    Ok(main_loop.run(blocking).map(|()| ExitCode::SUCCESS)?)
 }
 
-fn open(args: &Args, config: &Config) -> Result<MainLoop, Box<dyn Error>> {
+fn open(blocking: &Blocking, args: &Args, config: &Config) -> Result<MainLoop, Box<dyn Error>> {
     let level = Level::from_str(&config.log.level).unwrap_or(Level::Info);
     let denied = memory::announce(&config.memory);
     let sink = match &config.log.file {
@@ -78,7 +80,7 @@ fn open(args: &Args, config: &Config) -> Result<MainLoop, Box<dyn Error>> {
     let (logging, log) = Log::open(config.log.format, level, sink)?;
     denied.iter().for_each(|denied| denied.log(&log));
     let open = if args.config.is_some() { serve::open } else { serve::wait };
-    let main_loop = open(config, logging, &log)?;
+    let main_loop = open(blocking, config, logging, &log)?;
     if args.config.is_none() {
         // It holds no folder of whoever started it, and the images' paths begin at the root.
         std::env::set_current_dir("/")?;

@@ -37,6 +37,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use slog::{Logger, info, warn};
 
+use crate::blocking::Blocking;
 use crate::config::Memory;
 use crate::submit::STACK_SIZE;
 use crate::sys::process::{set_io_flusher, share_one_arena};
@@ -156,9 +157,9 @@ fn set_oom_score_adj(wanted: i32) -> std::io::Result<()> {
     fs::write(path, wanted.to_string())
 }
 
-/// Keeps all that is there now resident, and all that comes: what a client's connection allocates and the stacks of the
+/// Waits until all of it is in memory. Keeps all that is there now resident, and all that comes: what a client's connection allocates and the stacks of the
 /// pool's threads could otherwise be swapped out to the disk that they serve.
-pub fn lock(log: &Logger) {
+pub fn lock(_: &Blocking, log: &Logger) {
     // Where there is a limit, what is beyond it could not be had at all, and the program would end.
     let future = if may_lock_all() { MlockAllFlags::MCL_FUTURE } else { MlockAllFlags::empty() };
     if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | future) {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use slog::{Logger, info, o, warn};
 
+use crate::blocking::Blocking;
 use crate::config::{self, Config, OnClose};
 use crate::disk::{Disk, Parts, Reopen, Watchdog};
 use crate::event::MainLoop;
@@ -27,9 +28,14 @@ use crate::stack::{METAS, Stack};
 use crate::sys::memory::PAGE_SIZE;
 
 /// Opens everything that the configuration names, and serves its image until the client is gone or it is told to end.
-pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
+pub fn open(
+    blocking: &Blocking,
+    config: &Config,
+    logging: Log,
+    log: &Logger,
+) -> Result<MainLoop, Box<dyn std::error::Error>> {
     let config = Arc::new(config.clone());
-    let mut main_loop = MainLoop::new(Arc::clone(&config), logging, log.clone())?;
+    let mut main_loop = MainLoop::new(blocking, Arc::clone(&config), logging, log.clone())?;
     let marker = take_minor(&config.control)?;
     let mut placed = (*config).clone();
     place_sockets(&mut placed, marker.minor());
@@ -44,12 +50,15 @@ pub fn open(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box
     }
     let paused = record.filter(|record| record.paused);
     let image = match &paused {
-        Some(record) => image::closed(&placed, record.size, record.sector_size)?,
-        None => image::open(&placed, None, log)?,
+        Some(record) => image::closed(blocking, &placed, record.size, record.sector_size)?,
+        None => image::open(blocking, &placed, None, log)?,
     };
     let log_of_disk = log.new(o!("minor" => marker.minor()));
     let frontends = frontends(&placed, &image.info, &log_of_disk)?;
     let mut disk = disk(placed.into(), image, frontends, place, &log_of_disk)?;
+    if config.memory.lock {
+        memory::lock(blocking, log);
+    }
     if paused.is_some() {
         disk.start_paused();
     }
@@ -70,16 +79,21 @@ fn take_minor(control: &config::Control) -> Result<Marker, String> {
 
 /// Opens nothing, and waits for clients of the control socket to attach minors and open images, with what `config` says of
 /// everything else.
-pub fn wait(config: &Config, logging: Log, log: &Logger) -> Result<MainLoop, Box<dyn std::error::Error>> {
-    let main_loop = MainLoop::new(Arc::new(config.clone()), logging, log.clone())?;
+pub fn wait(
+    blocking: &Blocking,
+    config: &Config,
+    logging: Log,
+    log: &Logger,
+) -> Result<MainLoop, Box<dyn std::error::Error>> {
+    let main_loop = MainLoop::new(blocking, Arc::new(config.clone()), logging, log.clone())?;
     if config.memory.lock {
-        memory::lock(log);
+        memory::lock(blocking, log);
     }
     info!(log, "waiting for tap-ctl"; "control" => %main_loop.control_path().display());
     Ok(main_loop)
 }
 
-/// A disk with an image that is open, and its frontends.
+/// A disk with an image that is open, and its frontends. Its memory is not locked.
 pub fn disk(
     config: Arc<Config>,
     image: Image,
@@ -97,13 +111,12 @@ pub fn disk(
         merge_bytes: config.engine.merge_bytes.0,
         retry: Retry { limit: u64::from(config.retry.limit_s) * 1_000_000_000, no_space: config.retry.no_space },
     };
-    let queue = Queue::new(image.engine, config.engine.submit, limits)?;
+    let queue = Queue::new(image.submission, config.engine.submit, limits);
     // Each segment of an indirect request may be apart from the others.
     let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
     let slots = Slots::new(requests, segments, own);
     let lease = Some(Duration::from_secs(config.control.pause_lease_s.into())).filter(|lease| !lease.is_zero());
     let watchdog = Watchdog::new(config.watchdog.stuck_s);
-    let lock = config.memory.lock;
     let disk = Disk::new(Parts {
         info: image.info,
         frontends,
@@ -111,14 +124,12 @@ pub fn disk(
         stack: Stack::new(image.layers, requests, image.tickets)?,
         queue,
         locks: image.locks,
+        file_ids: image.file_ids,
         opener: image.opener,
         reopen: Some(Reopen { config, lease, record }),
         watchdog,
         log: log.clone(),
     });
-    if lock {
-        memory::lock(log);
-    }
     disk.budget().log(log);
     Ok(disk)
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use self::sync::{AtomicBool, Condvar, Mutex, Ordering, fence};
+use crate::blocking::{Blocking, Caller, spawn};
 use crate::engine::Submit;
 use crate::sys::io::Io;
 
@@ -194,23 +195,33 @@ pub struct Counters {
 }
 
 impl Counters {
-    fn add(counter: &AtomicU64, n: u64) {
-        counter.fetch_add(n, Relaxed);
-    }
-
     /// The engine took `n` I/Os at once.
     pub fn took(&self, n: usize) {
-        Self::add(&self.batches, 1);
-        Self::add(&self.accepted, n as u64);
+        self.batches.fetch_add(1, Relaxed);
+        self.accepted.fetch_add(n as u64, Relaxed);
         self.largest.fetch_max(n as u64, Relaxed);
+    }
+
+    /// Goes on from what others have counted.
+    pub fn add(&self, before: &Counters) {
+        for (counter, before) in [
+            (&self.batches, &before.batches),
+            (&self.accepted, &before.accepted),
+            (&self.busy, &before.busy),
+            (&self.refused, &before.refused),
+        ] {
+            counter.fetch_add(before.load(Relaxed), Relaxed);
+        }
+        self.largest.fetch_max(before.largest.load(Relaxed), Relaxed);
     }
 }
 
-/// Submits all of `batch`: first one I/O, so that the disk begins at once, then twice as many each time. Partial
+/// Submits all of `batch`, as `by`: first one I/O, so that the disk begins at once, then twice as many each time. Partial
 /// acceptance goes on with the rest; EAGAIN calls `wait` and tries again if that says so; any other refusal fails only
 /// the first, by `refuse`.
 pub fn submit_all(
     engine: &dyn Submit,
+    by: Caller,
     counters: &Counters,
     batch: &mut VecDeque<Box<Io>>,
     mut wait: impl FnMut() -> bool,
@@ -219,7 +230,7 @@ pub fn submit_all(
     let mut limit = 1;
     while !batch.is_empty() {
         counters.since.store(crate::stats::now(), Relaxed);
-        let result = engine.submit(batch, limit);
+        let result = engine.submit(batch, limit, by);
         counters.since.store(0, Relaxed);
         match result {
             Ok(n) if n > 0 => {
@@ -227,13 +238,13 @@ pub fn submit_all(
                 limit = limit.saturating_mul(2);
             }
             Ok(_) | Err(Errno::EAGAIN) => {
-                Counters::add(&counters.busy, 1);
+                counters.busy.fetch_add(1, Relaxed);
                 if !wait() {
                     return;
                 }
             }
             Err(errno) => {
-                Counters::add(&counters.refused, 1);
+                counters.refused.fetch_add(1, Relaxed);
                 if let Some(io) = batch.pop_front() {
                     refuse(io, errno);
                 }
@@ -251,17 +262,26 @@ pub struct SubmitThread {
 
 impl SubmitThread {
     /// Starts it, with room for `capacity` I/Os.
-    pub fn start(engine: Arc<dyn Submit>, counters: Arc<Counters>, capacity: usize) -> std::io::Result<SubmitThread> {
+    pub fn start(
+        blocking: &Blocking,
+        engine: Arc<dyn Submit>,
+        counters: Arc<Counters>,
+        capacity: usize,
+    ) -> std::io::Result<SubmitThread> {
         let shared = Arc::new(Handover::new(capacity));
         let handover = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("submit".into())
-            .stack_size(STACK_SIZE)
-            .spawn(move || Self::run(&handover, &*engine, &counters, capacity))?;
+        let run = move |blocking: &Blocking| Self::run(blocking, &handover, &*engine, &counters, capacity);
+        let thread = spawn(blocking, "submit", STACK_SIZE, run)?;
         Ok(SubmitThread { shared, thread: Some(thread) })
     }
 
-    fn run(handover: &Handover<Box<Io>>, engine: &dyn Submit, counters: &Counters, capacity: usize) {
+    fn run(
+        blocking: &Blocking,
+        handover: &Handover<Box<Io>>,
+        engine: &dyn Submit,
+        counters: &Counters,
+        capacity: usize,
+    ) {
         let mut batch = VecDeque::with_capacity(capacity);
         while handover.take(&mut batch) {
             let mut asked = false;
@@ -275,7 +295,7 @@ impl SubmitThread {
                 }
                 true
             };
-            submit_all(engine, counters, &mut batch, wait, |io, errno| {
+            submit_all(engine, Caller::Thread(blocking), counters, &mut batch, wait, |io, errno| {
                 handover.refuse(io, errno);
                 engine.wake();
             });

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::proto::{List, Message, MinorList, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
 use super::{blkif, engine, life, pause};
-use crate::disk::Disk;
+use crate::disk::{Disk, ResizeError};
 use crate::metrics::ProcessMetrics;
 use crate::minors::{Minor, MinorError, Minors};
 use crate::polling::Polling;
@@ -26,8 +26,14 @@ pub enum Late {
     Open(u16),
     /// Its image is closed.
     Close(u16),
+    /// Its coalesce, asked for by COMMIT, begins.
+    Commit(u16),
+    /// The same, asked for by COALESCE.
+    Coalesce(u16),
     /// Its coalesce ends.
     Cancel(u16),
+    /// It looks at its image's size.
+    Resize(u16),
     /// It has finished the requests of a guest, which was disconnected: domain and device. The minor is only what the client said.
     Disconnect(u16, u32, u32),
 }
@@ -39,7 +45,13 @@ impl Late {
             Late::Open(minor) => return life::opened(minor, minors),
             Late::Close(minor) => return life::closed(minor, minors),
             Late::Disconnect(cookie, domain, device) => return blkif::disconnected(cookie, minors, domain, device),
-            Late::Engine(minor) | Late::Pause(minor) | Late::Resume(minor) | Late::Cancel(minor) => minor,
+            Late::Engine(minor)
+            | Late::Pause(minor)
+            | Late::Resume(minor)
+            | Late::Commit(minor)
+            | Late::Coalesce(minor)
+            | Late::Cancel(minor)
+            | Late::Resize(minor) => minor,
         };
         // Its image may have been closed meanwhile.
         let Some(disk) = minors.disk_mut(minor) else { return Some(no_disk(minor)) };
@@ -47,6 +59,9 @@ impl Late {
             Late::Engine(_) => disk.switched().map(|outcome| engine::switched(minor, disk, &outcome)),
             Late::Pause(_) => disk.pause_outcome().map(|outcome| pause::paused(minor, disk, &outcome)),
             Late::Resume(_) => disk.resume_outcome().map(|outcome| pause::resumed(minor, disk, &outcome)),
+            Late::Commit(_) => pause::committed(minor, disk),
+            Late::Coalesce(_) => pause::coalesced(minor, disk),
+            Late::Resize(_) => disk.resized().map(|outcome| resized(minor, disk, outcome)),
             _ => pause::cancelled(minor, disk),
         }
     }
@@ -106,16 +121,16 @@ fn of_disk(request: &Message, disk: &mut Disk, polling: &mut Polling, log: &Logg
         kind::ENGINE => engine::change(request, disk).ok_or(Late::Engine(cookie))?,
         kind::PAUSE => pause::pause(cookie, disk).ok_or(Late::Pause(cookie))?,
         kind::RESUME => pause::resume(request, disk).ok_or(Late::Resume(cookie))?,
-        kind::COMMIT => pause::commit(request, disk),
+        kind::COMMIT => pause::commit(request, disk).ok_or(Late::Commit(cookie))?,
         kind::QUERY_COMMIT => pause::query(cookie, disk),
         kind::CANCEL_COMMIT => pause::cancel(request, disk).ok_or(Late::Cancel(cookie))?,
         kind::STATS => with_text(kind::STATS_RSP, cookie, &stats(Some(disk)).to_string()),
         kind::METRICS => metrics(cookie, [(cookie, &*disk)]),
         kind::DISK_INFO => life::image(kind::DISK_INFO_RSP, cookie, disk.info()),
         kind::DEBUG_QUEUE => with_json(kind::DEBUG_QUEUE_RSP, cookie, &disk.inspect(polling)),
-        kind::COALESCE => pause::coalesce(request, disk),
+        kind::COALESCE => pause::coalesce(request, disk).ok_or(Late::Coalesce(cookie))?,
         kind::POLL => set_polling(request, polling, log).as_bytes().to_vec(),
-        kind::RESIZE => resize(cookie, disk).as_bytes().to_vec(),
+        kind::RESIZE => resize(cookie, disk).ok_or(Late::Resize(cookie))?,
         kind::FAULT => engine::faults(request, disk, log),
         _ => unknown(request),
     })
@@ -208,14 +223,21 @@ fn set_polling(request: &Message, polling: &mut Polling, log: &Logger) -> Messag
     Message::new(kind::POLL_RSP, request.cookie).with(&answer)
 }
 
-fn resize(cookie: u16, disk: &mut Disk) -> Message {
-    match disk.resize() {
+/// The answer to RESIZE, if it is refused at once. None: it comes when the file's size is known, by [`resized`].
+fn resize(cookie: u16, disk: &mut Disk) -> Option<Vec<u8>> {
+    disk.resize().err().map(|error| resized(cookie, disk, Err(error)))
+}
+
+/// The late answer to RESIZE.
+fn resized(cookie: u16, disk: &Disk, outcome: Result<(u64, u64), ResizeError>) -> Vec<u8> {
+    let answer = match outcome {
         Ok((old, new)) => Message::new(kind::RESIZE_RSP, cookie).with(&Resized { old, new }),
         Err(error) => {
             let text = format!("{}: {error}", disk.info().name);
             Message::error(cookie, error.errno() as i32, &text)
         }
-    }
+    };
+    answer.as_bytes().to_vec()
 }
 
 fn metrics<'a>(cookie: u16, disks: impl IntoIterator<Item = (u16, &'a Disk)>) -> Vec<u8> {

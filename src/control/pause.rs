@@ -8,7 +8,7 @@ use std::path::Path;
 use super::answer::{refused as refuse, with_json};
 use super::life::check_flags;
 use super::proto::{Coalesce, Message, Params, Query, coalesce as flag, kind, string, text};
-use crate::disk::{Disk, PauseError, Stage, parse_name};
+use crate::disk::{CoalesceError, Disk, PauseError, Stage, parse_name};
 use crate::minors::{MinorError, Minors};
 
 /// The answer to PAUSE. None: it comes when the disk is paused, by [`paused`].
@@ -71,21 +71,29 @@ pub(super) fn resumed(cookie: u16, disk: &Disk, outcome: &Result<(), PauseError>
     }
 }
 
-/// The answer to COMMIT: the image of that path is merged into its parent.
-pub(super) fn commit(request: &Message, disk: &mut Disk) -> Vec<u8> {
+/// The answer to COMMIT, if it is refused at once: the image of that path is merged into its parent. None: it comes when the merge has
+/// begun, by [`committed`].
+pub(super) fn commit(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
     let cookie = request.cookie;
     let params: Params = request.member();
     let Some(name) = text(&params.path) else {
-        return refuse(cookie, &MinorError::new(Errno::EINVAL, "the image's name has no end"));
+        return Some(refuse(cookie, &MinorError::new(Errno::EINVAL, "the image's name has no end")));
     };
     let path = parse_name(name).map_or_else(|_| name.into(), |(_, path)| path);
-    match disk.coalesce((!name.is_empty()).then_some(path.as_path()), 0) {
+    let begun = disk.coalesce((!name.is_empty()).then_some(path.as_path()), 0);
+    begun.err().map(|error| not_coalesced(cookie, disk, &error))
+}
+
+/// The late answer to COMMIT.
+pub(super) fn committed(cookie: u16, disk: &Disk) -> Option<Vec<u8>> {
+    Some(match disk.coalesce_begun()? {
         Ok(()) => Message::new(kind::COMMIT_RSP, cookie).as_bytes().to_vec(),
-        Err(error) => {
-            let text = format!("{}: {error}", disk.info().name);
-            refuse(cookie, &MinorError::new(error.errno(), text))
-        }
-    }
+        Err(error) => not_coalesced(cookie, disk, &error),
+    })
+}
+
+fn not_coalesced(cookie: u16, disk: &Disk, error: &CoalesceError) -> Vec<u8> {
+    refuse(cookie, &MinorError::new(error.errno(), format!("{}: {error}", disk.info().name)))
 }
 
 /// The answer to QUERY_COMMIT, in the words of QEMU's block jobs (JobStatus, qapi/job.json), as XCP-ng shows them.
@@ -122,24 +130,34 @@ fn cancel_response(cookie: u16) -> Vec<u8> {
     Message::new(kind::CANCEL_COMMIT_RSP, cookie).as_bytes().to_vec()
 }
 
-/// The answer to COALESCE.
-pub(super) fn coalesce(request: &Message, disk: &mut Disk) -> Vec<u8> {
+/// The answer to COALESCE. None: it comes when the merge has begun, by [`coalesced`].
+pub(super) fn coalesce(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
     let (cookie, wanted): (u16, Coalesce) = (request.cookie, request.member());
     let name = disk.info().name.clone();
-    let wrong = |errno, text: &str| refuse(cookie, &MinorError::new(errno, format!("{name}: {text}")));
-    let Some(image) = text(&wanted.path) else { return wrong(Errno::EINVAL, "the image's name has no end") };
+    let wrong = |text: &str| Some(refuse(cookie, &MinorError::new(Errno::EINVAL, format!("{name}: {text}"))));
+    let Some(image) = text(&wanted.path) else { return wrong("the image's name has no end") };
     if wanted.flags & !flag::ALL != 0 {
-        return wrong(Errno::EINVAL, "a flag that is not known here");
+        return wrong("a flag that is not known here");
     }
     if wanted.flags & flag::CANCEL != 0 {
         disk.cancel_coalesce();
     }
-    if wanted.flags & flag::START != 0 {
-        let image = (!image.is_empty()).then(|| Path::new(image));
-        if let Err(error) = disk.coalesce(image, wanted.rate) {
-            return wrong(error.errno(), &error.to_string());
-        }
+    if wanted.flags & flag::START == 0 {
+        return Some(shown(cookie, disk));
     }
+    let begun = disk.coalesce((!image.is_empty()).then(|| Path::new(image)), wanted.rate);
+    begun.err().map(|error| not_coalesced(cookie, disk, &error))
+}
+
+/// The late answer to COALESCE.
+pub(super) fn coalesced(cookie: u16, disk: &Disk) -> Option<Vec<u8>> {
+    Some(match disk.coalesce_begun()? {
+        Ok(()) => shown(cookie, disk),
+        Err(error) => not_coalesced(cookie, disk, &error),
+    })
+}
+
+fn shown(cookie: u16, disk: &Disk) -> Vec<u8> {
     with_json(kind::COALESCE_RSP, cookie, &disk.coalesce_report())
 }
 

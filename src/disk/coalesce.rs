@@ -6,33 +6,30 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use drivers::vhd::{FOOTER_SIZE, Source, relink};
 use nix::errno::Errno;
-use nix::sys::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 use slog::{error, info};
 
 use super::pause::PauseError;
 use super::{Disk, State};
 use crate::chain;
+use crate::image::Lock;
 use crate::job::Job;
-use crate::sys::file::has_other_readers;
+use crate::sys::file::{FileIdentity, file_id, has_other_readers};
 use crate::vhd::file::{ImageFile, Medium, write_pieces};
-use crate::vhd::merge::{self, merge};
+use crate::vhd::merge::merge;
 use crate::vhd::parent::new_parent;
 
-/// Stack of the thread, bytes.
-const STACK_SIZE: usize = 256 << 10;
 /// How long the thread sleeps at a time, so that it can be told to stop.
 const NAP: Duration = Duration::from_millis(100);
 
 /// Why nothing is coalesced.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum CoalesceError {
     /// One at a time.
     #[error("it is coalescing already: tap-ctl coalesce --cancel ends that")]
@@ -46,16 +43,21 @@ pub enum CoalesceError {
     /// Somebody else would see another parent than before.
     #[error("{}: another process uses it, and would find other data in it", .0.display())]
     Shared(PathBuf),
+    /// It was paused or closed meanwhile.
+    #[error("it was paused or closed, or that cancelled, before it began")]
+    CutShort,
     /// The system says no.
     #[error("cannot start a thread: {0}")]
-    Thread(#[from] io::Error),
+    Thread(Arc<io::Error>),
 }
 
 impl CoalesceError {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
         match self {
-            CoalesceError::Busy | CoalesceError::NotRunning | CoalesceError::Shared(_) => Errno::EBUSY,
+            CoalesceError::Busy | CoalesceError::NotRunning | CoalesceError::CutShort | CoalesceError::Shared(_) => {
+                Errno::EBUSY
+            }
             CoalesceError::Chain(_) => Errno::EINVAL,
             CoalesceError::Thread(error) => error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
         }
@@ -96,54 +98,54 @@ pub struct CoalesceReport {
     pub error: Option<String>,
 }
 
-/// What the thread and the main loop tell each other.
+/// What the thread that merges and the main loop tell each other.
 struct Shared {
     cancel: AtomicBool,
     /// Bytes a second; 0: as fast as can be.
     rate: u64,
     percent: AtomicU64,
     bytes: AtomicU64,
-    outcome: Mutex<Option<Result<u64, merge::Error>>>,
-    event: Arc<EventFd>,
 }
 
-/// One that is under way, or the last one.
+/// Whether what was wanted can be: the images that are merged, and into which.
+pub(super) struct Checking {
+    job: Job<Result<(PathBuf, PathBuf), CoalesceError>>,
+    rate: u64,
+    cancelled: bool,
+}
+
+/// One that is under way, or the last one. If this is dropped, a merge ends soon, and nobody waits for that.
 pub(super) struct Coalescing {
     image: PathBuf,
     parent: PathBuf,
     stage: Stage,
+    /// The data is being merged; the outcome is in 512-byte sectors.
+    merging: Job<Result<u64, String>>,
     /// The merged image is being left out.
     leaving_out: Option<Job<Result<(), String>>>,
     /// It is, and the disk about to go on.
     left_out: bool,
     error: Option<String>,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Drop for Coalescing {
     fn drop(&mut self) {
         self.shared.cancel.store(true, Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // What it says is told by `outcome`.
-            let _ = thread.join();
-        }
     }
 }
 
 impl Shared {
-    /// The thread: merges, and wakes the main loop.
-    fn run(&self, image: &Path, parents: &[PathBuf]) {
+    /// In a thread of its own: merges.
+    fn run(&self, image: &Path, parents: &[PathBuf]) -> Result<u64, String> {
         let mut due = Instant::now();
-        let outcome = merge(image, parents, &mut |progress| {
+        let merged = merge(image, parents, &mut |progress| {
             self.percent.store((progress.done * 100.0) as u64, Relaxed);
             self.bytes.fetch_add(progress.data, Relaxed);
             due = self.due(due, Instant::now(), progress.data + progress.bitmaps);
             self.rest(due)
         });
-        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
-        // An eventfd's counter can't reach its limit by ones.
-        let _ = self.event.write(1);
+        merged.map_err(|error| error.to_string())
     }
 
     /// When so many bytes more may be done, if those before may be by `due`. What is owed is carried on to the last nanosecond:
@@ -172,74 +174,119 @@ impl Shared {
     }
 }
 
+/// The images of a chain and their locks, the leaf first.
+struct Chain {
+    paths: Vec<PathBuf>,
+    ids: Vec<FileIdentity>,
+    locks: Arc<[Lock]>,
+}
+
+impl Chain {
+    /// In a thread of its own: which image is to be merged, by default the one below the leaf, and into which.
+    fn choose(&self, image: Option<&Path>) -> Result<(PathBuf, PathBuf), CoalesceError> {
+        let index = match image {
+            None => 1,
+            Some(image) => self.index_of(image).ok_or_else(|| {
+                let image = image.display();
+                CoalesceError::Chain(format!("{image} is none of its images: tap-ctl debug-queue shows them"))
+            })?,
+        };
+        if index == 0 {
+            let leaf = self.paths[0].display();
+            let text = format!("{leaf} is written: take a snapshot first, and coalesce it then, below that");
+            return Err(CoalesceError::Chain(text));
+        }
+        let (Some(image), Some(parent)) = (self.paths.get(index), self.paths.get(index + 1)) else {
+            let text = "there is no image between the one that is written and the one that all is based on";
+            return Err(CoalesceError::Chain(text.into()));
+        };
+        if let Some(lock) = self.locks.get(index + 1)
+            && has_other_readers(lock).unwrap_or(true)
+        {
+            return Err(CoalesceError::Shared(parent.clone()));
+        }
+        Ok((image.clone(), parent.clone()))
+    }
+
+    fn index_of(&self, image: &Path) -> Option<usize> {
+        let wanted = file_id(&image.metadata().ok()?);
+        self.ids.iter().position(|id| *id == wanted)
+    }
+}
+
 impl Disk {
     /// Begins to merge an image of the chain, by default the one below the leaf, into the one below it, at most so many bytes
-    /// a second; 0: as fast as can be.
+    /// a second; 0: as fast as can be. Whether it does, [`coalesce_begun`](Self::coalesce_begun) says.
     pub fn coalesce(&mut self, image: Option<&Path>, rate: u64) -> Result<(), CoalesceError> {
         // First: the disk pauses by itself at the end of one.
-        if self.coalescing.as_ref().is_some_and(|coalescing| coalescing.is_under_way()) {
+        let under_way = self.coalescing.as_ref().is_some_and(|coalescing| coalescing.is_under_way());
+        if under_way || self.is_checking_chain() {
             return Err(CoalesceError::Busy);
         }
         if self.state != State::Running {
             return Err(CoalesceError::NotRunning);
         }
-        let index = match image {
-            None => 1,
-            Some(image) => self.layer_of(image).ok_or_else(|| {
-                CoalesceError::Chain(format!(
-                    "{} is none of its images: tap-ctl debug-queue shows them",
-                    image.display()
-                ))
-            })?,
+        let chain = Chain {
+            paths: self.stack.layers().iter().map(|layer| layer.path.clone()).collect(),
+            ids: self.file_ids.clone(),
+            locks: Arc::clone(&self.locks),
         };
-        let layers = self.stack.layers();
-        if index == 0 {
-            let text = format!(
-                "{} is written: take a snapshot first, and coalesce it then, below that",
-                layers[0].path.display()
-            );
-            return Err(CoalesceError::Chain(text));
-        }
-        let (Some(image), Some(parent)) = (layers.get(index), layers.get(index + 1)) else {
-            let text = "there is no image between the one that is written and the one that all is based on";
-            return Err(CoalesceError::Chain(text.into()));
+        let image = image.map(Path::to_owned);
+        let refused = |error| Err(CoalesceError::Thread(Arc::new(error)));
+        let job = Job::start("chain", self.wake(), refused, move |_| chain.choose(image.as_deref()));
+        (self.checking, self.coalesce_begun) = (Some(Checking { job, rate, cancelled: false }), Ok(()));
+        Ok(())
+    }
+
+    /// Whether the last coalesce that was asked for has begun. None: that is not known yet.
+    pub fn coalesce_begun(&self) -> Option<Result<(), CoalesceError>> {
+        (!self.is_checking_chain()).then(|| self.coalesce_begun.clone())
+    }
+
+    /// Whether it is being looked at whether a coalesce can begin.
+    pub(super) fn is_checking_chain(&self) -> bool {
+        self.checking.is_some()
+    }
+
+    /// Begins a coalesce that was looked at, and says whether there was something to do.
+    fn advance_checking(&mut self) -> bool {
+        let Some(checking) = &self.checking else { return false };
+        let Some(outcome) = checking.job.outcome() else { return false };
+        let (rate, cancelled) = (checking.rate, checking.cancelled);
+        self.checking = None;
+        self.coalesce_begun = match outcome {
+            Ok(_) if cancelled || self.state != State::Running => Err(CoalesceError::CutShort),
+            Ok((image, parent)) => {
+                self.begin_merge(image, parent, rate);
+                Ok(())
+            }
+            Err(error) => Err(error),
         };
-        let (image, parent) = (image.path.clone(), parent.path.clone());
-        if let Some(lock) = self.locks.get(index + 1)
-            && has_other_readers(lock).unwrap_or(true)
-        {
-            return Err(CoalesceError::Shared(parent));
-        }
+        true
+    }
+
+    fn begin_merge(&mut self, image: PathBuf, parent: PathBuf, rate: u64) {
         let shared = Arc::new(Shared {
             cancel: AtomicBool::new(false),
             rate,
             percent: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
-            outcome: Mutex::new(None),
-            event: Arc::clone(self.queue.engine().submit.event()),
         });
-        let thread = std::thread::Builder::new().name("coalesce".into()).stack_size(STACK_SIZE);
-        let thread = thread.spawn({
-            let (shared, image) = (Arc::clone(&shared), image.clone());
-            let parents = self.reopen.as_ref().map_or_else(Vec::new, |reopen| reopen.config.image.parents.clone());
-            move || shared.run(&image, &parents)
-        })?;
         info!(self.log, "coalescing"; "image" => %image.display(), "parent" => %parent.display(), "rate" => rate);
+        let (theirs, path) = (Arc::clone(&shared), image.clone());
+        let parents = self.reopen.as_ref().map_or_else(Vec::new, |reopen| reopen.config.image.parents.clone());
+        let refused = |error: io::Error| Err(format!("cannot start a thread: {error}"));
+        let merging = Job::start("coalesce", self.wake(), refused, move |_| theirs.run(&path, &parents));
         let (stage, error) = (Stage::Merging, None);
-        let thread = Some(thread);
         self.coalescing =
-            Some(Coalescing { image, parent, stage, leaving_out: None, left_out: false, error, shared, thread });
-        Ok(())
-    }
-
-    /// The index of the layer with that file.
-    fn layer_of(&self, image: &Path) -> Option<usize> {
-        let wanted = image.canonicalize().ok()?;
-        self.stack.layers().iter().position(|layer| layer.path.canonicalize().is_ok_and(|path| path == wanted))
+            Some(Coalescing { image, parent, stage, merging, leaving_out: None, left_out: false, error, shared });
     }
 
     /// Ends a merge that is under way. The chain stays as it is.
     pub fn cancel_coalesce(&mut self) {
+        if let Some(checking) = &mut self.checking {
+            checking.cancelled = true;
+        }
         if let Some(coalescing) = &self.coalescing {
             coalescing.shared.cancel.store(true, Relaxed);
         }
@@ -260,6 +307,9 @@ impl Disk {
 
     /// Goes on with what is under way, and says whether there was something to do.
     pub(super) fn advance_coalesce(&mut self) -> bool {
+        if self.advance_checking() {
+            return true;
+        }
         let may_pause = self.state == State::Running && !self.is_switching();
         // Whoever wants it to stay paused does not wait for the end of that.
         let goes_on =
@@ -267,8 +317,7 @@ impl Disk {
         let Some(coalescing) = &mut self.coalescing else { return false };
         match coalescing.stage {
             Stage::Merging => {
-                let outcome = coalescing.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let Some(outcome) = outcome else { return false };
+                let Some(outcome) = coalescing.merging.outcome() else { return false };
                 match outcome {
                     Ok(sectors) => {
                         info!(self.log, "merged"; "image" => %coalescing.image.display(), "sectors" => sectors);
@@ -276,7 +325,7 @@ impl Disk {
                     }
                     Err(error) => {
                         error!(self.log, "not coalesced: the chain is as before"; "error" => %error);
-                        (coalescing.stage, coalescing.error) = (Stage::Failed, Some(error.to_string()));
+                        (coalescing.stage, coalescing.error) = (Stage::Failed, Some(error));
                     }
                 }
                 true
@@ -311,11 +360,9 @@ impl Disk {
             return;
         };
         let paths: Vec<_> = self.stack.layers().iter().map(|layer| layer.path.clone()).collect();
-        let (image, event) = (coalescing.image.clone(), Arc::clone(&coalescing.shared.event));
-        match Job::start("relink", event, move || leave_out(&paths, &image)) {
-            Ok(job) => coalescing.leaving_out = Some(job),
-            Err(error) => self.merged_left_out(Err(error.to_string())),
-        }
+        let (image, wake) = (coalescing.image.clone(), self.queue.engine().submit.event());
+        let refused = |error: io::Error| Err(format!("cannot start a thread: {error}"));
+        coalescing.leaving_out = Some(Job::start("relink", wake, refused, move |_| leave_out(&paths, &image)));
     }
 
     /// Whether the files of the paused disk are still being changed.

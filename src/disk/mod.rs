@@ -6,39 +6,42 @@ mod inspect;
 mod metrics;
 mod pause;
 mod recording;
+mod resize;
 mod switch;
 mod watchdog;
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
 use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
 use slog::{Logger, error, info, o, warn};
 
-use self::coalesce::Coalescing;
+use self::coalesce::{Checking, Coalescing};
 pub use self::coalesce::{CoalesceError, CoalesceReport, Stage};
 pub use self::inspect::{DebugQueue, RequestReport};
 use self::pause::{After, Resuming};
 pub use self::pause::{PauseError, Reopen, parse_name};
 use self::recording::Recording;
+pub use self::resize::ResizeError;
+use self::resize::Resizing;
 use self::switch::Switching;
 pub use self::switch::{EngineReport, SwitchError, Wanted};
 pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
 use crate::image::Lock;
-use crate::job::Job;
+use crate::job::{Apart, Job};
 use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::{Hits, Layer, Stack, Started};
 use crate::stats::{Stats, now};
-use crate::sys::file::geometry;
+use crate::sys::file::FileIdentity;
 
 /// The disk's own requests.
 const INTERNAL: u16 = u16::MAX;
@@ -120,22 +123,28 @@ pub struct Disk {
     resumed: Result<(), PauseError>,
     /// The pause is not somebody's, but for what the disk does itself.
     pauses_for_itself: bool,
+    /// Whether a coalesce can begin is being looked at; and how that ended last.
+    checking: Option<Checking>,
+    coalesce_begun: Result<(), CoalesceError>,
     coalescing: Option<Coalescing>,
     /// An error of the last flush.
     flush_error: Option<Errno>,
     /// An error of a flush for a pause, which the next flush of a client's gets: what it is about may be lost.
     owed_error: Option<Errno>,
     failed_flush_is_logged: bool,
-    /// Held as long as the disk can write; the first is also the file whose size is asked for. None: there is no file.
-    locks: Vec<Lock>,
+    /// Held as long as the disk can write; the first is also the file whose size is asked for. Empty: there is no file.
+    locks: Apart<Arc<[Lock]>>,
+    /// What tells the image's files from all others, the leaf's first.
+    file_ids: Vec<FileIdentity>,
     log: Logger,
     limiter: Limiter,
     /// Until when answers wait for more of them, ns of [`now`].
     held_until: Option<u64>,
     watchdog: Watchdog,
     /// Opens other engines. None: the image is its engine.
-    opener: Option<Opener>,
+    opener: Option<Apart<Opener>>,
     switching: Option<Switching>,
+    resizing: Option<Resizing>,
     /// Writes wait for space.
     without_space: bool,
 }
@@ -153,9 +162,11 @@ pub struct Parts {
     /// What has the engine.
     pub queue: Queue,
     /// The locks of the image's files, the leaf's first.
-    pub locks: Vec<Lock>,
+    pub locks: Apart<Arc<[Lock]>>,
+    /// What tells those files from all others, the leaf's first.
+    pub file_ids: Vec<FileIdentity>,
     /// What opens other engines for the image, if it can have others.
-    pub opener: Option<Opener>,
+    pub opener: Option<Apart<Opener>>,
     /// What opens the image again after a pause; none: it stays open.
     pub reopen: Option<Reopen>,
     /// What looks for requests that are stuck.
@@ -164,39 +175,10 @@ pub struct Parts {
     pub log: Logger,
 }
 
-/// Why a disk does not take on its file's new size.
-#[derive(Debug, thiserror::Error)]
-pub enum ResizeError {
-    /// Its image is no file.
-    #[error("it has no file that could grow")]
-    NoFile,
-    /// Its image is closed.
-    #[error("it is paused, and takes on its image's size when it goes on")]
-    Paused,
-    /// The system says no.
-    #[error("cannot see its size: {0}")]
-    Io(#[from] io::Error),
-    /// The image does not go with that size.
-    #[error(transparent)]
-    Format(#[from] drivers::OpenError),
-}
-
-impl ResizeError {
-    /// As a client is told.
-    pub fn errno(&self) -> Errno {
-        match self {
-            ResizeError::NoFile => Errno::EOPNOTSUPP,
-            ResizeError::Paused => Errno::EBUSY,
-            ResizeError::Io(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
-            ResizeError::Format(_) => Errno::EINVAL,
-        }
-    }
-}
-
 impl Disk {
     /// A disk of these parts.
     pub fn new(parts: Parts) -> Disk {
-        let Parts { info, frontends, slots, stack, queue, locks, opener, reopen, watchdog, log } = parts;
+        let Parts { info, frontends, slots, stack, queue, locks, file_ids, opener, reopen, watchdog, log } = parts;
         let capacity = slots.capacity();
         let mut disk = Disk {
             info,
@@ -221,17 +203,21 @@ impl Disk {
             recording: None,
             resumed: Ok(()),
             pauses_for_itself: false,
+            checking: None,
+            coalesce_begun: Ok(()),
             coalescing: None,
             flush_error: None,
             owed_error: None,
             failed_flush_is_logged: false,
             locks,
+            file_ids,
             log,
             limiter: Limiter::default(),
             held_until: None,
             watchdog,
             opener,
             switching: None,
+            resizing: None,
             without_space: false,
         };
         disk.count_layers(&[]);
@@ -253,6 +239,11 @@ impl Disk {
         }
     }
 
+    /// What a job of the disk's wakes the main loop with.
+    fn wake(&self) -> &Arc<EventFd> {
+        self.queue.engine().submit.event()
+    }
+
     /// Its engine, whose event says that something completed. Engines may change, and the event stays.
     pub fn engine(&self) -> &Engine {
         self.queue.engine()
@@ -268,11 +259,12 @@ impl Disk {
         self.queue.unplug(&self.slots);
         worked |= self.queue.reap() > 0;
         worked |= self.finish();
-        worked |= self.switch_if_drained();
+        worked |= self.advance_switch();
         worked |= self.end_lease(now);
         worked |= self.advance_closing();
         worked |= self.advance_recording();
         worked |= self.advance_resume();
+        worked |= self.advance_resize();
         worked |= self.advance_coalesce();
         self.watch(now);
         self.watch_space();
@@ -493,11 +485,7 @@ impl Disk {
             return;
         }
         self.flush_error = error;
-        let Some(close) = self.stack.close() else { return self.image_closed(Ok(())) };
-        match Job::start("close", Arc::clone(self.queue.engine().submit.event()), close) {
-            Ok(job) => self.closing = Some(job),
-            Err(error) => self.image_closed(Err(error)),
-        }
+        self.close_image();
     }
 
     /// Goes on if the image is closed, and says whether there was something to do.
@@ -527,8 +515,8 @@ impl Disk {
                 self.drain();
                 return true;
             }
-            // An image that is closed has nothing more to write.
-            State::Draining if self.slots.used() + self.slots.own_used() == 0 => {
+            // An image that is closed has nothing more to write, and nobody has its files.
+            State::Draining if self.slots.used() + self.slots.own_used() == 0 && !self.is_using_files() => {
                 if self.stack.move_metadata(&mut self.slots, &mut self.queue) {
                     return true;
                 }
@@ -599,6 +587,11 @@ impl Disk {
         closed.then(|| self.flush_error.map_or(Ok(()), Err))
     }
 
+    /// Whether a job has the image's files that does not change them.
+    fn is_using_files(&self) -> bool {
+        self.is_opening_engine() || self.is_asking_for_size() || self.is_checking_chain()
+    }
+
     /// Whether a turn would find something, as far as memory shows.
     pub fn ready(&self) -> bool {
         self.queue.ready() || (self.may_pull() && self.frontends.iter().any(|frontend| frontend.ready()))
@@ -641,28 +634,14 @@ impl Disk {
         &self.info
     }
 
-    /// Looks whether the image's file has grown, and if so, takes requests for all of it from now on, and tells the
-    /// frontends. Gives the disk's size before and now, in bytes. What it asks the kernel needs no I/O on a local disk.
-    pub fn resize(&mut self) -> Result<(u64, u64), ResizeError> {
-        let file = self.locks.first().ok_or(if self.is_paused() { ResizeError::Paused } else { ResizeError::NoFile });
-        let file_size = geometry(file?)?.size;
-        let new = self.stack.file_grown(file_size)?;
-        let old = std::mem::replace(&mut self.info.size, new);
-        if new != old {
-            info!(self.log, "the disk has grown"; "from" => old, "to" => new, "file" => file_size);
-            self.frontends.iter_mut().for_each(|frontend| frontend.resized(&self.info));
-        }
-        Ok((old, new))
-    }
-
-    /// The file that is written, as far as there is one and the disk is not paused.
-    pub fn file(&self) -> Option<&File> {
-        self.locks.first().map(|lock| &**lock)
+    /// What tells the file that is written from all others, as far as there is one and the disk is not paused.
+    pub fn file_id(&self) -> Option<FileIdentity> {
+        self.file_ids.first().copied()
     }
 
     /// Whether its image is read and written through the page cache.
     pub fn is_buffered(&self) -> bool {
-        self.opener.as_ref().is_some_and(Opener::is_buffered)
+        self.opener.as_ref().is_some_and(|opener| opener.is_buffered())
     }
 
     /// What it takes.

@@ -10,9 +10,11 @@ use slog::{error, info, warn};
 
 use super::{Disk, State};
 use crate::config::{Config, ImageType};
-use crate::engine;
 use crate::frontend::DiskInfo;
-use crate::image::{self, Image, Opening};
+use crate::image::{self, Image, Lock, Opening};
+use crate::job::{self, Apart, Job};
+use crate::memory;
+use crate::queue::Submission;
 use crate::record;
 use crate::stack::Stack;
 use crate::stats::now;
@@ -49,6 +51,9 @@ pub enum PauseError {
     /// What was written could not be made durable, or the image not be left whole.
     #[error("it is paused, but what was written last may not be on the disk: {0}")]
     Flush(Errno),
+    /// It is too late to call the pause off, and too early to end it.
+    #[error("it is being paused, and its image being closed")]
+    Pausing,
     /// Nobody has paused it.
     #[error("it is not paused")]
     NotPaused,
@@ -81,6 +86,7 @@ impl PauseError {
         match self {
             PauseError::Closing
             | PauseError::Busy
+            | PauseError::Pausing
             | PauseError::Resuming
             | PauseError::LeavingOut
             | PauseError::PausedAgain => Errno::EBUSY,
@@ -174,36 +180,41 @@ impl Disk {
         self.after == After::Pause && matches!(self.state, State::Draining | State::Flushing)
     }
 
+    /// What was written is durable: leaves the image whole and closes it, by a job. One without a file stays as it is in a pause.
+    pub(super) fn close_image(&mut self) {
+        let finish = self.stack.close();
+        if self.after == After::Pause && self.opener.is_none() {
+            debug_assert!(finish.is_none(), "who has something to write has a file");
+            return self.image_closed(Ok(()));
+        }
+        if let (Some(opener), Some(reopen)) = (&self.opener, &mut self.reopen) {
+            opener.keep_in(Arc::make_mut(&mut reopen.config));
+        }
+        // Files that nobody has open can be taken apart by whoever paused the disk.
+        let submission = self.exchange(self.queue.submission().idle().into());
+        let (opener, locks) = (self.opener.take(), std::mem::replace(&mut self.locks, no_locks()));
+        self.file_ids.clear();
+        self.closing = Some(Job::insist("close", self.wake(), move |blocking| {
+            let finished = finish.map_or(Ok(()), |finish| finish(blocking));
+            image::close_files(blocking, submission, opener, locks);
+            finished
+        }));
+    }
+
     /// Nothing is under way any more, and the image is closed.
     pub(super) fn paused(&mut self) {
         self.state = State::Paused;
         let lease = self.begin_lease();
-        if let Some(opener) = &self.opener {
-            if let Some(reopen) = &mut self.reopen {
-                opener.keep_in(Arc::make_mut(&mut reopen.config));
-            }
-            // Files that nobody has open can be taken apart by whoever paused the disk.
-            match engine::memory::idle(self.queue.engine()) {
-                Ok(idle) => {
-                    if let Err(error) = self.exchange(idle) {
-                        error!(self.log, "the engine of a paused disk stays open"; "error" => %error);
-                    }
-                    self.opener = None;
-                }
-                Err(error) => warn!(self.log, "the image of a paused disk stays open"; "error" => %error),
-            }
-            self.locks.clear();
-        }
         self.record_pause();
         info!(self.log, "paused"; "image" => &self.info.name, "lease_s" => lease.map_or(0, |lease| lease.as_secs()));
         self.leave_out_merged();
     }
 
-    fn exchange(&mut self, engine: engine::Engine) -> std::io::Result<()> {
+    fn exchange(&mut self, submission: Apart<Submission>) -> Apart<Submission> {
         self.queue.plug();
-        let done = self.queue.switch(engine, self.queue.mode());
+        let old = self.queue.switch(submission, self.queue.mode());
         self.queue.unplug(&self.slots);
-        done
+        old
     }
 
     /// Begins to go on, with another image if one is named. Whether it does, [`resume_outcome`](Self::resume_outcome) says; on an
@@ -222,6 +233,7 @@ impl Disk {
                 (self.state, self.after, self.resumed) = (State::Running, After::Close, Ok(()));
                 return Ok(());
             }
+            State::Flushing if self.after == After::Pause => return Err(PauseError::Pausing),
             _ => return Err(PauseError::NotPaused),
         }
         let reopen = self.reopen.as_ref().filter(|reopen| reopen.config.image.path.is_some());
@@ -235,7 +247,6 @@ impl Disk {
                 }
                 let event = Arc::clone(self.queue.engine().submit.event());
                 let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log, |_| Ok(()));
-                let opening = opening.map_err(io_error)?;
                 self.resuming = Some(Resuming { opening, by_itself: false });
             }
             None if image.is_some() => return Err(PauseError::OnlyOne),
@@ -315,14 +326,16 @@ impl Disk {
     /// Puts an image in the place of the one that was closed.
     pub(super) fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
         let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io_error)?;
-        self.exchange(image.engine).map_err(io_error)?;
+        // The one that had nothing to do meanwhile.
+        drop(self.exchange(image.submission));
         let grown = image.info.size != self.info.size;
         let old = std::mem::replace(&mut self.stack, stack);
         self.failed_flush_is_logged = false;
         self.count_layers(old.layers());
-        (self.opener, self.locks, self.info) = (image.opener, image.locks, image.info);
-        if let Some(opener) = &self.opener {
-            opener.lock_memory();
+        (self.opener, self.locks, self.file_ids, self.info) = (image.opener, image.locks, image.file_ids, image.info);
+        if config.memory.lock {
+            let log = self.log.clone();
+            job::aside("memory", move |blocking| memory::lock(blocking, &log));
         }
         if let Some(reopen) = &mut self.reopen {
             reopen.config = config;
@@ -343,6 +356,11 @@ impl Disk {
         self.resume_by_itself();
         true
     }
+}
+
+/// Of a disk that has no file open.
+fn no_locks() -> Apart<Arc<[Lock]>> {
+    Apart::from(Arc::from([]))
 }
 
 /// Whether an image can take the place of the one that the guest has.

@@ -30,16 +30,10 @@ pub(super) enum Recording {
 }
 
 impl Disk {
-    fn start_recording(
-        &self,
-        config: &Config,
-        info: &DiskInfo,
-        paused: bool,
-    ) -> Option<io::Result<Job<io::Result<()>>>> {
+    fn start_recording(&self, config: &Config, info: &DiskInfo, paused: bool) -> Option<Job<io::Result<()>>> {
         let place = self.reopen.as_ref()?.record.clone()?;
         let (kind, path, info) = (config.image.kind, config.image.path.clone()?, info.clone());
-        let event = Arc::clone(self.queue.engine().submit.event());
-        Some(Job::start("record", event, move || place.save(kind, &path, &info, paused)))
+        Some(Job::start("record", self.wake(), Err, move |_| place.save(kind, &path, &info, paused)))
     }
 
     /// Records that the disk is paused, by somebody who has to end that.
@@ -48,11 +42,8 @@ impl Disk {
             return;
         }
         let config = self.reopen.as_ref().map(|reopen| Arc::clone(&reopen.config));
-        match config.and_then(|config| self.start_recording(&config, &self.info, true)) {
-            Some(Ok(job)) => self.recording = Some(Recording::Pause(job)),
-            Some(Err(error)) => self.log_unrecorded(&error),
-            None => {}
-        }
+        let job = config.and_then(|config| self.start_recording(&config, &self.info, true));
+        self.recording = job.map(Recording::Pause);
     }
 
     /// Goes on with an image when that is on record; at once where there is none.
@@ -64,7 +55,6 @@ impl Disk {
     ) -> Result<(), PauseError> {
         match self.start_recording(&config, &image.info, false) {
             Some(job) => {
-                let job = job.map_err(super::pause::io_error)?;
                 self.recording =
                     Some(Recording::Resume { job, next: Box::new((image, config)), by_itself, refused: false });
                 Ok(())
@@ -87,10 +77,9 @@ impl Disk {
         }
     }
 
-    /// Closes an image that is not wanted. Where there is no thread for it, it is closed at once.
     fn close_unwanted(&mut self, image: Image) {
-        let event = Arc::clone(self.queue.engine().submit.event());
-        self.recording = Job::start("close", event, move || drop(image)).ok().map(Recording::Close);
+        let job = Job::insist("close", self.wake(), move |blocking| image.close(blocking));
+        self.recording = Some(Recording::Close(job));
     }
 
     /// Whether something about an end of the pause is under way.

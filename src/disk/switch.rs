@@ -1,5 +1,6 @@
 //! Another engine, or another way to submit, while the disk is in use: at a moment when the engine has nothing.
 
+use std::io;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -8,9 +9,10 @@ use slog::{info, warn};
 
 use super::Disk;
 use crate::config::{EngineName, THREADS_MAX};
-use crate::engine::Engine;
+use crate::engine::Opener;
 use crate::engine::pool::{Pool, PoolReport};
-use crate::queue::SubmitMode;
+use crate::job::{Apart, Job};
+use crate::queue::{Submission, SubmitMode};
 use crate::stats::now;
 
 /// How long what is in flight may take to finish; requests wait meanwhile.
@@ -77,33 +79,35 @@ impl SwitchError {
     }
 }
 
-impl From<std::io::Error> for SwitchError {
-    fn from(error: std::io::Error) -> SwitchError {
+impl From<io::Error> for SwitchError {
+    fn from(error: io::Error) -> SwitchError {
         SwitchError::Open(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), error.to_string())
     }
 }
 
-/// A change under way, the queue being plugged, or how it ended.
-pub(super) struct Switching {
-    /// None: it is over.
-    next: Option<Next>,
-    /// When it is called off, ns of [`now`].
-    until: u64,
-    outcome: Result<(), SwitchError>,
-}
+/// What a job opens: the engine, as it was asked for, and who is to submit to it.
+type Opened = Result<(EngineName, SubmitMode, Apart<Submission>), SwitchError>;
 
-/// What takes the engine's place.
-struct Next {
-    /// As it was asked for.
-    name: EngineName,
-    engine: Engine,
-    mode: SubmitMode,
+/// A change under way, or how it ended.
+pub(super) enum Switching {
+    /// The new engine is being opened; an error changes nothing.
+    Opening(Job<Opened>),
+    /// It takes the other's place when nothing is in flight; the queue is plugged.
+    Draining {
+        name: EngineName,
+        mode: SubmitMode,
+        next: Apart<Submission>,
+        /// When it is called off, ns of [`now`].
+        until: u64,
+    },
+    /// It is over.
+    Over(Result<(), SwitchError>),
 }
 
 impl Switching {
     /// When it is called off.
     pub(super) fn deadline(&self) -> Option<u64> {
-        self.next.as_ref().map(|_| self.until)
+        if let Switching::Draining { until, .. } = self { Some(*until) } else { None }
     }
 }
 
@@ -119,47 +123,81 @@ impl Disk {
         if self.is_switching() {
             return Err(SwitchError::Busy);
         }
-        let opener = self.opener.as_mut().ok_or(SwitchError::OnlyOne)?;
-        // The new one is there before the old one is touched: an error changes nothing.
+        let opener = Opener::clone(self.opener.as_ref().ok_or(SwitchError::OnlyOne)?);
         let name = wanted.name.unwrap_or(opener.name);
-        let engine = opener.open(name)?;
-        opener.lock_memory();
         let mode = wanted.submit.unwrap_or(self.queue.mode());
-        self.queue.plug();
-        let until = now() + PATIENCE.as_nanos() as u64;
-        self.switching = Some(Switching { next: Some(Next { name, engine, mode }), until, outcome: Ok(()) });
+        let refused = |error: io::Error| Err(error.into());
+        let job = Job::start("engine", self.wake(), refused, move |blocking| {
+            let submission = Submission::start(blocking, opener.open(blocking, name)?, mode)?;
+            opener.lock_memory(blocking);
+            Ok((name, mode, submission.into()))
+        });
+        self.switching = Some(Switching::Opening(job));
         Ok(())
+    }
+
+    /// Whether the new engine is being opened, with the image's files.
+    pub(super) fn is_opening_engine(&self) -> bool {
+        matches!(self.switching, Some(Switching::Opening(_)))
     }
 
     /// Whether a change is under way.
     pub(super) fn is_switching(&self) -> bool {
-        self.switching.as_ref().is_some_and(|switching| switching.next.is_some())
+        matches!(self.switching, Some(Switching::Opening(_) | Switching::Draining { .. }))
     }
 
     /// How the last change ended. None: it is under way.
     pub fn switched(&mut self) -> Option<Result<(), SwitchError>> {
-        self.switching.take_if(|switching| switching.next.is_none()).map(|switching| switching.outcome)
+        match self.switching.take_if(|switching| matches!(switching, Switching::Over(_)))? {
+            Switching::Over(outcome) => Some(outcome),
+            _ => None,
+        }
     }
 
-    /// Whether there was something to do.
-    pub(super) fn switch_if_drained(&mut self) -> bool {
-        let Some(switching) = &mut self.switching else { return false };
-        let drained = self.queue.is_drained();
-        let Some(next) = switching.next.take_if(|_| drained || now() >= switching.until) else { return false };
-        switching.outcome = if drained {
-            let (engine, submit) = (next.engine.name, next.mode);
-            let done = self.queue.switch(next.engine, next.mode).map_err(SwitchError::from);
-            if let (Ok(()), Some(opener)) = (&done, &mut self.opener) {
-                opener.name = next.name;
+    /// Goes on with a change, and says whether there was something to do.
+    pub(super) fn advance_switch(&mut self) -> bool {
+        let opened = self.take_opened_engine();
+        match self.switching.take() {
+            Some(Switching::Draining { name, mode, next, .. }) if self.queue.is_drained() => {
+                info!(self.log, "engine changed"; "engine" => next.engine().name, "submit" => ?mode);
+                // A thread that may wait ends the old one.
+                drop(self.queue.switch(next, mode));
+                if let Some(opener) = &mut self.opener {
+                    opener.name = name;
+                }
+                self.end_switch(Ok(()));
+                true
             }
-            info!(self.log, "engine changed"; "engine" => engine, "submit" => ?submit, "error" => ?done.as_ref().err());
-            done
-        } else {
-            warn!(self.log, "engine not changed: I/O in flight does not finish"; "in_flight" => self.queue.in_flight());
-            Err(SwitchError::Stuck(self.queue.in_flight()))
-        };
-        self.queue.unplug(&self.slots);
+            Some(Switching::Draining { until, .. }) if now() >= until => {
+                let in_flight = self.queue.in_flight();
+                warn!(self.log, "engine not changed: I/O in flight does not finish"; "in_flight" => in_flight);
+                self.end_switch(Err(SwitchError::Stuck(in_flight)));
+                true
+            }
+            other => {
+                self.switching = other;
+                opened
+            }
+        }
+    }
+
+    /// Begins to drain the queue if the new engine is open. True: it is, or can't be opened.
+    fn take_opened_engine(&mut self) -> bool {
+        let Some(Switching::Opening(job)) = &self.switching else { return false };
+        let Some(outcome) = job.outcome() else { return false };
+        self.switching = Some(match outcome {
+            Err(error) => Switching::Over(Err(error)),
+            Ok((name, mode, next)) => {
+                self.queue.plug();
+                Switching::Draining { name, mode, next, until: now() + PATIENCE.as_nanos() as u64 }
+            }
+        });
         true
+    }
+
+    fn end_switch(&mut self, outcome: Result<(), SwitchError>) {
+        self.queue.unplug(&self.slots);
+        self.switching = Some(Switching::Over(outcome));
     }
 
     /// Sets how many threads the engine's pool has at least and at most; what is not given stays.

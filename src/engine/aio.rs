@@ -10,15 +10,16 @@ use nix::errno::Errno;
 
 use super::kernel::{self, Kernel};
 use super::{Engine, Reap, Setup};
+use crate::blocking::{Blocking, Caller};
 use crate::sys::aio::{self, Completions, Context, Reading, system_limit};
 use crate::sys::io::{Io, IoOp};
 
 /// Opens the engine. Where the machine's AIO contexts are used up, the error names the sysctl.
-pub fn open(setup: &Setup) -> io::Result<Engine> {
+pub fn open(blocking: &Blocking, setup: &Setup) -> io::Result<Engine> {
     let depth = setup.depth;
     let (context, completions) = aio::setup(depth, Arc::clone(&setup.files), Reading::Ring, Arc::clone(&setup.event))
         .map_err(|error| explain(error, depth))?;
-    kernel::engine("aio", Aio { context, flushes: AtomicBool::new(true) }, completions, setup)
+    kernel::engine("aio", Aio { context, flushes: AtomicBool::new(true) }, completions, setup, blocking)
 }
 
 fn explain(error: io::Error, depth: usize) -> io::Error {
@@ -49,7 +50,7 @@ impl Kernel for Aio {
         }
     }
 
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize, _: Caller) -> Result<usize, Errno> {
         let result = self.context.submit(batch, count);
         if result == Err(Errno::EINVAL) && batch.front().is_some_and(|io| io.op == IoOp::Flush) {
             self.flushes.store(false, Ordering::Relaxed);

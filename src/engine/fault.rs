@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pool::Pool;
 use super::{Completion, Engine, Reap, Submit, hand_out};
+use crate::blocking::{Blocking, Caller, spawn};
 use crate::config::{Distribution, Fault, FaultKind, FaultOp};
 use crate::stats::now;
 use crate::submit::STACK_SIZE;
@@ -175,22 +176,26 @@ impl Faults {
         }
     }
 
-    /// Holds the caller up, if the first I/O is hit by that.
-    fn block(&self, io: &Io) {
+    /// Holds the caller up, if the first I/O is hit by that. EAGAIN: it is one that the kernel would not wait for either.
+    fn block(&self, io: &Io) -> Result<(), Errno> {
         let mut state = self.state.lock().unwrap();
         let State { faults, enabled, .. } = &mut *state;
+        if io.nowait && *enabled && faults.iter().any(|armed| armed.fault.kind == FaultKind::Block) {
+            return Err(Errno::EAGAIN);
+        }
         let mut blocks = faults.iter_mut().filter(|armed| armed.fault.kind == FaultKind::Block);
         let Some((us, most)) = enabled
             .then(|| blocks.find_map(|armed| armed.hits(io).then_some((armed.fault.us, armed.fault.in_flight))))
             .flatten()
         else {
-            return;
+            return Ok(());
         };
         let full = |state: &mut State| {
             most > 0 && state.enabled && !state.stop && self.in_flight.load(Ordering::Acquire) >= most as usize
         };
         drop(self.reaped.wait_while(state, full).unwrap());
         std::thread::sleep(Duration::from_micros(us.into()));
+        Ok(())
     }
 
     /// Decides what happens to an I/O at its submission. Gives its error, if that is one.
@@ -251,9 +256,9 @@ struct FaultSubmit {
 }
 
 impl Submit for FaultSubmit {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno> {
         let Some(first) = batch.front() else { return Ok(0) };
-        self.faults.block(first);
+        self.faults.block(first)?;
         let mut state = self.faults.state.lock().unwrap();
         let mut spared = 0;
         for io in batch.iter_mut().take(limit) {
@@ -272,7 +277,7 @@ impl Submit for FaultSubmit {
         drop(state);
         // Counted first: they can be reaped before the call comes back.
         self.faults.in_flight.fetch_add(spared, Ordering::AcqRel);
-        let result = self.inner.submit(batch, spared);
+        let result = self.inner.submit(batch, spared, by);
         let accepted = *result.as_ref().unwrap_or(&0);
         self.faults.in_flight.fetch_sub(spared - accepted, Ordering::AcqRel);
         if result.is_err()
@@ -348,7 +353,7 @@ impl Reap for FaultReap {
 }
 
 /// `engine` with faults around it.
-pub fn wrap(engine: Engine, faults: &[Fault]) -> std::io::Result<Engine> {
+pub fn wrap(blocking: &Blocking, engine: Engine, faults: &[Fault]) -> std::io::Result<Engine> {
     let depth = engine.depth;
     let armed =
         |fault: &Fault| Armed { fault: fault.clone(), chance: fastrand::Rng::with_seed(fault.seed.into()), hits: 0 };
@@ -370,10 +375,7 @@ pub fn wrap(engine: Engine, faults: &[Fault]) -> std::io::Result<Engine> {
         event: Arc::clone(&engine.submit),
     });
     let mine = Arc::clone(&shared);
-    let clock = std::thread::Builder::new()
-        .name("fault clock".into())
-        .stack_size(STACK_SIZE)
-        .spawn(move || mine.run_clock())?;
+    let clock = spawn(blocking, "fault clock", STACK_SIZE, move |_| mine.run_clock())?;
     let submit = FaultSubmit { inner: engine.submit, faults: Arc::clone(&shared), clock: Some(clock) };
     let taken = VecDeque::with_capacity(depth);
     let reap = FaultReap { inner: engine.reap, faults: Arc::clone(&shared), taken };

@@ -9,6 +9,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::pool::{Finishing, Pool};
 use super::{Engine, Inline, Reap, Setup, Submit};
+use crate::blocking::{Blocking, Caller};
 use crate::sys::io::Io;
 
 /// The kernel's side of an engine.
@@ -18,7 +19,7 @@ pub(super) trait Kernel: Send + Sync + 'static {
 
     /// As [`Submit::submit`], for the first `count` of `batch`, none of which it [lacks](Self::lacks). On an error it may
     /// have learnt that it lacks the first.
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize) -> Result<usize, Errno>;
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize, by: Caller) -> Result<usize, Errno>;
 
     /// As [`Submit::cancel`].
     fn cancel(&self, tag: u32) -> bool;
@@ -33,8 +34,9 @@ pub(super) fn engine(
     kernel: impl Kernel,
     completions: impl Reap + 'static,
     setup: &Setup,
+    blocking: &Blocking,
 ) -> io::Result<Engine> {
-    let (pool, finished) = Pool::start(setup)?;
+    let (pool, finished) = Pool::start(blocking, setup)?;
     let submit = KernelSubmit { kernel, pool, batch: setup.batch, event: Arc::clone(&setup.event) };
     Ok(Engine {
         name,
@@ -62,14 +64,14 @@ impl<K: Kernel> KernelSubmit<K> {
 }
 
 impl<K: Kernel> Submit for KernelSubmit<K> {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno> {
         let limit = limit.min(self.batch);
         let lacking = batch.iter().take(limit).take_while(|io| self.kernel.lacks(io)).count();
         if lacking > 0 {
             return Ok(self.divert(batch, lacking));
         }
         let count = batch.iter().take(limit).take_while(|io| !self.kernel.lacks(io)).count();
-        match self.kernel.submit(batch, count) {
+        match self.kernel.submit(batch, count, by) {
             Err(_) if batch.front().is_some_and(|io| self.kernel.lacks(io)) => Ok(self.divert(batch, 1)),
             other => other,
         }

@@ -8,44 +8,42 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
 use super::{Completion, Engine, Inline, Reap, Submit, hand_out};
+use crate::blocking::{Blocking, Caller};
 use crate::sys::io::{Io, IoOp};
 
-/// A RAM image of `size` bytes, zeroed.
-pub fn ram(size: u64, depth: usize) -> std::io::Result<Engine> {
+/// A RAM image of `size` bytes, zeroed. Takes its time where that is much.
+pub fn ram(_: &Blocking, size: u64, depth: usize) -> std::io::Result<Engine> {
     let size = usize::try_from(size).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
     let mut image = Vec::new();
     image.try_reserve_exact(size).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
     image.resize(size, 0);
-    open("ram", Some(image), depth, super::event()?)
+    Ok(open("ram", Some(image), depth, super::event()?))
 }
 
 /// An image that completes everything and moves nothing: a read leaves the memory as it was.
 pub fn null(depth: usize) -> std::io::Result<Engine> {
-    open("null", None, depth, super::event()?)
+    Ok(open("null", None, depth, super::event()?))
 }
 
 /// One that stands in for `engine` while there is nothing to do, and has its depth and event.
-pub fn idle(engine: &Engine) -> std::io::Result<Engine> {
+pub fn idle(engine: &Engine) -> Engine {
     open("idle", None, engine.depth, Arc::clone(engine.submit.event()))
 }
 
-fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize, event: Arc<EventFd>) -> std::io::Result<Engine> {
+fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize, event: Arc<EventFd>) -> Engine {
     let shared = Arc::new(Shared {
         state: Mutex::new(State { image, done: VecDeque::with_capacity(depth) }),
         ready: AtomicBool::new(false),
         event,
-        looper: std::thread::current().id(),
     });
     let reap = Box::new(MemoryReap { shared: Arc::clone(&shared), taken: VecDeque::with_capacity(depth) });
-    Ok(Engine { name, depth, inline: Inline::Always, submit: shared, reap, faults: None })
+    Engine { name, depth, inline: Inline::Always, submit: shared, reap, faults: None }
 }
 
 struct Shared {
     state: Mutex<State>,
     ready: AtomicBool,
     event: Arc<EventFd>,
-    /// The main loop's thread. It reaps after it has submitted, and need not be told.
-    looper: std::thread::ThreadId,
 }
 
 struct State {
@@ -72,7 +70,7 @@ fn run(image: &mut [u8], io: &Io) -> Result<u64, Errno> {
 }
 
 impl Submit for Shared {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno> {
         let count = batch.len().min(limit);
         let mut state = self.state.lock().unwrap();
         let State { image, done } = &mut *state;
@@ -90,7 +88,8 @@ impl Submit for Shared {
         }
         drop(state);
         self.ready.store(true, Ordering::Release);
-        if std::thread::current().id() != self.looper {
+        // The main loop reaps after it has submitted, and need not be told.
+        if let Caller::Thread(_) = by {
             self.wake();
         }
         Ok(count)

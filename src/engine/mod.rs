@@ -7,6 +7,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::blocking::Caller;
 use crate::sys::file::Backing;
 use crate::sys::io::{Io, IoOp};
 
@@ -28,8 +29,9 @@ pub type Completion = (Box<Io>, Result<u64, Errno>);
 /// The submitting half, called from the submit thread or the main loop.
 pub trait Submit: Send + Sync {
     /// Takes the first I/Os of `batch`, at most `limit`, and says how many: those are removed. On an error, none; the
-    /// error is the first one's. EAGAIN (or `Ok(0)`) means that there is no room until something completes. May block.
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno>;
+    /// error is the first one's. EAGAIN (or `Ok(0)`) means that there is no room until something completes. May block; for the main
+    /// loop, which reaps after it has submitted, only as [`Inline`] says.
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno>;
 
     /// Tries to end the I/O with that tag, which this engine has, before its time. It completes in any case; with
     /// ECANCELED if this took effect. False: it can only be waited for. Called from the main loop, and never blocks.

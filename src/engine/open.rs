@@ -9,11 +9,13 @@ use slog::{Logger, warn};
 
 use super::pool::{self, Threads};
 use super::{Engine, Setup, aio, fault, uring};
+use crate::blocking::Blocking;
 use crate::config::{Config, EngineName, Fault};
 use crate::memory;
 use crate::sys::file::Backing;
 
 /// Opens a disk's engines: at its start, and when it goes on with another one.
+#[derive(Clone)]
 pub struct Opener {
     /// The engine that serves, as it was asked for.
     pub name: EngineName,
@@ -50,9 +52,9 @@ impl Opener {
 
     /// Opens the engine of that name. Under `auto` that is the best one for the files, or the next best where the system
     /// doesn't let it, with the reason in the log; any other either opens, or the error says why not and what to do.
-    pub fn open(&self, name: EngineName) -> io::Result<Engine> {
-        let engine = self.named(name)?;
-        if self.faults.is_empty() { Ok(engine) } else { fault::wrap(engine, &self.faults) }
+    pub fn open(&self, blocking: &Blocking, name: EngineName) -> io::Result<Engine> {
+        let engine = self.named(blocking, name)?;
+        if self.faults.is_empty() { Ok(engine) } else { fault::wrap(blocking, engine, &self.faults) }
     }
 
     /// Whether the file that is written is read and written through the page cache.
@@ -61,9 +63,9 @@ impl Opener {
     }
 
     /// Keeps what was opened resident, if that is wanted.
-    pub fn lock_memory(&self) {
+    pub fn lock_memory(&self, blocking: &Blocking) {
         if self.lock_memory {
-            memory::lock(&self.log);
+            memory::lock(blocking, &self.log);
         }
     }
 
@@ -79,11 +81,11 @@ impl Opener {
         (config.engine.threads_min, config.engine.threads_max) = (threads.min as u32, threads.max as u32);
     }
 
-    fn best(&self) -> io::Result<Engine> {
+    fn best(&self, blocking: &Blocking) -> io::Result<Engine> {
         let candidates = candidates(&self.setup.files);
         let (last, others) = candidates.split_last().expect("there is always one");
         for name in others {
-            match self.named(*name) {
+            match self.named(blocking, *name) {
                 Ok(engine) => return Ok(engine),
                 Err(error) => {
                     warn!(self.log, "the best engine cannot be had: trying the next"; "engine" => name.name(),
@@ -91,17 +93,17 @@ impl Opener {
                 }
             }
         }
-        self.named(*last)
+        self.named(blocking, *last)
     }
 
-    fn named(&self, name: EngineName) -> io::Result<Engine> {
+    fn named(&self, blocking: &Blocking, name: EngineName) -> io::Result<Engine> {
         let setup = &self.setup;
         let uring = || uring::Settings { depth: setup.depth, sqpoll_idle_ms: self.sqpoll_idle_ms, cq_entries: None };
         match name {
-            EngineName::Auto => self.best(),
-            EngineName::Aio => aio::open(setup),
-            EngineName::IoUring => uring::open(setup, uring()),
-            EngineName::Threads => pool::open(setup),
+            EngineName::Auto => self.best(blocking),
+            EngineName::Aio => aio::open(blocking, setup),
+            EngineName::IoUring => uring::open(blocking, setup, uring()),
+            EngineName::Threads => pool::open(blocking, setup),
         }
     }
 }

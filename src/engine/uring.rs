@@ -11,14 +11,15 @@ use nix::errno::Errno;
 
 use super::kernel::{self, Kernel};
 use super::{Engine, Reap, Setup};
+use crate::blocking::{Blocking, Caller};
 use crate::sys::io::{Io, IoOp};
 pub use crate::sys::uring::Settings;
 use crate::sys::uring::{self, Completions, Ring, SetupError};
 
 /// Opens the engine. Where the system forbids io_uring, the error says what does, and what to use instead.
-pub fn open(setup: &Setup, settings: Settings) -> io::Result<Engine> {
-    let (ring, completions) = uring::setup(settings, &setup.files, &setup.event).map_err(explain)?;
-    kernel::engine("io_uring", ring, completions, setup)
+pub fn open(blocking: &Blocking, setup: &Setup, settings: Settings) -> io::Result<Engine> {
+    let (ring, completions) = uring::setup(blocking, settings, &setup.files, &setup.event).map_err(explain)?;
+    kernel::engine("io_uring", ring, completions, setup, blocking)
 }
 
 fn explain(error: SetupError) -> io::Error {
@@ -43,8 +44,8 @@ impl Kernel for Arc<Ring> {
         matches!(io.op, IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status)
     }
 
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize) -> Result<usize, Errno> {
-        Ring::submit(self, batch, count)
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, count: usize, by: Caller) -> Result<usize, Errno> {
+        Ring::submit(self, batch, count, by)
     }
 
     fn cancel(&self, tag: u32) -> bool {
@@ -92,7 +93,9 @@ mod tests {
             let file = tempfile::tempfile().unwrap();
             let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
             let settings = Settings { depth: 8, sqpoll_idle_ms: None, cq_entries: None };
-            let text = open(&Setup::new(files, 8).unwrap(), settings).unwrap_err().to_string();
+            let text = open(&Blocking::before_main_loop(), &Setup::new(files, 8).unwrap(), settings)
+                .unwrap_err()
+                .to_string();
             assert!(text.contains("seccomp") && text.contains("engine.name"), "{text}");
         });
     }

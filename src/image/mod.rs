@@ -16,12 +16,16 @@ use slog::{Logger, info, warn};
 use self::file::Opened;
 pub use self::file::{Lock, lock, open_to_write};
 pub use self::opening::Opening;
+use crate::blocking::Blocking;
 use crate::chain;
 use crate::config::{Config, ImageType, OddSize, Size};
-use crate::engine::{self, Engine, Opener};
+use crate::engine::{self, Opener};
 use crate::frontend::DiskInfo;
+use crate::job::Apart;
+use crate::queue::Submission;
 use crate::stack::Layer;
-use crate::sys::{self, file::Backing};
+use crate::sys;
+use crate::sys::file::{Backing, FileIdentity, file_id};
 
 /// Why an image can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -95,44 +99,85 @@ impl Error {
     }
 }
 
-/// An image that is open, and locked for as long as this lives.
+/// An image that is open, and locked for as long as this lives. Nobody has to wait for its end, and where somebody does, there is
+/// [`close`](Self::close).
 pub struct Image {
     /// What clients are told.
     pub info: DiskInfo,
     /// The formats and their files, the leaf first.
-    pub layers: Vec<Layer>,
-    /// The engine.
-    pub engine: Engine,
+    pub layers: Apart<Vec<Layer>>,
+    /// The engine, and who submits to it.
+    pub submission: Apart<Submission>,
     /// What opens another one; none for an image in memory, which is its engine.
-    pub opener: Option<Opener>,
+    pub opener: Option<Apart<Opener>>,
     /// The locks of its files, the leaf's first; none for an image without a file.
-    pub locks: Vec<Lock>,
+    pub locks: Apart<Arc<[Lock]>>,
+    /// What tells those files from all others ([`file_id`]).
+    pub file_ids: Vec<FileIdentity>,
     /// Writes under way at a time that take metadata.
     pub tickets: usize,
 }
 
-/// Opens what the configuration says. `event` is that of the engine that it follows, if it does.
-pub fn open(config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Result<Image, Error> {
+impl Image {
+    /// One without a file.
+    fn in_memory(info: DiskInfo, path: PathBuf, submission: Submission) -> Result<Image, Error> {
+        let raw = Raw::new(info.size, info.sector_size.into(), drivers::OddSize::Refuse)
+            .map_err(|source| Error::Format { path: path.clone(), source })?;
+        let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false }];
+        Ok(Image {
+            info,
+            layers: layers.into(),
+            submission: submission.into(),
+            opener: None,
+            locks: Apart::from(Arc::from([])),
+            file_ids: Vec::new(),
+            tickets: 0,
+        })
+    }
+
+    /// Leaves it whole, and closes its files. Waits for them.
+    pub fn close(self, blocking: &Blocking) {
+        drop(self.layers.take(blocking));
+        close_files(blocking, self.submission, self.opener, self.locks);
+    }
+}
+
+/// Ends what reads and writes an image's files, closes them, and lets go of their locks. Waits for them.
+pub fn close_files(
+    blocking: &Blocking,
+    submission: Apart<Submission>,
+    opener: Option<Apart<Opener>>,
+    locks: Apart<Arc<[Lock]>>,
+) {
+    submission.take(blocking).close(blocking);
+    drop(opener.map(|opener| opener.take(blocking)));
+    drop(locks.take(blocking));
+}
+
+/// Opens what the configuration says. `event` is that of the engine that it follows, if it does. Waits for files, locks and threads.
+pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Result<Image, Error> {
     let image = &config.image;
     let depth = config.engine.depth as usize;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
     let name = match image.kind {
-        ImageType::Aio => return with_engine(open_raw(config, path(), log)?, config, event, log),
-        ImageType::Vhd => return with_engine(vhd::open(config, path(), log)?, config, event, log),
+        ImageType::Aio => return with_engine(blocking, open_raw(config, path(), log)?, config, event, log),
+        ImageType::Vhd => return with_engine(blocking, vhd::open(config, path(), log)?, config, event, log),
         ImageType::Ram => "ram",
         ImageType::Null => "null",
     };
     let size = image.size.map_or(0, |size| size.0);
     let path = PathBuf::from(name);
     let engine = match image.kind {
-        ImageType::Ram => engine::memory::ram(size, depth),
+        ImageType::Ram => engine::memory::ram(blocking, size, depth),
         _ => engine::memory::null(depth),
     };
     let engine = engine.and_then(|engine| match config.faults.as_slice() {
         [] => Ok(engine),
-        faults => engine::fault::wrap(engine, faults),
+        faults => engine::fault::wrap(blocking, engine, faults),
     });
-    let engine = engine.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
+    let submission = engine.and_then(|engine| Submission::start(blocking, engine, config.engine.submit));
+    let submission =
+        submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
     let sector_size = image.sector_size.unwrap_or(512);
     let info = DiskInfo {
         size,
@@ -141,26 +186,17 @@ pub fn open(config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Resul
         read_only: image.read_only,
         name: format!("{name}:{}", Size(size)),
     };
-    let raw = Raw::new(size, sector_size.into(), drivers::OddSize::Refuse)
-        .map_err(|source| Error::Format { path: path.clone(), source })?;
-    Ok(Image {
-        info,
-        layers: vec![Layer { format: Box::new(raw), path, plain: None, cached: false }],
-        engine,
-        opener: None,
-        locks: Vec::new(),
-        tickets: 0,
-    })
+    Image::in_memory(info, path, submission)
 }
 
 /// An image that is not open: what a disk has that begins paused, with that many bytes, until somebody ends that.
-pub fn closed(config: &Config, size: u64, sector_size: u32) -> Result<Image, Error> {
+pub fn closed(blocking: &Blocking, config: &Config, size: u64, sector_size: u32) -> Result<Image, Error> {
     let path = config.image.path.clone().unwrap_or_default();
     let kind = if config.image.kind == ImageType::Vhd { "vhd" } else { "aio" };
-    let raw = Raw::new(size, sector_size.into(), drivers::OddSize::Refuse)
-        .map_err(|source| Error::Format { path: path.clone(), source })?;
     let engine = engine::memory::null(config.engine.depth as usize);
-    let engine = engine.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
+    let submission = engine.and_then(|engine| Submission::start(blocking, engine, config.engine.submit));
+    let submission =
+        submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
     let info = DiskInfo {
         size,
         sector_size,
@@ -168,8 +204,7 @@ pub fn closed(config: &Config, size: u64, sector_size: u32) -> Result<Image, Err
         read_only: config.image.read_only,
         name: format!("{kind}:{}", path.display()),
     };
-    let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false }];
-    Ok(Image { info, layers, engine, opener: None, locks: Vec::new(), tickets: 0 })
+    Image::in_memory(info, path, submission)
 }
 
 fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
@@ -213,17 +248,34 @@ struct Chain {
     tickets: usize,
 }
 
-fn with_engine(chain: Chain, config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Result<Image, Error> {
+fn with_engine(
+    blocking: &Blocking,
+    chain: Chain,
+    config: &Config,
+    event: Option<Arc<EventFd>>,
+    log: &Logger,
+) -> Result<Image, Error> {
     let Chain { info, layers, files, locks, tickets } = chain;
     let path = &layers[0].path;
     let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let (direct, block_device) = (files[0].direct, files[0].block_device);
+    let file_ids = files.iter().map(|file| Ok(file_id(&file.file.metadata()?)));
+    let file_ids = file_ids.collect::<io::Result<_>>().map_err(io("serve it"))?;
     let opener = Opener::new(files.into(), config, event, log.clone()).map_err(io("start its engine"))?;
-    let engine = opener.open(opener.name).map_err(io("start its engine"))?;
+    let engine = opener.open(blocking, opener.name).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => &info.name, "size" => info.size, "sector_size" => info.sector_size,
         "direct" => direct, "block_device" => block_device, "read_only" => info.read_only,
         "layers" => layers.len(), "engine" => engine.name, "depth" => engine.depth);
-    Ok(Image { info, layers, engine, opener: Some(opener), locks, tickets })
+    let submission = Submission::start(blocking, engine, config.engine.submit).map_err(io("start its engine"))?;
+    Ok(Image {
+        info,
+        layers: layers.into(),
+        submission: submission.into(),
+        opener: Some(opener.into()),
+        locks: Apart::from(Arc::from(locks)),
+        file_ids,
+        tickets,
+    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! An image that is being opened by a thread of its own: files can hang, locks are waited for, and chains are long, while the main
 //! loop has other things to do.
 
-use std::io;
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
@@ -32,14 +31,19 @@ impl<E: From<Error>> Opening<E> {
         wake: Arc<EventFd>,
         log: &Logger,
         fits: impl FnOnce(&Image) -> Result<(), Error> + Send + 'static,
-    ) -> io::Result<Opening<E>> {
+    ) -> Opening<E> {
         let (wanted, log) = (Arc::clone(&config), log.clone());
-        let open = move || {
-            let image = super::open(&wanted, event, &log)?;
-            fits(&image).map(|()| image)
-        };
-        let job = Job::start("open", Arc::clone(&wake), open)?;
-        Ok(Opening { job, refused: None, closing: None, wake, config })
+        let path = wanted.image.path.clone().unwrap_or_default();
+        let refused = |source| Err(Error::Io { path, action: "get a thread to open it", source });
+        let job = Job::start("open", &wake, refused, move |blocking| {
+            let image = super::open(blocking, &wanted, event, &log)?;
+            if let Err(error) = fits(&image) {
+                image.close(blocking);
+                return Err(error);
+            }
+            Ok(image)
+        });
+        Opening { job, refused: None, closing: None, wake, config }
     }
 
     /// It is not wanted any more.
@@ -63,11 +67,7 @@ impl<E: From<Error>> Opening<E> {
                 Err(why) => self.refused = Some(why),
             }
         }
-        match Job::start("close", Arc::clone(&self.wake), move || drop(image)) {
-            Ok(closing) => self.closing = Some(closing),
-            // It was closed here.
-            Err(_) => return self.refused.take().map(Err),
-        }
+        self.closing = Some(Job::insist("close", &self.wake, move |blocking| image.close(blocking)));
         None
     }
 }

@@ -22,8 +22,9 @@ use crate::control::client;
 use crate::disk::{Disk, Turn};
 use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Opening};
+use crate::job;
+use crate::memory;
 use crate::serve;
-use crate::sys::file::same_file;
 
 /// Tokens of a disk: its engine's, and then its frontends'.
 const SOURCES: usize = 8;
@@ -256,7 +257,7 @@ impl Minors {
         let directory = self.settings.control.directory.clone();
         let fits = move |image: &Image| others.map_or(Ok(()), |parent| parent::check(image, &directory, parent));
         let opening = Opening::start(config.into(), None, Arc::clone(&self.wake), &log, fits);
-        self.list[index].opening = Some((opening.map_err(|error| of_io(&error, "a thread"))?, ours));
+        self.list[index].opening = Some((opening, ours));
         Ok(())
     }
 
@@ -328,10 +329,14 @@ impl Minors {
                 continue;
             };
             worked = true;
+            let log_of_memory = log.clone();
             let disk = outcome.and_then(|image| {
                 serve::disk(config, image, frontends, None, &log).map_err(|error| of_io(&error, "cannot serve it"))
             });
             let outcome = disk.and_then(|disk| self.put_in(index, disk));
+            if self.settings.memory.lock {
+                job::aside("memory", move |blocking| memory::lock(blocking, &log_of_memory));
+            }
             if let Err(error) = &outcome {
                 error!(log, "not opened"; "error" => %error);
             }
@@ -350,12 +355,9 @@ impl Minors {
 
     /// Whether the image right below is the one of that minor, of this process.
     fn check_parent(&self, image: &Image, parent: u16) -> Result<(), MinorError> {
-        let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::file);
-        let below = image.locks.get(1);
-        match (below, of_parent) {
-            (Some(below), Some(of_parent)) if of_parent.metadata().is_ok_and(|parent| same_file(&parent, below)) => {
-                Ok(())
-            }
+        let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::file_id);
+        match image.file_ids.get(1) {
+            Some(below) if of_parent == Some(*below) => Ok(()),
             _ => {
                 let text = format!("{}: its parent is not the image of minor {parent}", image.info.name);
                 Err(MinorError::new(Errno::EINVAL, text))

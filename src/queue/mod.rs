@@ -15,7 +15,9 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 pub use self::report::{QueueReport, TiocbReport};
-use crate::engine::{Engine, Inline, Reap};
+use crate::blocking::{Blocking, Caller};
+use crate::engine::{self, Engine, Inline, Reap};
+use crate::job::Apart;
 use crate::request::{Op, RequestId, Slots};
 use crate::retry::{Failures, Retry, is_no_space};
 use crate::stats::{Traffic, now};
@@ -120,6 +122,41 @@ impl Tiocb {
 /// A tiocb that is finished: with its bytes, fewer than asked only where the file ended, or its error.
 pub type Finished = (Transfer, Result<u64, Errno>);
 
+/// An engine, and the thread that submits to it.
+pub struct Submission {
+    engine: Engine,
+    /// If one can be needed. Whoever ends both ends it first.
+    thread: Option<SubmitThread>,
+    counters: Arc<Counters>,
+}
+
+impl Submission {
+    /// Starts the submit thread if `mode` can need one. Errors are those of [`spawn`](crate::blocking::spawn).
+    pub fn start(blocking: &Blocking, engine: Engine, mode: SubmitMode) -> std::io::Result<Submission> {
+        let needed = mode == SubmitMode::Thread || (mode == SubmitMode::Auto && engine.inline != Inline::Always);
+        let counters = Arc::new(Counters::default());
+        let start = || SubmitThread::start(blocking, Arc::clone(&engine.submit), Arc::clone(&counters), engine.depth);
+        let thread = needed.then(start).transpose()?;
+        Ok(Submission { engine, thread, counters })
+    }
+
+    /// What a disk has as long as it has no image: nothing is submitted to it.
+    pub fn idle(&self) -> Submission {
+        Submission { engine: engine::memory::idle(&self.engine), thread: None, counters: Arc::default() }
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Ends the thread, and then the engine. Waits for what it has in flight.
+    pub fn close(self, _: &Blocking) {
+        drop(self.thread);
+        drop(self.engine);
+    }
+}
+
 /// The queue of a disk.
 pub struct Queue {
     tiocbs: Vec<Tiocb>,
@@ -155,24 +192,20 @@ pub struct Queue {
     mode: SubmitMode,
     /// The engine's, until a file turns out not to have it.
     inline: Inline,
-    /// Ends before the engine.
-    thread: Option<SubmitThread>,
-    engine: Engine,
-    counters: Arc<Counters>,
+    submission: Apart<Submission>,
     report: QueueReport,
     /// Pieces of memory in one I/O.
     iovecs: usize,
 }
 
 impl Queue {
-    /// A queue on `engine`. Starts the submit thread if one can be needed.
-    pub fn new(engine: Engine, mode: SubmitMode, limits: Limits) -> std::io::Result<Queue> {
+    /// A queue on an engine, whose submit thread is one for `mode`.
+    pub fn new(submission: Apart<Submission>, mode: SubmitMode, limits: Limits) -> Queue {
         let Limits { tiocbs: size, iovecs, merge_bytes, retry } = limits;
-        let counters = Arc::new(Counters::default());
-        let thread = thread_for(&engine, mode, &counters)?;
+        let engine = &submission.engine;
         let mut tiocbs: Vec<_> = (1..=size as u32).map(|next| Tiocb::new(None, State::Free, 0, next)).collect();
         tiocbs[size - 1].next = NONE;
-        Ok(Queue {
+        Queue {
             tiocbs,
             free: 0,
             waiting: (NONE, NONE),
@@ -193,17 +226,20 @@ impl Queue {
             merge_bytes,
             mode,
             inline: engine.inline,
-            thread,
             report: QueueReport { depth: engine.depth, size, ..QueueReport::default() },
-            engine,
-            counters,
+            submission,
             iovecs,
-        })
+        }
+    }
+
+    /// The engine and who submits to it.
+    pub fn submission(&self) -> &Submission {
+        &self.submission
     }
 
     /// The engine. Its event says that something can be reaped.
     pub fn engine(&self) -> &Engine {
-        &self.engine
+        &self.submission.engine
     }
 
     /// Who submits.
@@ -333,7 +369,7 @@ impl Queue {
             }
             (SubmitMode::Thread, _) => false,
         };
-        match &self.thread {
+        match &self.submission.thread {
             Some(thread) if !by_itself => thread.handover().give(self.batch.drain(..)),
             _ => self.submit_inline(),
         }
@@ -342,9 +378,9 @@ impl Queue {
     /// Submits the only I/O there is, which the kernel is told not to block for. False: it goes to the thread.
     fn submit_nowait(&mut self) -> bool {
         self.batch[0].nowait = true;
-        match self.engine.submit.submit(&mut self.batch, 1) {
+        match self.submission.engine.submit.submit(&mut self.batch, 1, Caller::MainLoop) {
             Ok(n) if n > 0 => {
-                self.counters.took(n);
+                self.submission.counters.took(n);
                 self.report.inline += n as u64;
                 true
             }
@@ -365,8 +401,9 @@ impl Queue {
         loop {
             let before = self.batch.len();
             submit_all(
-                &*self.engine.submit,
-                &self.counters,
+                &*self.submission.engine.submit,
+                Caller::MainLoop,
+                &self.submission.counters,
                 &mut self.batch,
                 || false,
                 |io, errno| refused = Some((io, errno)),
@@ -389,35 +426,34 @@ impl Queue {
         self.in_flight == self.batch.len()
     }
 
-    /// Goes on with another engine of the same depth, and another way to submit. The queue is plugged and drained.
-    pub fn switch(&mut self, engine: Engine, mode: SubmitMode) -> std::io::Result<()> {
+    /// Goes on with another engine of the same depth, and another way to submit. The queue is plugged and drained. Gives what it had.
+    pub fn switch(&mut self, submission: Apart<Submission>, mode: SubmitMode) -> Apart<Submission> {
+        let Submission { engine, counters, .. } = &*submission;
         assert!(self.plugs > 0 && self.is_drained() && engine.depth == self.report.depth);
-        let thread = thread_for(&engine, mode, &self.counters)?;
-        // The old thread ends before the engine that it submits to.
-        self.thread = thread;
+        counters.add(&self.submission.counters);
         (self.mode, self.inline) = (mode, engine.inline);
-        self.engine = engine;
-        Ok(())
+        std::mem::replace(&mut self.submission, submission)
     }
 
     /// Whether [`reap`](Self::reap) would find something.
     pub fn ready(&self) -> bool {
-        self.engine.reap.ready() || self.thread.as_ref().is_some_and(|thread| thread.handover().has_refused())
+        self.submission.engine.reap.ready()
+            || self.submission.thread.as_ref().is_some_and(|thread| thread.handover().has_refused())
     }
 
     /// Takes in what the engine completed and refused. What is finished by that is in
     /// [`next_finished`](Self::next_finished).
     pub fn reap(&mut self) -> usize {
         // The completions are in the kernel's ring while each is taken in, so the reaper is apart from the rest.
-        let mut reap = std::mem::replace(&mut self.engine.reap, Box::new(Nothing));
+        let mut reap = std::mem::replace(&mut self.submission.engine.reap, Box::new(Nothing));
         let count = reap.reap(&mut |io, result| self.complete(io, result));
-        self.engine.reap = reap;
+        self.submission.engine.reap = reap;
         if count > 0
-            && let Some(thread) = &self.thread
+            && let Some(thread) = &self.submission.thread
         {
             thread.handover().completed();
         }
-        let refused = |queue: &Queue| queue.thread.as_ref()?.handover().take_refused();
+        let refused = |queue: &Queue| queue.submission.thread.as_ref()?.handover().take_refused();
         while let Some((io, errno)) = refused(self) {
             self.complete(io, Err(errno));
         }
@@ -450,7 +486,7 @@ impl Queue {
     /// Submits an I/O that is still in flight again.
     fn again(&mut self, mut io: Box<Io>) {
         io.nowait = false;
-        match &self.thread {
+        match &self.submission.thread {
             Some(thread) => thread.handover().give(std::iter::once(io)),
             None => self.batch.push_back(io),
         }
@@ -634,7 +670,7 @@ impl Queue {
             let index = self.pop();
             self.finish(index, Some(Err(Errno::ECANCELED)));
         }
-        let given = |queue: &Queue| queue.thread.as_ref()?.handover().cancel();
+        let given = |queue: &Queue| queue.submission.thread.as_ref()?.handover().cancel();
         while let Some(io) = self.batch.pop_front().or_else(|| given(self)) {
             let mut index = self.release(io);
             while index != NONE {
@@ -642,7 +678,7 @@ impl Queue {
             }
         }
         for tag in (0..).zip(&self.heads).filter_map(|(tag, head)| (*head != NONE).then_some(tag)) {
-            self.engine.submit.cancel(tag);
+            self.submission.engine.submit.cancel(tag);
         }
     }
 
@@ -668,12 +704,6 @@ fn kind(op: IoOp) -> usize {
         IoOp::Status => Op::Status,
     };
     like.kind()
-}
-
-/// The submit thread, if one can be needed.
-fn thread_for(engine: &Engine, mode: SubmitMode, counters: &Arc<Counters>) -> std::io::Result<Option<SubmitThread>> {
-    let needed = mode == SubmitMode::Thread || (mode == SubmitMode::Auto && engine.inline != Inline::Always);
-    needed.then(|| SubmitThread::start(Arc::clone(&engine.submit), Arc::clone(counters), engine.depth)).transpose()
 }
 
 /// Adds a transfer's memory, without its first `done` bytes, to `io`.

@@ -85,18 +85,18 @@ impl Queue {
     /// What was counted.
     pub fn report(&self) -> QueueReport {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let since = load(&self.counters.since);
+        let since = load(&self.submission.counters.since);
         QueueReport {
             waiting: self.waiting_count,
             pending: self.tiocbs.iter().filter(|tiocb| matches!(tiocb.state, State::Pending(_))).count(),
             in_flight: self.in_flight,
             parked: self.parked.len(),
             without_space: self.lacks_space(),
-            batches: load(&self.counters.batches),
-            largest_batch: load(&self.counters.largest),
-            submitted: load(&self.counters.accepted),
-            busy: load(&self.counters.busy),
-            refused: load(&self.counters.refused),
+            batches: load(&self.submission.counters.batches),
+            largest_batch: load(&self.submission.counters.largest),
+            submitted: load(&self.submission.counters.accepted),
+            busy: load(&self.submission.counters.busy),
+            refused: load(&self.submission.counters.refused),
             submitting_us: (since != 0).then(|| (now() - since) / 1000),
             ..self.report.clone()
         }
@@ -104,20 +104,20 @@ impl Queue {
 
     /// What its memory is.
     pub fn memory(&self) -> Vec<Part> {
-        let (size, depth) = (self.tiocbs.len(), self.engine.depth);
+        let (size, depth) = (self.tiocbs.len(), self.submission.engine.depth);
         let tiocb = size_of::<Tiocb>() + size_of::<(Finished, u64)>() + size_of::<u32>();
         // Idle or batched, head; and waiting for the thread, taken by it, or refused.
         let lists = 2 * size_of::<Box<Io>>() + size_of::<u32>();
-        let handed_over = if self.thread.is_some() { 4 * size_of::<Box<Io>>() } else { 0 };
+        let handed_over = if self.submission.thread.is_some() { 4 * size_of::<Box<Io>>() } else { 0 };
         let mut parts = vec![
             Part::fixed("tiocbs", size * tiocb),
             Part::fixed("statistics of files", size_of_val(&*self.traffic)),
             Part::fixed("I/Os", depth * (Io::bytes(self.iovecs) + lists + handed_over)),
         ];
-        if self.thread.is_some() {
+        if self.submission.thread.is_some() {
             parts.push(Part::threads("submit thread", 1));
         }
-        if let Some(pool) = self.engine.submit.pool() {
+        if let Some(pool) = self.submission.engine.submit.pool() {
             let PoolReport { min, max, .. } = pool.report();
             parts.push(Part::threads("pool and its maker", min + 1));
             parts.push(Part::each("thread of the pool", STACK_SIZE, max - min));
@@ -128,7 +128,7 @@ impl Queue {
     /// All tiocbs, each with its request.
     pub fn inspect(&self) -> Vec<(RequestId, TiocbReport)> {
         let mut unbegun = Vec::new();
-        if let Some(thread) = &self.thread {
+        if let Some(thread) = &self.submission.thread {
             thread.handover().look(|io| unbegun.push(io.tag));
         }
         let used = (0..).zip(&self.tiocbs).filter_map(|(index, tiocb)| Some((index, tiocb.state, tiocb.transfer?)));

@@ -17,6 +17,8 @@ use drivers::{Extent, Fail, Format, LastWrite, OpenError, Plan, Ticket};
 use nix::errno::Errno;
 
 use self::meta::MetaMemory;
+use crate::blocking::Blocking;
+use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stats::now;
@@ -134,7 +136,7 @@ pub enum Started {
 
 /// The layers of a disk, the leaf first. A layer's index is that of its file in the engine.
 pub struct Stack {
-    layers: Vec<Layer>,
+    layers: Apart<Vec<Layer>>,
     /// Of each layer.
     hits: Vec<Hits>,
     /// The leaf's `zeros_from` when it was opened.
@@ -162,7 +164,7 @@ pub struct Stack {
 
 impl Stack {
     /// A stack of these layers, the leaf first. `requests` is how many there can be.
-    pub fn new(layers: Vec<Layer>, requests: usize, tickets: usize) -> io::Result<Stack> {
+    pub fn new(layers: Apart<Vec<Layer>>, requests: usize, tickets: usize) -> io::Result<Stack> {
         let leaf = layers.first().expect("a disk has an image");
         let zeros_at_open = leaf.format.zeros_from();
         let longest = layers.iter().map(|layer| layer.format.meta_len()).max().unwrap_or(0);
@@ -456,9 +458,9 @@ impl Stack {
 
     /// Nothing is under way, and nothing more will come: gives what leaves the images so that others find them whole, and blocks. None:
     /// they are.
-    pub fn close(&mut self) -> Option<impl FnOnce() -> io::Result<()> + Send + use<>> {
+    pub fn close(&mut self) -> Option<impl FnOnce(&Blocking) -> io::Result<()> + Send + use<>> {
         let closing: Vec<_> = self.layers.iter_mut().filter_map(Layer::close).collect();
-        (!closing.is_empty()).then_some(move || closing.iter().try_for_each(Closing::write))
+        (!closing.is_empty()).then_some(move |_: &Blocking| closing.iter().try_for_each(Closing::write))
     }
 
     /// Counters of the layers that have some, the leaf first.
@@ -538,10 +540,15 @@ mod tests {
     fn a_request_is_planned_extent_by_extent_as_far_as_there_is_room() {
         let engine = crate::engine::memory::null(4).unwrap();
         let limits = Limits { tiocbs: 2, iovecs: 4, merge_bytes: 0, retry: Retry::default() };
-        let mut queue = Queue::new(engine, SubmitMode::Inline, limits).unwrap();
-        let mut stack =
-            Stack::new(vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false }], 1, 0)
-                .unwrap();
+        let blocking = Blocking::before_main_loop();
+        let submission = crate::queue::Submission::start(&blocking, engine, SubmitMode::Inline).unwrap();
+        let mut queue = Queue::new(submission.into(), SubmitMode::Inline, limits);
+        let mut stack = Stack::new(
+            vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false }].into(),
+            1,
+            0,
+        )
+        .unwrap();
         let mut slots = Slots::new(1, 1, 0);
         let memory = Arc::new(Memory::anonymous(32768).unwrap());
         memory.write(0, &[0x77; 32768]);
@@ -574,9 +581,12 @@ mod tests {
     #[test]
     fn a_read_that_met_the_end_of_the_file_just_before_it_grew_has_lost_nothing() {
         let raw = drivers::Raw::new(4097, 512, drivers::OddSize::RoundUp).unwrap();
-        let mut stack =
-            Stack::new(vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false }], 2, 0)
-                .unwrap();
+        let mut stack = Stack::new(
+            vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false }].into(),
+            2,
+            0,
+        )
+        .unwrap();
         let mut slots = Slots::new(2, 1, 0);
         let mut read = |born| {
             let request = slots.vacant().unwrap();

@@ -181,8 +181,16 @@ pub fn lock_holder(file: &File) -> Option<i32> {
 }
 
 /// What tells a file from all others, whatever its name is: device and inode; of a block device, which may have several inodes, its number.
-pub fn file_id(meta: &Metadata) -> (u64, u64) {
-    if meta.file_type().is_block_device() { (0, meta.rdev()) } else { (meta.dev(), meta.ino()) }
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileIdentity(u64, u64);
+
+/// That of a file.
+pub fn file_id(meta: &Metadata) -> FileIdentity {
+    if meta.file_type().is_block_device() {
+        FileIdentity(0, meta.rdev())
+    } else {
+        FileIdentity(meta.dev(), meta.ino())
+    }
 }
 
 /// Whether a file, of which that is known, is an open one, or the same block device.

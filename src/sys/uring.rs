@@ -38,7 +38,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::thread::ThreadId;
 use std::time::Duration;
 
 use io_uring::squeue::Entry;
@@ -50,6 +49,7 @@ use nix::sys::eventfd::EventFd;
 use super::file::Backing;
 use super::io::{BATCH_MAX, Io, IoOp};
 use super::memory::Memory;
+use crate::blocking::{Blocking, Caller};
 
 /// Memories whose pages the kernel keeps pinned, so that it need not look them up for each I/O.
 const BUFFERS: usize = 64;
@@ -115,8 +115,6 @@ pub struct Ring {
     leftover: AtomicBool,
     /// [`Memory::gone`] when the buffers were last looked through.
     gone: AtomicU64,
-    /// The main loop's thread, which must not wait.
-    looper: ThreadId,
 }
 
 /// The completing end. There is one.
@@ -129,8 +127,13 @@ fn errno(error: &io::Error) -> Errno {
 }
 
 /// A ring for I/O on `files`, whose indices are the [`FileId`](super::io::FileId)s. `event` becomes readable with each
-/// completion. The caller is the main loop's thread.
-pub fn setup(settings: Settings, files: &[Backing], event: &EventFd) -> Result<(Arc<Ring>, Completions), SetupError> {
+/// completion. Waits for the kernel's memory.
+pub fn setup(
+    _: &Blocking,
+    settings: Settings,
+    files: &[Backing],
+    event: &EventFd,
+) -> Result<(Arc<Ring>, Completions), SetupError> {
     let ring = build(settings).map_err(|errno| SetupError {
         step: "io_uring_setup",
         errno,
@@ -155,7 +158,6 @@ pub fn setup(settings: Settings, files: &[Backing], event: &EventFd) -> Result<(
         places: std::iter::repeat_with(|| AtomicU64::new(0)).take(settings.depth).collect(),
         leftover: AtomicBool::new(false),
         gone: AtomicU64::new(Memory::gone()),
-        looper: std::thread::current().id(),
     });
     Ok((Arc::clone(&ring), Completions { ring }))
 }
@@ -218,18 +220,16 @@ impl Ring {
     /// awake), and takes them out of it. EAGAIN: there is no room until something is reaped, or the main loop would wait for
     /// who submits just now. Any other error is the ring's end. What the kernel says about an I/O comes as its completion.
     /// The operations are read, write and flush.
-    pub fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
-        let looper = std::thread::current().id() == self.looper;
-        let mut submitting = if looper {
-            self.submitting.try_lock().map_err(|_| Errno::EAGAIN)?
-        } else {
-            self.submitting.lock().unwrap()
+    pub fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno> {
+        let mut submitting = match by {
+            Caller::MainLoop => self.submitting.try_lock().map_err(|_| Errno::EAGAIN)?,
+            Caller::Thread(_) => self.submitting.lock().unwrap(),
         };
         if let Some(errno) = submitting.broken {
             return Err(errno);
         }
         // The kernel's mutex is held only for I/O in flight: by who submits it, and where its completions are posted.
-        let may_register = !looper || self.to_reap.load(Ordering::Acquire) == 0;
+        let may_register = matches!(by, Caller::Thread(_)) || self.to_reap.load(Ordering::Acquire) == 0;
         if may_register {
             self.let_go(&mut submitting);
         }
@@ -249,7 +249,7 @@ impl Ring {
             pushed.expect("there is room, as was just seen");
         }
         drop(queue);
-        if let Err(errno) = self.enter(&submitting) {
+        if let Err(errno) = self.enter(&submitting, by) {
             submitting.broken = Some(errno);
             let accepted = count.saturating_sub(self.queued(&submitting));
             for &io in ios[accepted..count].iter().rev() {
@@ -314,20 +314,20 @@ impl Ring {
 
     /// Tells the kernel of what is in the submission ring. Where it has no memory for that, a submit thread waits, and the
     /// main loop looks again when it reaps. An error is for good.
-    fn enter(&self, submitting: &MutexGuard<Submitting>) -> Result<(), Errno> {
+    fn enter(&self, submitting: &MutexGuard<Submitting>, by: Caller) -> Result<(), Errno> {
         while self.queued(submitting) > 0 {
             match self.ring.submitter().submit().map_err(|error| errno(&error)) {
                 Ok(_) if self.sqpoll => break,
                 // It stopped behind an entry that it refused, which completes with the error.
                 Ok(n) if n > 0 => {}
                 Err(Errno::EINTR) => {}
-                Ok(_) | Err(Errno::EAGAIN | Errno::EBUSY | Errno::ENOMEM) => {
-                    if std::thread::current().id() == self.looper {
+                Ok(_) | Err(Errno::EAGAIN | Errno::EBUSY | Errno::ENOMEM) => match by {
+                    Caller::MainLoop => {
                         self.leftover.store(true, Ordering::Release);
                         return Ok(());
                     }
-                    std::thread::sleep(NO_MEMORY_WAIT);
-                }
+                    Caller::Thread(_) => std::thread::sleep(NO_MEMORY_WAIT),
+                },
                 Err(errno) => return Err(errno),
             }
         }
@@ -351,7 +351,7 @@ impl Ring {
         // SAFETY: the address is only compared with those in flight.
         unsafe { queue.push(&entry) }.expect("there is room, as was just seen");
         drop(queue);
-        self.enter(&submitting).is_ok()
+        self.enter(&submitting, Caller::MainLoop).is_ok()
     }
 
     /// Main loop: lets go of the pages of memories that are gone. Not while anything is in flight, when registering could wait
@@ -439,7 +439,7 @@ impl Completions {
             && let Ok(submitting) = self.ring.submitting.try_lock()
         {
             // An error comes again, and to the submitter.
-            let _ = self.ring.enter(&submitting);
+            let _ = self.ring.enter(&submitting, Caller::MainLoop);
         }
         count
     }

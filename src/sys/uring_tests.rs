@@ -8,7 +8,8 @@ fn files(file: std::fs::File) -> Arc<[Backing]> {
 }
 
 fn ring(settings: Settings) -> (Arc<Ring>, Completions) {
-    setup(settings, &files(tempfile::tempfile().unwrap()), &EventFd::new().unwrap()).unwrap()
+    setup(&Blocking::before_main_loop(), settings, &files(tempfile::tempfile().unwrap()), &EventFd::new().unwrap())
+        .unwrap()
 }
 
 const PLAIN: Settings = Settings { depth: 8, sqpoll_idle_ms: None, cq_entries: None };
@@ -35,7 +36,7 @@ fn run(
     io.begin(op, FileId(0), offset);
     pieces.iter().for_each(|(at, len)| io.push(memory, *at, *len));
     let mut batch = VecDeque::from([io]);
-    assert_eq!(ends.0.submit(&mut batch, 64), Ok(1));
+    assert_eq!(ends.0.submit(&mut batch, 64, Caller::MainLoop), Ok(1));
     wait(&mut ends.1, 1).pop().unwrap().1
 }
 
@@ -153,7 +154,7 @@ fn a_completion_queue_that_is_too_small_holds_submissions_back() {
         .collect();
     let mut tags = Vec::new();
     while !batch.is_empty() {
-        while let Ok(n) = ring.submit(&mut batch, 64) {
+        while let Ok(n) = ring.submit(&mut batch, 64, Caller::MainLoop) {
             assert!((1..=4).contains(&n) || batch.is_empty());
             if batch.is_empty() {
                 break;
@@ -176,7 +177,8 @@ fn a_completion_queue_that_is_too_small_holds_submissions_back() {
 #[test]
 fn what_the_kernel_refuses_completes_with_the_error_and_alone() {
     let write_only = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
-    let (ring, mut completions) = setup(PLAIN, &files(write_only), &EventFd::new().unwrap()).unwrap();
+    let (ring, mut completions) =
+        setup(&Blocking::before_main_loop(), PLAIN, &files(write_only), &EventFd::new().unwrap()).unwrap();
     let memory = Arc::new(Memory::anonymous(4096).unwrap());
     let mut batch = VecDeque::new();
     for (tag, op) in [IoOp::Write { fua: false }, IoOp::Read, IoOp::Write { fua: false }].into_iter().enumerate() {
@@ -185,7 +187,7 @@ fn what_the_kernel_refuses_completes_with_the_error_and_alone() {
         io.push(&memory, 0, 512);
         batch.push_back(io);
     }
-    assert_eq!(ring.submit(&mut batch, 64), Ok(3));
+    assert_eq!(ring.submit(&mut batch, 64, Caller::MainLoop), Ok(3));
     let mut results: Vec<_> = wait(&mut completions, 3).into_iter().map(|(io, result)| (io.tag, result)).collect();
     results.sort_unstable_by_key(|(tag, _)| *tag);
     assert_eq!(results, [(0, Ok(512)), (1, Err(Errno::EBADF)), (2, Ok(512))]);
@@ -195,13 +197,14 @@ fn what_the_kernel_refuses_completes_with_the_error_and_alone() {
 fn a_read_that_nothing_ends_is_cancelled() {
     // An empty pipe.
     let (reader, _writer) = nix::unistd::pipe().unwrap();
-    let (ring, mut completions) = setup(PLAIN, &files(reader.into()), &EventFd::new().unwrap()).unwrap();
+    let (ring, mut completions) =
+        setup(&Blocking::before_main_loop(), PLAIN, &files(reader.into()), &EventFd::new().unwrap()).unwrap();
     let memory = Arc::new(Memory::anonymous(4096).unwrap());
     let mut io = Io::new(3, 1);
     io.begin(IoOp::Read, FileId(0), u64::MAX);
     io.push(&memory, 0, 512);
     assert!(!ring.cancel(3), "it was not submitted");
-    assert_eq!(ring.submit(&mut VecDeque::from([io]), 64), Ok(1));
+    assert_eq!(ring.submit(&mut VecDeque::from([io]), 64, Caller::MainLoop), Ok(1));
     std::thread::sleep(Duration::from_millis(20));
     assert!(!completions.ready());
     assert!(ring.cancel(3));
@@ -211,10 +214,11 @@ fn a_read_that_nothing_ends_is_cancelled() {
 #[test]
 fn the_event_tells_of_completions() {
     let event = EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK).unwrap();
-    let (ring, mut completions) = setup(PLAIN, &files(tempfile::tempfile().unwrap()), &event).unwrap();
+    let (ring, mut completions) =
+        setup(&Blocking::before_main_loop(), PLAIN, &files(tempfile::tempfile().unwrap()), &event).unwrap();
     let mut io = Io::new(0, 1);
     io.begin(IoOp::Flush, FileId(0), 0);
-    assert_eq!(ring.submit(&mut VecDeque::from([io]), 64), Ok(1));
+    assert_eq!(ring.submit(&mut VecDeque::from([io]), 64, Caller::MainLoop), Ok(1));
     wait(&mut completions, 1);
     let end = Instant::now() + Duration::from_secs(5);
     while event.read().is_err() {
@@ -226,13 +230,14 @@ fn the_event_tells_of_completions() {
 fn what_may_not_wait_comes_back_with_again() {
     // An empty pipe.
     let (reader, _writer) = nix::unistd::pipe().unwrap();
-    let (ring, mut completions) = setup(PLAIN, &files(reader.into()), &EventFd::new().unwrap()).unwrap();
+    let (ring, mut completions) =
+        setup(&Blocking::before_main_loop(), PLAIN, &files(reader.into()), &EventFd::new().unwrap()).unwrap();
     let memory = Arc::new(Memory::anonymous(4096).unwrap());
     let mut io = Io::new(3, 1);
     io.begin(IoOp::Read, FileId(0), u64::MAX);
     io.nowait = true;
     io.push(&memory, 0, 512);
-    assert_eq!(ring.submit(&mut VecDeque::from([io]), 64), Ok(1));
+    assert_eq!(ring.submit(&mut VecDeque::from([io]), 64, Caller::MainLoop), Ok(1));
     assert_eq!(wait(&mut completions, 1)[0].1, Err(Errno::EAGAIN));
     assert!(!ring.cancel(3), "it is not in the ring");
 }
@@ -250,7 +255,7 @@ fn a_ring_that_breaks_gives_back_what_it_has_not_taken() {
     };
     let mut batch = VecDeque::from([flush(1), flush(2)]);
     for _ in 0..3 {
-        assert_eq!(ring.submit(&mut batch, 64), Err(Errno::EOPNOTSUPP));
+        assert_eq!(ring.submit(&mut batch, 64, Caller::MainLoop), Err(Errno::EOPNOTSUPP));
         assert_eq!(batch.iter().map(|io| io.tag).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(ring.to_reap.load(Ordering::Relaxed), 0);
     }
@@ -266,7 +271,7 @@ fn a_ring_that_is_dropped_has_let_go_of_its_files() {
         let file = open();
         file.try_lock().unwrap_or_else(|error| panic!("round {round}: {error}"));
         // The descriptor is closed, and with it the lock is gone, as soon as nobody has the file.
-        drop(setup(PLAIN, &files(file), &EventFd::new().unwrap()).unwrap());
+        drop(setup(&Blocking::before_main_loop(), PLAIN, &files(file), &EventFd::new().unwrap()).unwrap());
     }
 }
 
@@ -301,7 +306,13 @@ fn a_filter_that_forbids_it_is_told_of() {
         forbidden(errno, move || {
             for sqpoll_idle_ms in [None, Some(1)] {
                 let settings = Settings { sqpoll_idle_ms, ..PLAIN };
-                let error = setup(settings, &files(tempfile::tempfile().unwrap()), &EventFd::new().unwrap()).err();
+                let error = setup(
+                    &Blocking::before_main_loop(),
+                    settings,
+                    &files(tempfile::tempfile().unwrap()),
+                    &EventFd::new().unwrap(),
+                )
+                .err();
                 assert_eq!(error, Some(SetupError { step: "io_uring_setup", errno, only_sqpoll: false }));
             }
         });
@@ -351,7 +362,8 @@ impl Held {
 fn hold_up_a_submission_of(pieces: usize, settings: Settings) {
     let Some(held) = Held::new() else { return };
     let zero = std::fs::File::open("/dev/zero").unwrap();
-    let (ring, mut completions) = setup(settings, &files(zero), &EventFd::new().unwrap()).unwrap();
+    let (ring, mut completions) =
+        setup(&Blocking::before_main_loop(), settings, &files(zero), &EventFd::new().unwrap()).unwrap();
     let plain = Arc::new(Memory::anonymous(4096).unwrap());
     let read = |tag, memory: &Arc<Memory>, pieces| {
         let mut io = Io::new(tag, pieces);
@@ -360,12 +372,12 @@ fn hold_up_a_submission_of(pieces: usize, settings: Settings) {
         io
     };
     let gone = Arc::new(Memory::anonymous(4096).unwrap());
-    assert_eq!(ring.submit(&mut VecDeque::from([read(0, &gone, 1)]), 1), Ok(1));
+    assert_eq!(ring.submit(&mut VecDeque::from([read(0, &gone, 1)]), 1, Caller::MainLoop), Ok(1));
     wait(&mut completions, 1);
     let mut batch = VecDeque::from([read(1, &plain, 1), read(2, &held.memory, pieces)]);
     let mut more = VecDeque::from([read(3, &Arc::new(Memory::anonymous(4096).unwrap()), 1)]);
     std::thread::scope(|scope| {
-        let submitter = scope.spawn(|| ring.submit(&mut batch, 64));
+        let submitter = scope.spawn(|| ring.submit(&mut batch, 64, Caller::Thread(&Blocking::before_main_loop())));
         // SQPOLL's thread submits what has no memory to be registered.
         let by_other = settings.sqpoll_idle_ms.is_some() && pieces > 1;
         while if by_other { !submitter.is_finished() } else { ring.submitting.try_lock().is_ok() } {
@@ -385,7 +397,7 @@ fn hold_up_a_submission_of(pieces: usize, settings: Settings) {
         completions.ready();
         let mut reaped = completions.reap(&mut |_, _| {});
         // Its memory is not registered yet, and one that is has gone.
-        let submitted = ring.submit(&mut more, 1);
+        let submitted = ring.submit(&mut more, 1, Caller::MainLoop);
         assert_eq!(submitted, if by_other { Ok(1) } else { Err(Errno::EAGAIN) });
         ring.cancel(2);
         to_other.send(()).unwrap();

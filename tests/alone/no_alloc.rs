@@ -75,9 +75,10 @@ fn none_with(image: &str, engine: &str) {
     let (logging, log) = Log::open(config.log.format, slog::Level::Error, tapdisk::log::Sink::Stderr).unwrap();
     let (ready, serving) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
-        let main_loop = serve::open(&config, logging, &log).unwrap();
+        let blocking = tapdisk::blocking::Blocking::before_main_loop();
+        let main_loop = serve::open(&blocking, &config, logging, &log).unwrap();
         ready.send(()).unwrap();
-        main_loop.run().unwrap();
+        main_loop.run(blocking).unwrap();
     });
     serving.recv().unwrap();
     let mut ring = quiet(

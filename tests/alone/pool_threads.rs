@@ -13,6 +13,7 @@ use crate::common::served::{folder, output, run};
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::gettid;
+use tapdisk::blocking::{Blocking, Caller};
 use tapdisk::engine::pool::{self, Threads};
 use tapdisk::engine::{Engine, Setup};
 use tapdisk::stats::now;
@@ -25,7 +26,7 @@ fn open(path: &Path, min: usize, max: usize) -> Engine {
     let files: Arc<[Backing]> =
         Arc::new([Backing { file: std::fs::File::open(path).unwrap(), direct: false, block_device: false }]);
     let threads = Threads { min, max, idle: Duration::from_secs(600) };
-    pool::open(&Setup { threads, ..Setup::new(files, 64).unwrap() }).unwrap()
+    pool::open(&Blocking::before_main_loop(), &Setup { threads, ..Setup::new(files, 64).unwrap() }).unwrap()
 }
 
 fn reads(count: u32) -> VecDeque<Box<Io>> {
@@ -83,7 +84,7 @@ fn threads_are_the_loops_and_never_the_requesters() {
         become_one(&theirs, 7);
         for _ in 0..200 {
             let mut batch = reads(32);
-            assert_eq!(submit.submit(&mut batch, usize::MAX), Ok(32));
+            assert_eq!(submit.submit(&mut batch, usize::MAX, Caller::MainLoop), Ok(32));
             std::thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(threads("requester"), [(theirs, 7)]);
@@ -144,7 +145,7 @@ mod in_own_process {
         setrlimit(Resource::RLIMIT_AS, space() + 65536, RLIM_INFINITY).unwrap();
         let begin = now();
         pool.set(4, 8).unwrap();
-        assert_eq!(submit.submit(&mut batch, usize::MAX), Ok(64));
+        assert_eq!(submit.submit(&mut batch, usize::MAX, Caller::MainLoop), Ok(64));
         let mut count = 0;
         let end = Instant::now() + PATIENCE;
         while count < 64 || pool.report().failed < 5 {

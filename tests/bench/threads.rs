@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use nix::sys::mman::{MlockAllFlags, mlockall};
+use tapdisk::blocking::{Blocking, Caller};
 use tapdisk::engine::pool::{self, Threads};
 use tapdisk::engine::{Engine, Setup};
 use tapdisk::submit::STACK_SIZE;
@@ -38,7 +39,7 @@ trait Target {
 impl Target for Engine {
     fn submit(&self, io: Box<Io>) {
         let mut batch = VecDeque::from([io]);
-        assert_eq!(self.submit.submit(&mut batch, 1), Ok(1));
+        assert_eq!(self.submit.submit(&mut batch, 1, Caller::MainLoop), Ok(1));
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) {
@@ -219,7 +220,7 @@ fn compare(what: &str, files: &Arc<[Backing]>, depth: usize, all: bool, rounds: 
         let event = Arc::new(EventFd::new()?);
         let threads = Threads { min: 1, max: THREADS, idle: Duration::from_secs(60) };
         let setup = Setup { threads, event: Arc::clone(&event), ..Setup::new(Arc::clone(files), depth)? };
-        let mut engine = pool::open(&setup)?;
+        let mut engine = pool::open(&Blocking::before_main_loop(), &setup)?;
         let submit = Arc::clone(&engine.submit);
         let pool = submit.pool().expect("it is one");
         if all {

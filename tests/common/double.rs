@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use tapdisk::blocking::Caller;
 use tapdisk::engine::{Engine, Inline, Reap, Submit};
 use tapdisk::sys::io::{Io, IoOp};
 
@@ -132,7 +133,7 @@ impl Double {
 }
 
 impl Submit for Shared {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, _: Caller) -> Result<usize, Errno> {
         let mut state = self.state.lock().unwrap();
         while state.block_at.is_some_and(|count| state.held.len() + state.done.len() >= count) {
             state = self.reaped.wait(state).unwrap();

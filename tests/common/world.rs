@@ -5,13 +5,14 @@
 use std::sync::{Arc, Mutex};
 
 use slog::{Discard, Logger, o};
+use tapdisk::blocking::Blocking;
 use tapdisk::disk::{Disk, Parts, Watchdog};
 use tapdisk::engine::Engine;
 use tapdisk::frontend::blkif::queue::{Limits, Pages, RingQueue};
 use tapdisk::frontend::blkif::ring::{BackRing, FrontRing, Shared};
 use tapdisk::frontend::blkif::wire::Abi;
 use tapdisk::frontend::{DiskInfo, Frontend, Intake};
-use tapdisk::queue::{Queue, SubmitMode};
+use tapdisk::queue::{Queue, Submission, SubmitMode};
 use tapdisk::request::{Request, Slots};
 use tapdisk::retry::Retry;
 use tapdisk::stack::{Layer, Stack};
@@ -85,7 +86,7 @@ pub struct World {
 
 /// One on RAM.
 pub fn ram(abi: Abi, sector_size: u32, read_only: bool) -> World {
-    world(abi, sector_size, read_only, tapdisk::engine::memory::ram(SIZE, 8).unwrap())
+    world(abi, sector_size, read_only, tapdisk::engine::memory::ram(&Blocking::before_main_loop(), SIZE, 8).unwrap())
 }
 
 /// One on `engine`.
@@ -100,16 +101,18 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
     let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None, cached: false };
     let info = DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() };
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
-    let queue_of_disk = Queue::new(engine, SubmitMode::Auto, limits).unwrap();
+    let submission = Submission::start(&Blocking::before_main_loop(), engine, SubmitMode::Auto).unwrap();
+    let queue_of_disk = Queue::new(submission.into(), SubmitMode::Auto, limits);
     let slots = Slots::new(16, 32, 0);
     let log = Logger::root(Discard, o!());
     let disk = Disk::new(Parts {
         info,
         frontends: vec![Box::new(ring)],
         slots,
-        stack: Stack::new(vec![layer], 16, 0).unwrap(),
+        stack: Stack::new(vec![layer].into(), 16, 0).unwrap(),
         queue: queue_of_disk,
-        locks: Vec::new(),
+        locks: Arc::<[_]>::from([]).into(),
+        file_ids: Vec::new(),
         opener: None,
         reopen: None,
         watchdog: Watchdog::default(),

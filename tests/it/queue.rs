@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use crate::common::PATIENCE;
 use crate::common::double::{Double, Seen};
 use nix::errno::Errno;
+use tapdisk::blocking::Blocking;
 use tapdisk::engine::Inline;
-use tapdisk::queue::{Limits, Queue, SubmitMode, Transfer};
+use tapdisk::queue::{Limits, Queue, Submission, SubmitMode, Transfer};
 use tapdisk::request::{Op, RequestId, Slots};
 use tapdisk::retry::Retry;
 use tapdisk::sys::io::{FileId, IoOp};
@@ -28,7 +29,8 @@ impl Bench {
         let inline = if mode == SubmitMode::Inline { Inline::Always } else { Inline::Never };
         let (double, engine) = Double::engine(depth, inline);
         let limits = Limits { tiocbs: 256, iovecs: 16, merge_bytes: 64 << 10, retry: Retry::default() };
-        let queue = Queue::new(engine, mode, limits).unwrap();
+        let submission = Submission::start(&Blocking::before_main_loop(), engine, mode).unwrap();
+        let queue = Queue::new(submission.into(), mode, limits);
         let memory = Arc::new(Memory::anonymous(1 << 20).unwrap());
         Bench { slots: Slots::new(256, 16, 0), queue, double, memory }
     }

@@ -7,8 +7,8 @@
 //! and what waits then must not be a request, nor the main loop, which would reap nothing meanwhile, nor a thread of the pool
 //! that the memory's coming may depend on. (With pool threads that made each other, a host that swapped to such a disk stood
 //! still: the only thread was making the second one.) The first threads, as many as the minimum, and the maker are made at
-//! the start; all descend from the thread that called [`Pool::start`], the main loop's, and have its CPUs and priority, never
-//! a requester's. One is being made at a time, never under the lock; one that was just made calls for the next if there still
+//! the start; all descend from the thread that called [`Pool::start`], and by that from the first one, whose CPUs and priority they
+//! have, never a requester's. One is being made at a time, never under the lock; one that was just made calls for the next if there still
 //! are too few. Nothing counts on a thread before it is there.
 //!
 //! ## What is promised
@@ -29,6 +29,7 @@ use nix::sys::eventfd::EventFd;
 pub use self::life::{BoundsError, PoolReport};
 use self::life::{Come, Life, Sleeper, Step};
 use super::{Completion, Engine, Inline, Reap, Setup, Submit, hand_out, wake};
+use crate::blocking::{Blocking, Caller, spawn};
 use crate::submit::STACK_SIZE;
 use crate::sys::file::Backing;
 use crate::sys::io::Io;
@@ -56,8 +57,8 @@ impl Default for Threads {
 }
 
 /// Opens the pool as an engine. Errors are those of [`Pool::start`].
-pub fn open(setup: &Setup) -> io::Result<Engine> {
-    let (pool, finishing) = Pool::start(setup)?;
+pub fn open(blocking: &Blocking, setup: &Setup) -> io::Result<Engine> {
+    let (pool, finishing) = Pool::start(blocking, setup)?;
     // Handing over never blocks, whatever the I/O does.
     Ok(Engine {
         name: "threads",
@@ -89,20 +90,19 @@ struct Shared {
 
 impl Shared {
     /// Starts the thread with that number.
-    fn spawn(self: &Arc<Self>, id: u64, come: Come<Completion>) -> io::Result<()> {
+    fn spawn(self: &Arc<Self>, blocking: &Blocking, id: u64, come: Come<Completion>) -> io::Result<()> {
         let shared = Arc::clone(self);
         // Held over the call: the thread's handle is here before it can end. Nothing else waits for it.
         let mut handles = self.handles.lock().unwrap();
-        let thread = std::thread::Builder::new().name("pool".into()).stack_size(STACK_SIZE);
-        let handle = thread.spawn(move || shared.run(id, come))?;
+        let handle = spawn(blocking, "pool", STACK_SIZE, move |_| shared.run(id, come))?;
         handles.live.push((id, handle));
         Ok(())
     }
 
     /// Makes threads that are wanted, as long as the pool lives.
-    fn make(self: &Arc<Self>) {
+    fn make(self: &Arc<Self>, blocking: &Blocking) {
         while let Some(id) = self.life.birth() {
-            if self.spawn(id, Come::Born).is_err() {
+            if self.spawn(blocking, id, Come::Born).is_err() {
                 self.life.unborn(RETRY);
             }
         }
@@ -149,7 +149,7 @@ pub struct Pool {
 impl Pool {
     /// Starts the minimum of threads. Fails where the bounds are wrong (EINVAL), or where the system does not have that many
     /// threads.
-    pub fn start(setup: &Setup) -> io::Result<(Pool, Finishing)> {
+    pub fn start(blocking: &Blocking, setup: &Setup) -> io::Result<(Pool, Finishing)> {
         let Threads { min, max, idle } = setup.threads;
         let life =
             Life::new(setup.depth, min, max).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
@@ -162,13 +162,12 @@ impl Pool {
         });
         let mut pool = Pool { shared: Arc::clone(&shared), maker: None };
         for id in 1..=min as u64 {
-            shared.spawn(id, Come::Looking).map_err(|error| {
+            shared.spawn(blocking, id, Come::Looking).map_err(|error| {
                 io::Error::new(error.kind(), format!("start thread {id} of {min} of the pool: {error}"))
             })?;
         }
         let theirs = Arc::clone(&shared);
-        let maker = std::thread::Builder::new().name("pool maker".into()).stack_size(STACK_SIZE);
-        pool.maker = Some(maker.spawn(move || theirs.make())?);
+        pool.maker = Some(spawn(blocking, "pool maker", STACK_SIZE, move |blocking| theirs.make(blocking))?);
         Ok((pool, Finishing { shared, taken: VecDeque::with_capacity(setup.depth) }))
     }
 
@@ -213,7 +212,7 @@ impl Drop for Pool {
 }
 
 impl Submit for Pool {
-    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize) -> Result<usize, Errno> {
+    fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, _: Caller) -> Result<usize, Errno> {
         let count = batch.len().min(limit);
         self.give(batch.drain(..count));
         Ok(count)

@@ -12,9 +12,10 @@ use crate::common::model::{Model, Moment, SECTOR, pattern};
 use crate::common::served::folder;
 use nix::errno::Errno;
 use slog::{Discard, Logger, o};
+use tapdisk::blocking::Blocking;
 use tapdisk::config::Config;
 use tapdisk::engine::{Engine, Opener, memory};
-use tapdisk::queue::{Limits, Queue, SubmitMode, Transfer};
+use tapdisk::queue::{Limits, Queue, Submission, SubmitMode, Transfer};
 use tapdisk::request::{Op, RequestId, Slots};
 use tapdisk::retry::{NoSpace, Retry};
 use tapdisk::sys::file::Backing;
@@ -79,12 +80,15 @@ impl Bench {
         let folder = folder();
         let config = config(table, faults);
         let (opener, engine) = if name == "ram" {
-            let engine = memory::ram(size, DEPTH).unwrap();
-            let faulty = |engine| tapdisk::engine::fault::wrap(engine, &config.faults).unwrap();
+            let engine = memory::ram(&Blocking::before_main_loop(), size, DEPTH).unwrap();
+            let faulty =
+                |engine| tapdisk::engine::fault::wrap(&Blocking::before_main_loop(), engine, &config.faults).unwrap();
             (None, if config.faults.is_empty() { engine } else { faulty(engine) })
         } else {
             let opener = opener(&config, folder.path(), direct, size);
-            let engine = opener.open(opener.name).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let engine = opener
+                .open(&Blocking::before_main_loop(), opener.name)
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
             (Some(opener), engine)
         };
         Self::on(engine, opener, mode, folder)
@@ -93,7 +97,8 @@ impl Bench {
     fn on(engine: Engine, opener: Option<Opener>, mode: SubmitMode, folder: TempDir) -> Bench {
         let retry = Retry { limit: 60_000_000_000, no_space: NoSpace::Report };
         let limits = Limits { tiocbs: SLOTS, iovecs: 256, merge_bytes: 256 << 10, retry };
-        let queue = Queue::new(engine, mode, limits).unwrap();
+        let submission = Submission::start(&Blocking::before_main_loop(), engine, mode).unwrap();
+        let queue = Queue::new(submission.into(), mode, limits);
         let memory = Arc::new(Memory::anonymous(SLOTS * BYTES as usize).unwrap());
         Bench { queue, slots: Slots::new(SLOTS, 4, 0), memory, opener, _folder: folder }
     }
@@ -429,8 +434,10 @@ fn change_engine(bench: &mut Bench, random: &mut fastrand::Rng) {
     use tapdisk::config::EngineName::{Aio, IoUring, Threads};
     let name = *random.choice(&[Aio, IoUring, Threads]).unwrap();
     let mode = *random.choice(&MODES).unwrap();
-    let engine = bench.opener.as_ref().unwrap().open(name).unwrap();
-    bench.queue.switch(engine, mode).unwrap();
+    let blocking = Blocking::before_main_loop();
+    let engine = bench.opener.as_ref().unwrap().open(&blocking, name).unwrap();
+    let next = Submission::start(&blocking, engine, mode).unwrap();
+    bench.queue.switch(next.into(), mode).take(&blocking).close(&blocking);
     bench.queue.unplug(&bench.slots);
 }
 

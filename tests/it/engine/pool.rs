@@ -11,6 +11,7 @@ use crate::common::served::folder;
 use crate::common::small_fs::SmallFs;
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
+use tapdisk::blocking::{Blocking, Caller};
 use tapdisk::engine::pool::{self, BoundsError, PoolReport, Threads};
 use tapdisk::engine::{Engine, Inline, Setup};
 use tapdisk::sys::file::Backing;
@@ -36,7 +37,7 @@ impl Bench {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
         let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
         let setup = Setup { threads, ..Setup::new(files, 128).unwrap() };
-        let engine = pool::open(&setup).unwrap();
+        let engine = pool::open(&Blocking::before_main_loop(), &setup).unwrap();
         Bench { engine, event: setup.event, memory: Arc::new(Memory::anonymous(128 * 4096).unwrap()) }
     }
 
@@ -52,7 +53,7 @@ impl Bench {
     fn submit(&self, op: IoOp, tags: std::ops::Range<u32>) {
         let mut batch: VecDeque<_> = tags.map(|tag| self.io(op, tag)).collect();
         let count = batch.len();
-        assert_eq!(self.engine.submit.submit(&mut batch, usize::MAX), Ok(count));
+        assert_eq!(self.engine.submit.submit(&mut batch, usize::MAX, Caller::MainLoop), Ok(count));
     }
 
     fn reap(&mut self) -> Vec<(u32, Result<u64, Errno>)> {
@@ -146,7 +147,7 @@ fn bounds_are_checked_and_kept_and_change_while_it_runs() {
     let files: Arc<[Backing]> = Arc::new([Backing { file, direct: false, block_device: false }]);
     for (min, max) in [(0, 4), (3, 2)] {
         let setup = Setup { threads: threads(min, max), ..Setup::new(Arc::clone(&files), 8).unwrap() };
-        let error = pool::open(&setup).unwrap_err();
+        let error = pool::open(&Blocking::before_main_loop(), &setup).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput, "{error}");
     }
     let mut bench = Bench::on(&path, threads(3, 5));

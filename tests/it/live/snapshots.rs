@@ -350,7 +350,7 @@ fn a_disk_whose_image_can_not_be_closed_is_still_told_of() {
     wait_for(|| (state(&served) == "0x10").then_some(()));
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!((state(&served).as_str(), pausing.try_wait().unwrap().is_none()), ("0x10", true));
-    refused(&served, &["unpause"], libc::EINVAL, "it is not paused");
+    refused(&served, &["unpause"], libc::EBUSY, "it is being paused, and its image being closed");
     drop(frozen);
     assert_eq!(pausing.wait().unwrap().code(), Some(0));
     good("check -n {}", &[&path]);

@@ -37,9 +37,10 @@ impl Server {
             let config = Config::load(&path.join("config.toml")).unwrap();
             let level = Level::from_str("warning").unwrap();
             let (logging, log) = Log::open(config.log.format, level, tapdisk::log::Sink::Stderr).unwrap();
-            let main_loop = serve::open(&config, logging, &log).unwrap();
+            let blocking = tapdisk::blocking::Blocking::before_main_loop();
+            let main_loop = serve::open(&blocking, &config, logging, &log).unwrap();
             started.send(()).unwrap();
-            main_loop.run().unwrap();
+            main_loop.run(blocking).unwrap();
         });
         wait.recv().unwrap();
         Server { dir, thread: Some(thread) }
