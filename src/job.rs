@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::sys::eventfd::EventFd;
 
 use crate::blocking::{Blocking, spawn};
+use crate::stats::now;
 use crate::submit;
 
 /// Stack of a job's thread, bytes.
@@ -100,7 +101,12 @@ pub fn aside(name: &'static str, run: impl FnOnce(&Blocking) + Send + 'static) {
 }
 
 /// Work under way, whose outcome somebody asks for. If this is dropped the work goes on, and nobody is told what came of it.
-pub struct Job<T>(Arc<Mutex<Option<T>>>);
+pub struct Job<T> {
+    outcome: Arc<Mutex<Option<T>>>,
+    name: &'static str,
+    /// When it began, ns of [`now`].
+    since: u64,
+}
 
 impl<T: Send + 'static> Job<T> {
     /// Begins it. Where the system has no thread for it, the outcome is what `refused` makes of that. `wake` tells of the end.
@@ -110,7 +116,7 @@ impl<T: Send + 'static> Job<T> {
         refused: impl FnOnce(io::Error) -> T + Send + 'static,
         work: impl FnOnce(&Blocking) -> T + Send + 'static,
     ) -> Job<T> {
-        let (job, tell) = Job::new(wake);
+        let (job, tell) = Job::new(name, wake);
         let run = move |thread: Result<&Blocking, io::Error>| tell(thread.map_or_else(refused, work));
         hand_over(Work { name, run: Box::new(run), must: false });
         job
@@ -122,12 +128,12 @@ impl<T: Send + 'static> Job<T> {
         wake: &Arc<EventFd>,
         work: impl FnOnce(&Blocking) -> T + Send + 'static,
     ) -> Job<T> {
-        let (job, tell) = Job::new(wake);
+        let (job, tell) = Job::new(name, wake);
         aside(name, move |blocking| tell(work(blocking)));
         job
     }
 
-    fn new(wake: &Arc<EventFd>) -> (Job<T>, impl FnOnce(T) + Send + use<T>) {
+    fn new(name: &'static str, wake: &Arc<EventFd>) -> (Job<T>, impl FnOnce(T) + Send + use<T>) {
         let outcome = Arc::new(Mutex::new(None));
         let (weak, wake) = (Arc::downgrade(&outcome), Arc::clone(wake));
         let tell = move |done| {
@@ -139,12 +145,17 @@ impl<T: Send + 'static> Job<T> {
             // An eventfd's counter can't reach its limit by ones.
             let _ = wake.write(1);
         };
-        (Job(outcome), tell)
+        (Job { outcome, name, since: now() }, tell)
+    }
+
+    /// What it does, in a word, and since when, ns of [`now`].
+    pub fn under_way(&self) -> (&'static str, u64) {
+        (self.name, self.since)
     }
 
     /// What came of it, once, as soon as it is done.
     pub fn outcome(&self) -> Option<T> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

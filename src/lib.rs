@@ -18,7 +18,8 @@
 //!    completion of I/O in flight. So the main loop hands I/Os to the [submit thread](submit) and goes on completing;
 //!    completions reach it by an eventfd. It submits by itself only where nothing at all is in flight, a single I/O, and
 //!    with `RWF_NOWAIT`; and never a write to a regular file, because a frozen file system holds that up in spite of the
-//!    flag.
+//!    flag. Nor does it wait for anything else: what opens, closes, starts a thread or locks memory takes [leave to wait](blocking),
+//!    which the main loop gives away before it runs. It hands such work to a [job], and what has to be closed is [kept apart](job::Apart).
 //! 2. **Nothing is allocated on the data path.** Slots, tiocbs, I/Os and their iovecs are made at the start, a client's
 //!    memory when it connects. Where slots run out, the loop stops pulling, and the ring or socket holds the client back.
 //!    [`memory`] says what is promised, and what a disk takes.
@@ -27,8 +28,7 @@
 //!
 //! A disk has a [minor](minors), whose [marker] on the host says that it is taken. A configuration takes
 //! one, opens the image that it names, and lets both go at the end; through the [control socket](control) a toolstack does the same in steps:
-//! ATTACH, OPEN, CLOSE, DETACH. Whatever waits for files, as opening and closing an image do, is done by a [thread of its own](job),
-//! and whoever asked for it is answered later. All disks share the main loop, and nothing else.
+//! ATTACH, OPEN, CLOSE, DETACH. Whoever asks for what a job does is answered when that is done. All disks share the main loop, and nothing else.
 //!
 //! [marker]: minors::marker
 //!

@@ -14,6 +14,7 @@ use nix::syslog::{Facility, LogFlags, Severity, openlog, syslog};
 use serde::{Deserialize, Serialize};
 use slog::{Drain, Level, Logger, OwnedKVList, Record, o};
 
+use crate::blocking::{Blocking, spawn};
 use crate::submit::STACK_SIZE;
 
 /// Records that wait to be written.
@@ -56,7 +57,7 @@ struct Shared {
 
 impl Log {
     /// Opens the log.
-    pub fn open(format: Format, level: Level, sink: Sink) -> io::Result<(Log, Logger)> {
+    pub fn open(blocking: &Blocking, format: Format, level: Level, sink: Sink) -> io::Result<(Log, Logger)> {
         let sink = match sink {
             Sink::Stderr => Open::Stderr,
             Sink::File(path) => {
@@ -71,10 +72,7 @@ impl Log {
         let shared = Arc::new(Shared::default());
         let (sender, receiver) = sync_channel(BACKLOG);
         let mine = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("log".into())
-            .stack_size(STACK_SIZE)
-            .spawn(move || write_all(&receiver, sink, &mine))?;
+        let thread = spawn(blocking, "log", STACK_SIZE, move |_| write_all(&receiver, sink, &mine))?;
         let drain = Formatter { format, level, queue: sender.clone(), shared: Arc::clone(&shared) };
         let logger = Logger::root(drain.fuse(), o!("pid" => std::process::id()));
         Ok((Log { queue: Some(sender), shared, thread: Some(thread) }, logger))

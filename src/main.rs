@@ -77,7 +77,7 @@ fn open(blocking: &Blocking, args: &Args, config: &Config) -> Result<MainLoop, B
         None if args.in_background() => Sink::Syslog,
         None => Sink::Stderr,
     };
-    let (logging, log) = Log::open(config.log.format, level, sink)?;
+    let (logging, log) = Log::open(blocking, config.log.format, level, sink)?;
     denied.iter().for_each(|denied| denied.log(&log));
     let open = if args.config.is_some() { serve::open } else { serve::wait };
     let main_loop = open(blocking, config, logging, &log)?;

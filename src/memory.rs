@@ -31,6 +31,7 @@
 //! `frontend.local.max_data` at most. The rest is the program itself.
 
 use std::fs;
+use std::sync::Arc;
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -39,7 +40,9 @@ use slog::{Logger, info, warn};
 
 use crate::blocking::Blocking;
 use crate::config::Memory;
+use crate::job;
 use crate::submit::STACK_SIZE;
+use crate::sys;
 use crate::sys::process::{set_io_flusher, share_one_arena};
 
 /// Something that takes memory.
@@ -167,6 +170,15 @@ pub fn lock(_: &Blocking, log: &Logger) {
         let remedy = "raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity) or give CAP_IPC_LOCK";
         Denied { what, error: errno.into(), remedy }.log(log);
     }
+}
+
+/// Keeps a client's memory resident, too, as soon as it is: nobody waits for that.
+pub fn lock_of_client(memory: &Arc<sys::memory::Memory>) {
+    let memory = Arc::downgrade(memory);
+    job::aside("memory", move |blocking| {
+        // Where a limit does not let it, the log says so from the start.
+        let _ = memory.upgrade().map(|memory| memory.lock(blocking));
+    });
 }
 
 /// Whether nothing limits what this process locks: RLIMIT_MEMLOCK does not, or CAP_IPC_LOCK lifts it.

@@ -220,7 +220,7 @@ impl Disk {
     pub fn coalesce(&mut self, image: Option<&Path>, rate: u64) -> Result<(), CoalesceError> {
         // First: the disk pauses by itself at the end of one.
         let under_way = self.coalescing.as_ref().is_some_and(|coalescing| coalescing.is_under_way());
-        if under_way || self.is_checking_chain() {
+        if under_way || self.checking.is_some() {
             return Err(CoalesceError::Busy);
         }
         if self.state != State::Running {
@@ -240,12 +240,12 @@ impl Disk {
 
     /// Whether the last coalesce that was asked for has begun. None: that is not known yet.
     pub fn coalesce_begun(&self) -> Option<Result<(), CoalesceError>> {
-        (!self.is_checking_chain()).then(|| self.coalesce_begun.clone())
+        self.checking.is_none().then(|| self.coalesce_begun.clone())
     }
 
-    /// Whether it is being looked at whether a coalesce can begin.
-    pub(super) fn is_checking_chain(&self) -> bool {
-        self.checking.is_some()
+    /// It is being looked at whether a coalesce can begin.
+    pub(super) fn checking_chain(&self) -> Option<(&'static str, u64)> {
+        self.checking.as_ref().map(|checking| checking.job.under_way())
     }
 
     /// Begins a coalesce that was looked at, and says whether there was something to do.

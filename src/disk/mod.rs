@@ -516,7 +516,9 @@ impl Disk {
                 return true;
             }
             // An image that is closed has nothing more to write, and nobody has its files.
-            State::Draining if self.slots.used() + self.slots.own_used() == 0 && !self.is_using_files() => {
+            State::Draining
+                if self.slots.used() + self.slots.own_used() == 0 && self.file_jobs().next().is_none() =>
+            {
                 if self.stack.move_metadata(&mut self.slots, &mut self.queue) {
                     return true;
                 }
@@ -587,9 +589,9 @@ impl Disk {
         closed.then(|| self.flush_error.map_or(Ok(()), Err))
     }
 
-    /// Whether a job has the image's files that does not change them.
-    fn is_using_files(&self) -> bool {
-        self.is_opening_engine() || self.is_asking_for_size() || self.is_checking_chain()
+    /// The jobs that have the image's files while it is served, as [`Job::under_way`] has it.
+    fn file_jobs(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        [self.opening_engine(), self.asking_for_size(), self.checking_chain()].into_iter().flatten()
     }
 
     /// Whether a turn would find something, as far as memory shows.
@@ -625,7 +627,7 @@ impl Disk {
             .chain(self.held_until)
             .chain(self.lease_until.filter(|_| self.resuming.is_none() && self.recording.is_none()))
             .chain(self.switching.as_ref().and_then(Switching::deadline))
-            .chain(self.watchdog.deadline(self.slots.used()))
+            .chain(self.watchdog.deadline(self.is_watched()))
             .min()
     }
 

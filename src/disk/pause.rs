@@ -119,6 +119,12 @@ pub(super) struct Resuming {
     by_itself: bool,
 }
 
+impl Resuming {
+    pub(super) fn under_way(&self) -> (&'static str, u64) {
+        self.opening.under_way()
+    }
+}
+
 impl Disk {
     /// Begins to pause: pulls nothing more, finishes what was pulled, makes it durable, and lets go of the image. Whether that is
     /// over, [`pause_outcome`](Self::pause_outcome) says.

@@ -29,6 +29,15 @@ pub(super) enum Recording {
     Close(Job<()>),
 }
 
+impl Recording {
+    pub(super) fn under_way(&self) -> (&'static str, u64) {
+        match self {
+            Recording::Pause(job) | Recording::Resume { job, .. } => job.under_way(),
+            Recording::Close(job) => job.under_way(),
+        }
+    }
+}
+
 impl Disk {
     fn start_recording(&self, config: &Config, info: &DiskInfo, paused: bool) -> Option<Job<io::Result<()>>> {
         let place = self.reopen.as_ref()?.record.clone()?;

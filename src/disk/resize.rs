@@ -84,9 +84,9 @@ impl Disk {
         }
     }
 
-    /// Whether the size of one of the image's files is being asked for.
-    pub(super) fn is_asking_for_size(&self) -> bool {
-        matches!(self.resizing, Some(Resizing::Asking { .. }))
+    /// The size of one of the image's files is being asked for.
+    pub(super) fn asking_for_size(&self) -> Option<(&'static str, u64)> {
+        if let Some(Resizing::Asking { job, .. }) = &self.resizing { Some(job.under_way()) } else { None }
     }
 
     /// Takes on the size that was found, and says whether there was something to do.

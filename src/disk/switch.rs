@@ -136,9 +136,9 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether the new engine is being opened, with the image's files.
-    pub(super) fn is_opening_engine(&self) -> bool {
-        matches!(self.switching, Some(Switching::Opening(_)))
+    /// The new engine is being opened, with the image's files.
+    pub(super) fn opening_engine(&self) -> Option<(&'static str, u64)> {
+        if let Some(Switching::Opening(job)) = &self.switching { Some(job.under_way()) } else { None }
     }
 
     /// Whether a change is under way.

@@ -3,6 +3,9 @@
 use slog::{info, warn};
 
 use super::Disk;
+use super::pause::Resuming;
+use super::recording::Recording;
+use crate::job::Job;
 use crate::stats::now;
 
 /// Requests that are told of one by one, each time.
@@ -15,28 +18,49 @@ pub struct Watchdog {
     limit: u64,
     /// When to look next, ns of [`now`].
     next: u64,
+    /// The job that was told of, by when it began.
+    told: Option<u64>,
 }
 
 impl Watchdog {
     /// Tells of requests that are older than `seconds`; 0: of none.
     pub fn new(seconds: u32) -> Watchdog {
-        Watchdog { limit: u64::from(seconds) * 1_000_000_000, next: 0 }
+        Watchdog { limit: u64::from(seconds) * 1_000_000_000, next: 0, told: None }
     }
 
-    /// When to look although nothing happens, ns of [`now`]. A disk without requests is not looked at.
-    pub(super) fn deadline(&self, requests: usize) -> Option<u64> {
-        (self.limit > 0 && requests > 0).then_some(self.next)
+    /// When to look although nothing happens, ns of [`now`]. A disk that has nothing to do is not looked at.
+    pub(super) fn deadline(&self, busy: bool) -> Option<u64> {
+        (self.limit > 0 && busy).then_some(self.next)
     }
 }
 
 impl Disk {
-    /// Looks at all requests, if it is time to.
+    /// Whether there is something that could be stuck.
+    pub(super) fn is_watched(&self) -> bool {
+        self.slots.used() > 0 || self.job().is_some()
+    }
+
+    /// What a thread does with the image's files, and since when, ns of [`now`]. A merge takes as long as it takes.
+    fn job(&self) -> Option<(&'static str, u64)> {
+        let job = |job: Option<(&'static str, u64)>| job.into_iter();
+        let closing = self.closing.as_ref().map(Job::under_way);
+        let resuming = self.resuming.as_ref().map(Resuming::under_way);
+        let recording = self.recording.as_ref().map(Recording::under_way);
+        job(closing)
+            .chain(job(resuming))
+            .chain(job(recording))
+            .chain(self.file_jobs())
+            .min_by_key(|(_, since)| *since)
+    }
+
+    /// Looks at all requests and jobs, if it is time to.
     pub(super) fn watch(&mut self, now: u64) {
         let limit = self.watchdog.limit;
-        if self.slots.used() == 0 || now < self.watchdog.next || limit == 0 {
+        if limit == 0 || now < self.watchdog.next || !self.is_watched() {
             return;
         }
         self.watchdog.next = now + limit / 8;
+        self.watch_job(now, limit);
         let mut new = Vec::new();
         for (slot, request) in self.slots.iter_mut() {
             if !request.stuck && now.saturating_sub(request.born) > limit {
@@ -47,6 +71,15 @@ impl Disk {
         if !new.is_empty() {
             new.sort_unstable();
             self.tell_of_stuck(&new);
+        }
+    }
+
+    fn watch_job(&mut self, now: u64, limit: u64) {
+        let Some((what, since)) = self.job() else { return };
+        if now.saturating_sub(since) > limit && self.watchdog.told != Some(since) {
+            self.watchdog.told = Some(since);
+            warn!(self.log, "a file of the image hangs: the disk waits, and others do not"; "image" => &self.info.name,
+                "job" => what, "age_s" => (now - since) / 1_000_000_000);
         }
     }
 

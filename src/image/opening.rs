@@ -46,6 +46,11 @@ impl<E: From<Error>> Opening<E> {
         Opening { job, refused: None, closing: None, wake, config }
     }
 
+    /// What is done, in a word, and since when, as [`Job::under_way`] has it.
+    pub fn under_way(&self) -> (&'static str, u64) {
+        self.closing.as_ref().map_or_else(|| self.job.under_way(), Job::under_way)
+    }
+
     /// It is not wanted any more.
     pub fn refuse(&mut self, why: E) {
         self.refused.get_or_insert(why);

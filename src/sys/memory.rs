@@ -14,6 +14,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
 use nix::sys::mman::{MmapAdvise, madvise};
 
 use super::gntdev::Grants;
+use crate::blocking::Blocking;
 
 /// Bytes in a page of the ring and of grants.
 pub const PAGE_SIZE: usize = 4096;
@@ -102,8 +103,8 @@ impl Memory {
         self.len
     }
 
-    /// Keeps all of it resident.
-    pub fn lock(&self) -> io::Result<()> {
+    /// Keeps all of it resident. Waits until it is.
+    pub fn lock(&self, _: &Blocking) -> io::Result<()> {
         // SAFETY: the range is this mapping, which lives as long as `self`.
         unsafe { mlock(self.base.cast(), self.len) }.map_err(Into::into)
     }

@@ -11,6 +11,7 @@ use crate::common::PATIENCE;
 use crate::common::served::{folder, tool};
 use crate::common::vhd_made as vhd;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use tapdisk::blocking::Blocking;
 use tapdisk::config::Config;
 use tapdisk::log::Log;
 use tapdisk::{control, event, serve};
@@ -72,10 +73,12 @@ fn none_with(image: &str, engine: &str) {
         s = s.display()
     );
     let config = Config::parse(&text, Path::new("test")).unwrap();
-    let (logging, log) = Log::open(config.log.format, slog::Level::Error, tapdisk::log::Sink::Stderr).unwrap();
+    let (logging, log) =
+        Log::open(&Blocking::before_main_loop(), config.log.format, slog::Level::Error, tapdisk::log::Sink::Stderr)
+            .unwrap();
     let (ready, serving) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
-        let blocking = tapdisk::blocking::Blocking::before_main_loop();
+        let blocking = Blocking::before_main_loop();
         let main_loop = serve::open(&blocking, &config, logging, &log).unwrap();
         ready.send(()).unwrap();
         main_loop.run(blocking).unwrap();

@@ -4,6 +4,7 @@
 
 pub mod double;
 pub mod guest;
+pub mod hanging_fs;
 pub mod host;
 pub mod killed;
 pub mod live;

@@ -192,6 +192,20 @@ impl Served {
         }
     }
 
+    /// strace of all its threads, with these options, which writes to `trace`.
+    pub fn strace(&self, options: &[&str], trace: &Path) -> Child {
+        let mut command = Command::new("strace");
+        command.arg("-f").args(options).arg("-o").arg(trace).args(["-p", &self.pid().to_string()]);
+        let strace = command.stderr(Stdio::null()).spawn().unwrap();
+        let end = Instant::now() + PATIENCE;
+        let status = || std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        while !status().contains(&format!("TracerPid:\t{}", strace.id())) {
+            assert!(Instant::now() < end, "strace does not attach");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        strace
+    }
+
     /// Whether it runs.
     pub fn alive(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()

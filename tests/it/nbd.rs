@@ -3,9 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::process::Command;
 
 use crate::common::PATIENCE;
 use crate::common::served::{Served, folder, output, run};
@@ -247,35 +246,13 @@ fn clients_that_leave_stall_or_lie_disturb_nobody() {
     assert!(bytes[1 << 20..].iter().all(|byte| *byte == 0x11));
 }
 
-/// strace of a tapdisk, with these options.
-fn traced(served: &Served, options: &[&str], trace: &Path) -> Child {
-    let strace = Command::new("strace")
-        .arg("-f")
-        .args(options)
-        .arg("-o")
-        .arg(trace)
-        .args(["-p", &served.pid().to_string()])
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let end = Instant::now() + PATIENCE;
-    while !std::fs::read_to_string(format!("/proc/{}/status", served.pid()))
-        .unwrap()
-        .contains(&format!("TracerPid:\t{}", strace.id()))
-    {
-        assert!(Instant::now() < end, "strace does not attach");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    strace
-}
-
 #[test]
 fn what_the_file_system_does_not_say_is_no_hole() {
     for errno in ["EIO", "ESTALE", "EINTR"] {
         let (folder, path, served) = serve("", "");
         let (copy, trace) = (folder.path().join("copy"), folder.path().join("trace"));
         let inject = format!("inject=lseek:error={errno}:when=1");
-        let mut strace = traced(&served, &["-e", "trace=lseek", "-e", &inject], &trace);
+        let mut strace = served.strace(&["-e", "trace=lseek", "-e", &inject], &trace);
         let copied = output(Command::new("nbdcopy").arg(served.nbd()).arg(&copy));
         drop(served);
         strace.wait().unwrap();
@@ -290,7 +267,7 @@ fn what_the_file_system_does_not_say_is_no_hole() {
 fn a_flush_is_a_real_one() {
     let (folder, _path, served) = serve("", "");
     let trace = folder.path().join("trace");
-    let mut strace = traced(&served, &["-e", "trace=io_submit,fdatasync"], &trace);
+    let mut strace = served.strace(&["-e", "trace=io_submit,fdatasync"], &trace);
     nbdsh(&served, "h.pwrite(b'x' * 512, 0)\nh.flush()\nh.pwrite(b'y' * 512, 512, nbd.CMD_FLAG_FUA)");
     drop(served);
     strace.wait().unwrap();

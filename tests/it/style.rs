@@ -75,3 +75,32 @@ fn unsafe_code_is_in_src_sys_only() {
         assert!(sys || found.count() == 0, "{}", path.display());
     }
 }
+
+/// A thread that is made by `blocking::spawn` has leave to wait; and who makes one, needs it.
+#[test]
+fn threads_are_made_in_one_place() {
+    let allowed = ["src/blocking.rs", "src/sys/aio.rs", "src/sys/uring_tests.rs"];
+    for (path, text) in all() {
+        let name = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap();
+        if !name.starts_with("src") || allowed.iter().any(|allowed| name == Path::new(allowed)) {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for what in ["thread::Builder", "thread::spawn", "thread::current"] {
+            assert!(!code.contains(what), "{}: {what}", name.display());
+        }
+    }
+}
+
+/// Leave to wait comes with a thread. What has no main loop, or none yet, gives it to itself: programs and their tests.
+#[test]
+fn leave_to_wait_is_not_made_up() {
+    for (path, text) in all() {
+        let name = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let of_program = ["src/main.rs", "src/blocking.rs", "src/sys/uring_tests.rs"].map(Path::new).contains(&name);
+        if name.starts_with("src") && !of_program {
+            let code = text.split("#[cfg(test)]").next().unwrap();
+            assert!(!code.contains("before_main_loop("), "{}", name.display());
+        }
+    }
+}

@@ -19,6 +19,7 @@ use super::wire::{ABIS, Hello, INFO_READ_ONLY, MAGIC, Welcome};
 use crate::frontend::blkif::queue::{Doorbell, Limits, MUTE, Pages, RingQueue};
 use crate::frontend::blkif::ring::{BackRing, Shared};
 use crate::frontend::{DiskInfo, Intake};
+use crate::memory;
 use crate::request::Request;
 use crate::sys::memory::{Memory, PAGE_SIZE};
 
@@ -148,8 +149,7 @@ impl Client {
         let queue_bytes = ((1usize << ring_page_order) + data_pages as usize) * PAGE_SIZE;
         let (memfd, memory) = share(queue_bytes * queues as usize).map_err(failed)?;
         if config.lock_memory {
-            // The limit is what it is; the log has said so at the start.
-            let _ = memory.lock();
+            memory::lock_of_client(&memory);
         }
         let limits =
             Limits { indirect_segments: config.max_indirect_segments as usize, sector_size: disk.sector_size };

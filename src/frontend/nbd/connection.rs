@@ -21,6 +21,7 @@ use super::wire::{CMD_DISC, CMD_WRITE, REQUEST_MAGIC, RequestHead};
 use crate::frontend::{DiskInfo, Intake};
 use crate::payload::{Arena, Run};
 use crate::request::Op;
+use crate::sys::memory::Memory;
 use crate::sys::socket;
 
 /// Bytes of payload memory.
@@ -204,9 +205,9 @@ impl Connection {
         })
     }
 
-    /// Keeps the payload memory resident.
-    pub(super) fn lock_memory(&self) -> io::Result<()> {
-        self.arena.memory().lock()
+    /// The payloads'.
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        self.arena.memory()
     }
 
     /// Asks for events. Not for writable ones until a send falls short: of a Unix socket they come each time that the

@@ -28,7 +28,7 @@ use self::negotiate::Export;
 use super::seats::{Full, Seats};
 use super::{DiskInfo, Frontend, Intake};
 use crate::log::Limiter;
-use crate::memory::Part;
+use crate::memory::{self, Part};
 use crate::request::Request;
 use crate::stats::now;
 
@@ -184,10 +184,8 @@ impl Nbd {
         let connection = connection.and_then(|mut connection| connection.register(registry).map(|()| connection));
         match connection {
             Ok(connection) => {
-                if self.lock_memory
-                    && let Err(error) = connection.lock_memory()
-                {
-                    warn!(self.log, "an NBD client's memory can't be locked"; "error" => %error);
+                if self.lock_memory {
+                    memory::lock_of_client(connection.memory());
                 }
                 self.seats.seat(index, Box::new(connection));
                 self.accepted += 1;

@@ -25,7 +25,7 @@ use self::handshake::Stage;
 use self::vbd::{Connection, Limits, Vbd};
 use self::xenbus::{Backend, End, Handshake};
 use super::{DiskInfo, Frontend, Intake};
-use crate::memory::Part;
+use crate::memory::{self, Part};
 use crate::request::Request;
 use crate::stats::now;
 use crate::stats::shm::Place;
@@ -131,8 +131,7 @@ impl Xen {
         let mut vbd = Vbd::new(config.limits, disk.sector_size, log.clone()).map_err(io::Error::other)?;
         vbd.show_statistics(Place { directory: config.statistics.clone(), device: config.device.device });
         if config.lock_memory {
-            // The limit is what it is; the log says so when all else is locked.
-            let _ = vbd.lock();
+            memory::lock_of_client(vbd.memory());
         }
         let shared = Rc::new(Shared {
             vbd: RefCell::new(vbd),

@@ -20,7 +20,7 @@ use super::vbd::{Connection, Limits, Vbd};
 use crate::config::Xen;
 use crate::frontend::blkif::wire::{Abi, MAX_SEGMENTS};
 use crate::frontend::{Frontend, Intake};
-use crate::memory::Part;
+use crate::memory::{self, Part};
 use crate::request::Request;
 use crate::stats::shm::Place;
 use crate::sys::gntdev::domid_t;
@@ -152,8 +152,7 @@ impl Tapback {
         let mut vbd = Vbd::new(limits, sector_size, log.clone())?;
         vbd.show_statistics(Place { directory: self.settings.statistics.clone(), device });
         if self.settings.lock_memory {
-            // If the limit forbids it, the log has said so at the start.
-            let _ = vbd.lock();
+            memory::lock_of_client(vbd.memory());
         }
         // What is read-only is the disk, which sees to that itself.
         let rings = vec![at.ring.clone()];

@@ -25,7 +25,7 @@ use crate::stats::now;
 use crate::stats::shm::{GuestStatistics, Place};
 use crate::sys::evtchn::{Evtchn, evtchn_port_t};
 use crate::sys::gntdev::{CopyBatch, Gntdev, domid_t};
-use crate::sys::memory::PAGE_SIZE;
+use crate::sys::memory::{Memory, PAGE_SIZE};
 
 /// Indirect requests that are taken in one turn: each needs a page for its descriptors.
 const INDIRECT_MAX: usize = 32;
@@ -236,9 +236,9 @@ impl Vbd {
         &self.evtchn
     }
 
-    /// Keeps payload memory resident.
-    pub fn lock(&self) -> io::Result<()> {
-        self.arena.memory().lock()
+    /// The payloads'.
+    pub fn memory(&self) -> &Arc<Memory> {
+        self.arena.memory()
     }
 
     /// Maps a guest's rings and binds its event channels.

@@ -1,6 +1,7 @@
 //! Disks that change while they are used.
 
 mod coalesce;
+mod hanging;
 mod random;
 mod restart;
 mod snapshots;

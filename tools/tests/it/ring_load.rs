@@ -36,8 +36,8 @@ impl Server {
         let thread = thread::spawn(move || {
             let config = Config::load(&path.join("config.toml")).unwrap();
             let level = Level::from_str("warning").unwrap();
-            let (logging, log) = Log::open(config.log.format, level, tapdisk::log::Sink::Stderr).unwrap();
             let blocking = tapdisk::blocking::Blocking::before_main_loop();
+            let (logging, log) = Log::open(&blocking, config.log.format, level, tapdisk::log::Sink::Stderr).unwrap();
             let main_loop = serve::open(&blocking, &config, logging, &log).unwrap();
             started.send(()).unwrap();
             main_loop.run(blocking).unwrap();
