@@ -271,11 +271,22 @@ impl<'a> Rules<'a> {
         let mut beside = volume::folders(leaf).into_iter().filter(|own| !(of_device && own.starts_with("/dev")));
         own.is_some_and(|own| group(path) == Some(own))
             || beside.any(|own| own.canonicalize().is_ok_and(|own| folder == own))
-            || self
-                .folders
-                .iter()
-                .any(|allowed| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed)))
+            || is_within(folder, self.folders)
     }
+}
+
+/// Whether a folder without links is one of those, or below one.
+fn is_within(folder: &Path, folders: &[PathBuf]) -> bool {
+    folders.iter().any(|allowed| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed)))
+}
+
+/// Whether an open file or block device is in one of those folders, or below one: by what is open, and not by the name or the link that it was
+/// opened by. Where a device is, its node says, or the device mapper's name of it.
+pub fn is_below(file: &File, folders: &[PathBuf]) -> bool {
+    let node = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok();
+    let mapped = || file.metadata().ok().as_ref().and_then(volume::mapper_name);
+    let below = |place: PathBuf| place.parent().is_some_and(|folder| is_within(folder, folders));
+    node.is_some_and(below) || mapped().is_some_and(below)
 }
 
 /// Where the parent of a differencing image is, as an absolute path. None: it has none.

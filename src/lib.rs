@@ -28,7 +28,8 @@
 //!
 //! A disk has a [minor](minors), whose [marker] on the host says that it is taken. A configuration takes
 //! one, opens the image that it names, and lets both go at the end; through the [control socket](control) a toolstack does the same in steps:
-//! ATTACH, OPEN, CLOSE, DETACH. Whoever asks for what a job does is answered when that is done. All disks share the main loop, and nothing else.
+//! ATTACH, OPEN, CLOSE, DETACH. What a member of its group names is opened, and whenever it is opened again, [with that member's
+//! rights](sys::credentials). Whoever asks for what a job does is answered when that is done. All disks share the main loop, and nothing else.
 //!
 //! [marker]: minors::marker
 //!

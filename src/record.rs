@@ -16,8 +16,9 @@ use drivers::vhd::Parts;
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::config::{Config, ImageType};
+use crate::config::{Config, Image, ImageType};
 use crate::frontend::DiskInfo;
+use crate::sys::credentials::Credentials;
 
 /// An image, and what tells it from another one in its place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +76,9 @@ pub struct Record {
     configured: Known,
     /// The image that the disk serves, or goes on with.
     pub served: Known,
+    /// The member of the control socket's group who has named that; none: root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<Credentials>,
 }
 
 /// Why a disk is not started.
@@ -160,8 +164,9 @@ impl Place {
     }
 
     /// Records what the disk serves, or goes on with when a pause ends.
-    pub fn save(&self, kind: ImageType, path: &Path, info: &DiskInfo, paused: bool) -> io::Result<()> {
-        let served = Known::of(kind, path)?;
+    pub fn save(&self, image: &Image, info: &DiskInfo, paused: bool) -> io::Result<()> {
+        let served = Known::of(image.kind, image.path.as_deref().unwrap_or(Path::new("")))?;
+        let by = image.by.as_ref().map(|by| by.credentials.clone());
         let (kind, path) = &self.configured;
         let configured = match Known::of(*kind, path) {
             // It was merged into another one: that it is not there is all that can be said of it.
@@ -175,7 +180,7 @@ impl Place {
         }
         let (configuration, boot) = (self.configuration.clone(), boot_id());
         let (size, sector_size) = (info.size, info.sector_size);
-        let record = Record { configuration, boot, paused, size, sector_size, configured, served };
+        let record = Record { configuration, boot, paused, size, sector_size, configured, served, by };
         let text = toml::to_string(&record).map_err(io::Error::other)?;
         // One or the other at each moment.
         let mut new = self.file.clone().into_os_string();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use slog::{Logger, info, o, warn};
 
 use crate::blocking::Blocking;
-use crate::config::{self, Config, OnClose};
+use crate::config::{self, Config, Member, OnClose};
 use crate::disk::{Disk, Parts, Reopen, Watchdog};
 use crate::event::MainLoop;
 use crate::frontend::local::Local;
@@ -44,6 +44,9 @@ pub fn open(
     if let Some(record) = &record {
         (placed.image.kind, placed.image.path) = (record.served.kind, Some(record.served.path.clone()));
         placed.image.create = None;
+        let folders = &config.control.folders;
+        let member = |credentials| Member { credentials, folders: folders.clone() };
+        placed.image.by = record.by.clone().map(|by| Arc::new(member(by)));
         warn!(log, "the disk goes on with the image that it served last, and not with image.path";
             "served" => %record.served.path.display(), "path" => %config.image.path.as_deref().unwrap_or(Path::new("")).display(),
             "paused" => record.paused, "record" => %place.as_ref().map_or(Path::new(""), record::Place::path).display());

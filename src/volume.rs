@@ -71,6 +71,11 @@ fn in_folder(folder: &Path, device: &Metadata) -> Option<PathBuf> {
     names.into_iter().find(same)
 }
 
+/// The device mapper's name of a block device. None: it is none of its.
+pub fn mapper_name(device: &Metadata) -> Option<PathBuf> {
+    device.file_type().is_block_device().then(|| in_folder(Path::new(MAPPER), device)).flatten()
+}
+
 /// The same among the volumes of DRBD's resources.
 fn in_resources(device: &Metadata) -> Option<PathBuf> {
     std::fs::read_dir(DRBD).ok()?.filter_map(|entry| in_folder(&entry.ok()?.path(), device)).next()

@@ -5,17 +5,20 @@
 
 mod engine;
 mod fault;
+mod member;
 mod statistics;
 mod units;
 mod xen;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 pub use self::engine::{Engine, EngineName, NoSpace, Retry, THREADS_MAX, Watchdog};
 pub use self::fault::{Distribution, ErrnoName, Fault, FaultKind, FaultOp};
+pub use self::member::Member;
 pub use self::statistics::{Metrics, Statistics};
 pub use self::units::Size;
 use self::units::{in_range, log_level, minor, sector_size};
@@ -140,6 +143,9 @@ pub enum Durability {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
+    /// The member of the control socket's group who has named it, and with whose rights it is opened; none: who runs the tapdisk.
+    #[serde(skip)]
+    pub by: Option<Arc<Member>>,
     /// Its kind.
     #[serde(default, rename = "type")]
     pub kind: ImageType,
@@ -187,6 +193,7 @@ pub struct Image {
 impl Default for Image {
     fn default() -> Image {
         Image {
+            by: None,
             kind: ImageType::default(),
             path: None,
             size: None,
@@ -291,6 +298,8 @@ pub struct Control {
     /// The group whose members may use the socket, besides root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// Folders that the images are in, or below, which the group's members may name; and only those that they could open themselves.
+    pub folders: Vec<PathBuf>,
     /// A pause that nobody ends is over after so many seconds. 0: never.
     #[serde(deserialize_with = "in_range::<0, 86400, _, _>")]
     pub pause_lease_s: u32,
@@ -390,7 +399,13 @@ impl Default for MainLoop {
 
 impl Default for Control {
     fn default() -> Control {
-        Control { directory: PathBuf::from("/run/blktap-control"), minor: None, group: None, pause_lease_s: 0 }
+        Control {
+            directory: PathBuf::from("/run/blktap-control"),
+            minor: None,
+            group: None,
+            folders: Vec::new(),
+            pause_lease_s: 0,
+        }
     }
 }
 

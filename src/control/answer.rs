@@ -6,6 +6,7 @@ use serde_json::json;
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
 
+use super::peer::Peer;
 use super::proto::{List, Message, MinorList, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
 use super::{blkif, engine, life, pause};
 use crate::disk::{Disk, ResizeError};
@@ -68,15 +69,24 @@ impl Late {
 }
 
 /// The whole answer to a request; or what it waits for.
-pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, log: &Logger) -> Result<Vec<u8>, Late> {
+pub fn respond(
+    request: &Message,
+    peer: &Peer,
+    minors: &mut Minors,
+    polling: &mut Polling,
+    log: &Logger,
+) -> Result<Vec<u8>, Late> {
     let cookie = request.cookie;
+    if let Err(error) = peer.check(request) {
+        return Ok(refused(cookie, &error));
+    }
     Ok(match request.kind {
         kind::PID => {
             let pid = std::process::id() as i32;
             Message::new(kind::PID_RSP, cookie).with(&pid).as_bytes().to_vec()
         }
         kind::ATTACH => life::attach(cookie, minors),
-        kind::OPEN => life::open(request, minors).ok_or(Late::Open(cookie))?,
+        kind::OPEN => life::open(request, minors, peer).ok_or(Late::Open(cookie))?,
         kind::CLOSE | kind::FORCE_SHUTDOWN => life::close(request, minors).ok_or(Late::Close(cookie))?,
         kind::DETACH => life::detach(cookie, minors),
         kind::XENBLKIF_CONNECT => blkif::connect(request, minors, polling, log),
@@ -94,7 +104,7 @@ pub fn respond(request: &Message, minors: &mut Minors, polling: &mut Polling, lo
             Message::error(cookie, 0, "").as_bytes().to_vec()
         }
         _ => match minors.disk_mut(cookie) {
-            Some(disk) => of_disk(request, disk, polling, log)?,
+            Some(disk) => of_disk(request, peer, disk, polling, log)?,
             None => without_image(request, minors),
         },
     })
@@ -115,20 +125,26 @@ fn without_image(request: &Message, minors: &mut Minors) -> Vec<u8> {
 }
 
 /// The answer to what is asked of one disk.
-fn of_disk(request: &Message, disk: &mut Disk, polling: &mut Polling, log: &Logger) -> Result<Vec<u8>, Late> {
+fn of_disk(
+    request: &Message,
+    peer: &Peer,
+    disk: &mut Disk,
+    polling: &mut Polling,
+    log: &Logger,
+) -> Result<Vec<u8>, Late> {
     let cookie = request.cookie;
     Ok(match request.kind {
         kind::ENGINE => engine::change(request, disk).ok_or(Late::Engine(cookie))?,
         kind::PAUSE => pause::pause(cookie, disk).ok_or(Late::Pause(cookie))?,
-        kind::RESUME => pause::resume(request, disk).ok_or(Late::Resume(cookie))?,
-        kind::COMMIT => pause::commit(request, disk).ok_or(Late::Commit(cookie))?,
+        kind::RESUME => pause::resume(request, disk, peer).ok_or(Late::Resume(cookie))?,
+        kind::COMMIT => pause::commit(request, disk, peer).ok_or(Late::Commit(cookie))?,
         kind::QUERY_COMMIT => pause::query(cookie, disk),
         kind::CANCEL_COMMIT => pause::cancel(request, disk).ok_or(Late::Cancel(cookie))?,
         kind::STATS => with_text(kind::STATS_RSP, cookie, &stats(Some(disk)).to_string()),
         kind::METRICS => metrics(cookie, [(cookie, &*disk)]),
         kind::DISK_INFO => life::image(kind::DISK_INFO_RSP, cookie, disk.info()),
         kind::DEBUG_QUEUE => with_json(kind::DEBUG_QUEUE_RSP, cookie, &disk.inspect(polling)),
-        kind::COALESCE => pause::coalesce(request, disk).ok_or(Late::Coalesce(cookie))?,
+        kind::COALESCE => pause::coalesce(request, disk, peer).ok_or(Late::Coalesce(cookie))?,
         kind::POLL => set_polling(request, polling, log).as_bytes().to_vec(),
         kind::RESIZE => resize(cookie, disk).ok_or(Late::Resize(cookie))?,
         kind::FAULT => engine::faults(request, disk, log),

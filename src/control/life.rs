@@ -4,6 +4,7 @@ use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
 use super::answer::refused;
+use super::peer::Peer;
 use super::proto::{Image, Message, Params, kind, open as flag, text};
 use crate::disk::parse_name;
 use crate::frontend::DiskInfo;
@@ -51,7 +52,7 @@ pub(super) fn check_flags(flags: u32, allowed: u32) -> Result<(), MinorError> {
     Err(MinorError::new(Errno::EOPNOTSUPP, format!("{what}: not supported; open the image without")))
 }
 
-fn wanted(params: &Params) -> Result<Wanted, MinorError> {
+fn wanted(params: &Params, peer: &Peer) -> Result<Wanted, MinorError> {
     let broken = |what| MinorError::new(Errno::EINVAL, format!("{what} has no end"));
     let name = text(&params.path).ok_or_else(|| broken("the image's name"))?;
     text(&params.secondary).ok_or_else(|| broken("the second image's name"))?;
@@ -65,6 +66,7 @@ fn wanted(params: &Params) -> Result<Wanted, MinorError> {
     let parent = parent.map_err(|_| MinorError::new(Errno::ENODEV, format!("no minor is {}", params.prt_devnum)));
     Ok(Wanted {
         image,
+        by: peer.member().cloned(),
         read_only: has(flag::RDONLY),
         buffered: has(flag::NO_O_DIRECT),
         timeout_s: (params.req_timeout > 0).then_some(params.req_timeout),
@@ -73,8 +75,8 @@ fn wanted(params: &Params) -> Result<Wanted, MinorError> {
 }
 
 /// The answer to OPEN, if it is refused at once. None: it comes when the image is open, by [`opened`].
-pub(super) fn open(request: &Message, minors: &mut Minors) -> Option<Vec<u8>> {
-    let outcome = wanted(&request.member()).and_then(|wanted| minors.open(request.cookie, wanted));
+pub(super) fn open(request: &Message, minors: &mut Minors, peer: &Peer) -> Option<Vec<u8>> {
+    let outcome = wanted(&request.member(), peer).and_then(|wanted| minors.open(request.cookie, wanted));
     outcome.err().map(|error| refused(request.cookie, &error))
 }
 

@@ -9,21 +9,21 @@ pub mod client;
 mod engine;
 mod life;
 mod pause;
+mod peer;
 pub mod proto;
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
-use nix::sys::socket::{getsockopt, sockopt};
-use nix::unistd::{Gid, Group, geteuid};
+use nix::unistd::{Gid, Group};
 use slog::{Logger, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
 pub use self::answer::{Late, respond};
+pub use self::peer::Peer;
 use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, Params, kind, open};
 use crate::config;
 use crate::listen::UnixSocket;
@@ -31,7 +31,6 @@ use crate::log::Limiter;
 use crate::minors::Minors;
 use crate::polling::Polling;
 use crate::stats::now;
-use crate::sys::socket::peer_groups;
 
 /// Connections at a time. One more takes the place of the one that is missed least.
 const CONNECTIONS_MAX: usize = 64;
@@ -67,6 +66,8 @@ impl Stage {
 
 struct Connection {
     socket: UnixStream,
+    /// None: nobody who may say something.
+    peer: Option<Peer>,
     stage: Stage,
     /// A message, and a byte that shows that there is more.
     request: [u8; MESSAGE_SIZE + 1],
@@ -82,6 +83,8 @@ pub struct Control {
     socket: UnixSocket,
     /// Whose members may connect too.
     group: Option<Gid>,
+    /// Where the images are that they may name.
+    folders: Vec<PathBuf>,
     registry: Registry,
     base: usize,
     connections: Vec<Option<Box<Connection>>>,
@@ -108,7 +111,8 @@ impl Control {
         let mut socket = UnixSocket::bind_for(&path, group).map_err(explain)?;
         registry.register(socket.source(), Token(base), Interest::READABLE)?;
         let connections = std::iter::repeat_with(|| None).take(CONNECTIONS_MAX).collect();
-        Ok(Control { socket, group, registry, base, connections, waiting: false, limiter: Limiter::default(), log })
+        let (folders, limiter) = (config.folders.clone(), Limiter::default());
+        Ok(Control { socket, group, folders, registry, base, connections, waiting: false, limiter, log })
     }
 
     /// The socket's path.
@@ -132,8 +136,10 @@ impl Control {
                 warn!(self.log, "cannot watch a control connection"; "error" => %error);
                 continue;
             }
-            let mut connection = Connection::new(socket);
-            if !self.may(&connection.socket) {
+            // SO_PEERCRED, unix(7): the file's mode is not all that there is.
+            let peer = Peer::of(&socket, self.group, &self.folders);
+            let mut connection = Connection::new(socket, peer);
+            if connection.peer.is_none() {
                 if let Some(suppressed) = self.limiter.allow(now()) {
                     warn!(self.log, "a client may not use the control socket"; "suppressed_before" => suppressed);
                 }
@@ -154,19 +160,18 @@ impl Control {
         free.or_else(missed_least).unwrap_or(0)
     }
 
-    /// Whether the peer may say something (SO_PEERCRED, unix(7)).
-    fn may(&self, socket: &UnixStream) -> bool {
-        let Ok(peer) = getsockopt(&socket.as_fd(), sockopt::PeerCredentials) else { return false };
-        let in_group = |group: Gid| {
-            group.as_raw() == peer.gid()
-                || peer_groups(socket.as_fd()).is_ok_and(|groups| groups.contains(&group.as_raw()))
-        };
-        peer.uid() == 0 || peer.uid() == geteuid().as_raw() || self.group.is_some_and(in_group)
-    }
-
     fn advance(&mut self, index: usize, minors: &mut Minors, polling: &mut Polling) {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
-        let goes_on = connection.advance(|request| respond(request, minors, polling, &self.log));
+        let (log, limiter) = (&self.log, &mut self.limiter);
+        let goes_on = connection.advance(|request, peer| {
+            if let (Err(error), Peer::Member(member)) = (peer.check(request), peer)
+                && let Some(suppressed) = limiter.allow(now())
+            {
+                warn!(log, "a member of control.group may not ask for that"; "uid" => member.credentials.uid,
+                    "error" => %error, "suppressed_before" => suppressed);
+            }
+            respond(request, peer, minors, polling, log)
+        });
         self.waiting |= matches!(connection.stage, Stage::Waiting(_));
         if !goes_on {
             self.connections[index] = None;
@@ -186,7 +191,7 @@ impl Control {
                 continue;
             };
             connection.answer(response);
-            if !connection.advance(|_| Err(late)) {
+            if !connection.advance(|_, _| Err(late)) {
                 *place = None;
             }
         }
@@ -221,9 +226,10 @@ fn find_group(name: &str) -> io::Result<Gid> {
 }
 
 impl Connection {
-    fn new(socket: UnixStream) -> Connection {
+    fn new(socket: UnixStream, peer: Option<Peer>) -> Connection {
         Connection {
             socket,
+            peer,
             stage: Stage::Receiving,
             request: [0; MESSAGE_SIZE + 1],
             received: 0,
@@ -239,7 +245,7 @@ impl Connection {
     }
 
     /// Receives, answers and sends as far as the socket allows. False: it is over.
-    fn advance(&mut self, respond: impl FnOnce(&Message) -> Result<Vec<u8>, Late>) -> bool {
+    fn advance(&mut self, respond: impl FnOnce(&Message, &Peer) -> Result<Vec<u8>, Late>) -> bool {
         let done = match self.stage {
             Stage::Receiving => self.receive(respond).and_then(|()| self.send()),
             Stage::Waiting(_) => Ok(()),
@@ -254,7 +260,7 @@ impl Connection {
     }
 
     /// Receives a message, and answers it or begins to wait for the answer. Half a message gets an answer too.
-    fn receive(&mut self, respond: impl FnOnce(&Message) -> Result<Vec<u8>, Late>) -> io::Result<()> {
+    fn receive(&mut self, respond: impl FnOnce(&Message, &Peer) -> Result<Vec<u8>, Late>) -> io::Result<()> {
         let end = loop {
             match self.socket.read(&mut self.request[self.received..]) {
                 Ok(0) if self.received == 0 => return Err(ErrorKind::UnexpectedEof.into()),
@@ -272,7 +278,8 @@ impl Connection {
         };
         let request = Message::read_from_bytes(&self.request[..MESSAGE_SIZE]).map_err(|_| ErrorKind::InvalidData)?;
         if end == MESSAGE_SIZE || (end > MESSAGE_SIZE && has_more(&request)) {
-            match respond(&request) {
+            let Some(peer) = &self.peer else { return Err(ErrorKind::PermissionDenied.into()) };
+            match respond(&request, peer) {
                 Ok(response) => self.answer(response),
                 Err(late) => (self.stage, self.until) = (Stage::Waiting(late), None),
             }

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::answer::{refused as refuse, with_json};
 use super::life::check_flags;
+use super::peer::Peer;
 use super::proto::{Coalesce, Message, Params, Query, coalesce as flag, kind, string, text};
 use crate::disk::{CoalesceError, Disk, PauseError, Stage, parse_name};
 use crate::minors::{MinorError, Minors};
@@ -46,7 +47,7 @@ pub(super) fn paused(cookie: u16, disk: &Disk, outcome: &Result<(), PauseError>)
 }
 
 /// The answer to RESUME, if it is refused at once. None: it comes when the disk goes on, by [`resumed`].
-pub(super) fn resume(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
+pub(super) fn resume(request: &Message, disk: &mut Disk, peer: &Peer) -> Option<Vec<u8>> {
     let cookie = request.cookie;
     let params: Params = request.member();
     let broken = |what| MinorError::new(Errno::EINVAL, format!("{what} has no end"));
@@ -57,7 +58,7 @@ pub(super) fn resume(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
         return Some(refuse(cookie, &error));
     }
     let image = if name.is_empty() { Ok(None) } else { parse_name(name).map(Some) };
-    match image.and_then(|image| disk.resume(image)) {
+    match image.and_then(|image| disk.resume(image, peer.member())) {
         Ok(()) => disk.resume_outcome().map(|outcome| resumed(cookie, disk, &outcome)),
         Err(error) => Some(refused(cookie, disk, &error)),
     }
@@ -73,14 +74,14 @@ pub(super) fn resumed(cookie: u16, disk: &Disk, outcome: &Result<(), PauseError>
 
 /// The answer to COMMIT, if it is refused at once: the image of that path is merged into its parent. None: it comes when the merge has
 /// begun, by [`committed`].
-pub(super) fn commit(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
+pub(super) fn commit(request: &Message, disk: &mut Disk, peer: &Peer) -> Option<Vec<u8>> {
     let cookie = request.cookie;
     let params: Params = request.member();
     let Some(name) = text(&params.path) else {
         return Some(refuse(cookie, &MinorError::new(Errno::EINVAL, "the image's name has no end")));
     };
     let path = parse_name(name).map_or_else(|_| name.into(), |(_, path)| path);
-    let begun = disk.coalesce((!name.is_empty()).then_some(path.as_path()), 0);
+    let begun = disk.coalesce((!name.is_empty()).then_some(path.as_path()), 0, peer.member());
     begun.err().map(|error| not_coalesced(cookie, disk, &error))
 }
 
@@ -131,7 +132,7 @@ fn cancel_response(cookie: u16) -> Vec<u8> {
 }
 
 /// The answer to COALESCE. None: it comes when the merge has begun, by [`coalesced`].
-pub(super) fn coalesce(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
+pub(super) fn coalesce(request: &Message, disk: &mut Disk, peer: &Peer) -> Option<Vec<u8>> {
     let (cookie, wanted): (u16, Coalesce) = (request.cookie, request.member());
     let name = disk.info().name.clone();
     let wrong = |text: &str| Some(refuse(cookie, &MinorError::new(Errno::EINVAL, format!("{name}: {text}"))));
@@ -145,7 +146,7 @@ pub(super) fn coalesce(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
     if wanted.flags & flag::START == 0 {
         return Some(shown(cookie, disk));
     }
-    let begun = disk.coalesce((!image.is_empty()).then(|| Path::new(image)), wanted.rate);
+    let begun = disk.coalesce((!image.is_empty()).then(|| Path::new(image)), wanted.rate, peer.member());
     begun.err().map(|error| not_coalesced(cookie, disk, &error))
 }
 

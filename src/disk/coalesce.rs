@@ -18,7 +18,8 @@ use slog::{error, info};
 use super::pause::PauseError;
 use super::{Disk, State};
 use crate::chain;
-use crate::image::Lock;
+use crate::config::Member;
+use crate::image::{self, Lock, check_place, rights_of};
 use crate::job::Job;
 use crate::sys::file::{FileIdentity, file_id, has_other_readers};
 use crate::vhd::file::{ImageFile, Medium, write_pieces};
@@ -40,9 +41,15 @@ pub enum CoalesceError {
     /// The chain is too short, or the image is not within it.
     #[error("{0}")]
     Chain(String),
+    /// Another member of the control socket's group has named the disk's image, and may have changed its files' names.
+    #[error("its image was named by user {0}: only that user and root may have it merged")]
+    Named(u32),
     /// Somebody else would see another parent than before.
     #[error("{}: another process uses it, and would find other data in it", .0.display())]
     Shared(PathBuf),
+    /// It is not for the member who asks.
+    #[error("{0}")]
+    Image(Arc<image::Error>),
     /// It was paused or closed meanwhile.
     #[error("it was paused or closed, or that cancelled, before it began")]
     CutShort,
@@ -59,6 +66,8 @@ impl CoalesceError {
                 Errno::EBUSY
             }
             CoalesceError::Chain(_) => Errno::EINVAL,
+            CoalesceError::Image(error) => error.errno(),
+            CoalesceError::Named(_) => Errno::EACCES,
             CoalesceError::Thread(error) => error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
         }
     }
@@ -111,6 +120,7 @@ struct Shared {
 pub(super) struct Checking {
     job: Job<Result<(PathBuf, PathBuf), CoalesceError>>,
     rate: u64,
+    by: Option<Arc<Member>>,
     cancelled: bool,
 }
 
@@ -126,6 +136,8 @@ pub(super) struct Coalescing {
     /// It is, and the disk about to go on.
     left_out: bool,
     error: Option<String>,
+    /// With whose rights the files are opened; none: those of the tapdisk.
+    by: Option<Arc<Member>>,
     shared: Arc<Shared>,
 }
 
@@ -137,7 +149,8 @@ impl Drop for Coalescing {
 
 impl Shared {
     /// In a thread of its own: merges.
-    fn run(&self, image: &Path, parents: &[PathBuf]) -> Result<u64, String> {
+    fn run(&self, image: &Path, parents: &[PathBuf], by: Option<&Member>) -> Result<u64, String> {
+        let _rights = rights_of(by, image).map_err(|error| error.to_string())?;
         let mut due = Instant::now();
         let merged = merge(image, parents, &mut |progress| {
             self.percent.store((progress.done * 100.0) as u64, Relaxed);
@@ -179,11 +192,15 @@ struct Chain {
     paths: Vec<PathBuf>,
     ids: Vec<FileIdentity>,
     locks: Arc<[Lock]>,
+    /// Who asks; none: root.
+    by: Option<Arc<Member>>,
 }
 
 impl Chain {
     /// In a thread of its own: which image is to be merged, by default the one below the leaf, and into which.
     fn choose(&self, image: Option<&Path>) -> Result<(PathBuf, PathBuf), CoalesceError> {
+        let refused = |error| CoalesceError::Image(Arc::new(error));
+        let _rights = rights_of(self.by.as_deref(), &self.paths[0]).map_err(refused)?;
         let index = match image {
             None => 1,
             Some(image) => self.index_of(image).ok_or_else(|| {
@@ -205,6 +222,10 @@ impl Chain {
         {
             return Err(CoalesceError::Shared(parent.clone()));
         }
+        // Three are changed: the two, and the one above, which gets another parent.
+        for (file, path) in self.locks.iter().zip(&self.paths).skip(index - 1).take(3) {
+            check_place(file, path, self.by.as_deref()).map_err(refused)?;
+        }
         Ok((image.clone(), parent.clone()))
     }
 
@@ -216,8 +237,14 @@ impl Chain {
 
 impl Disk {
     /// Begins to merge an image of the chain, by default the one below the leaf, into the one below it, at most so many bytes
-    /// a second; 0: as fast as can be. Whether it does, [`coalesce_begun`](Self::coalesce_begun) says.
-    pub fn coalesce(&mut self, image: Option<&Path>, rate: u64) -> Result<(), CoalesceError> {
+    /// a second; 0: as fast as can be. `by` is the member of the control socket's group who asks; none: root. Whether it does,
+    /// [`coalesce_begun`](Self::coalesce_begun) says.
+    pub fn coalesce(
+        &mut self,
+        image: Option<&Path>,
+        rate: u64,
+        by: Option<&Arc<Member>>,
+    ) -> Result<(), CoalesceError> {
         // First: the disk pauses by itself at the end of one.
         let under_way = self.coalescing.as_ref().is_some_and(|coalescing| coalescing.is_under_way());
         if under_way || self.checking.is_some() {
@@ -226,15 +253,17 @@ impl Disk {
         if self.state != State::Running {
             return Err(CoalesceError::NotRunning);
         }
+        let by = self.merges_by(by)?;
         let chain = Chain {
             paths: self.stack.layers().iter().map(|layer| layer.path.clone()).collect(),
             ids: self.file_ids.clone(),
             locks: Arc::clone(&self.locks),
+            by: by.clone(),
         };
         let image = image.map(Path::to_owned);
         let refused = |error| Err(CoalesceError::Thread(Arc::new(error)));
         let job = Job::start("chain", self.wake(), refused, move |_| chain.choose(image.as_deref()));
-        (self.checking, self.coalesce_begun) = (Some(Checking { job, rate, cancelled: false }), Ok(()));
+        (self.checking, self.coalesce_begun) = (Some(Checking { job, rate, by, cancelled: false }), Ok(()));
         Ok(())
     }
 
@@ -252,12 +281,12 @@ impl Disk {
     fn advance_checking(&mut self) -> bool {
         let Some(checking) = &self.checking else { return false };
         let Some(outcome) = checking.job.outcome() else { return false };
-        let (rate, cancelled) = (checking.rate, checking.cancelled);
+        let (rate, by, cancelled) = (checking.rate, checking.by.clone(), checking.cancelled);
         self.checking = None;
         self.coalesce_begun = match outcome {
             Ok(_) if cancelled || self.state != State::Running => Err(CoalesceError::CutShort),
             Ok((image, parent)) => {
-                self.begin_merge(image, parent, rate);
+                self.begin_merge(image, parent, rate, by);
                 Ok(())
             }
             Err(error) => Err(error),
@@ -265,7 +294,7 @@ impl Disk {
         true
     }
 
-    fn begin_merge(&mut self, image: PathBuf, parent: PathBuf, rate: u64) {
+    fn begin_merge(&mut self, image: PathBuf, parent: PathBuf, rate: u64, by: Option<Arc<Member>>) {
         let shared = Arc::new(Shared {
             cancel: AtomicBool::new(false),
             rate,
@@ -273,13 +302,26 @@ impl Disk {
             bytes: AtomicU64::new(0),
         });
         info!(self.log, "coalescing"; "image" => %image.display(), "parent" => %parent.display(), "rate" => rate);
-        let (theirs, path) = (Arc::clone(&shared), image.clone());
+        let (theirs, path, rights) = (Arc::clone(&shared), image.clone(), by.clone());
         let parents = self.reopen.as_ref().map_or_else(Vec::new, |reopen| reopen.config.image.parents.clone());
         let refused = |error: io::Error| Err(format!("cannot start a thread: {error}"));
-        let merging = Job::start("coalesce", self.wake(), refused, move |_| theirs.run(&path, &parents));
+        let merging =
+            Job::start("coalesce", self.wake(), refused, move |_| theirs.run(&path, &parents, rights.as_deref()));
         let (stage, error) = (Stage::Merging, None);
         self.coalescing =
-            Some(Coalescing { image, parent, stage, merging, leaving_out: None, left_out: false, error, shared });
+            Some(Coalescing { image, parent, stage, merging, leaving_out: None, left_out: false, error, by, shared });
+    }
+
+    /// With whose rights files are merged: the asker's, and where a member has named the image, and with it the names of its parents, those of
+    /// that member.
+    fn merges_by(&self, asker: Option<&Arc<Member>>) -> Result<Option<Arc<Member>>, CoalesceError> {
+        let named = self.reopen.as_ref().and_then(|reopen| reopen.config.image.by.as_ref());
+        match (named, asker) {
+            (Some(named), Some(asker)) if named.credentials.uid != asker.credentials.uid => {
+                Err(CoalesceError::Named(named.credentials.uid))
+            }
+            (named, asker) => Ok(asker.or(named).cloned()),
+        }
     }
 
     /// Ends a merge that is under way. The chain stays as it is.
@@ -362,7 +404,11 @@ impl Disk {
         let paths: Vec<_> = self.stack.layers().iter().map(|layer| layer.path.clone()).collect();
         let (image, wake) = (coalescing.image.clone(), self.queue.engine().submit.event());
         let refused = |error: io::Error| Err(format!("cannot start a thread: {error}"));
-        coalescing.leaving_out = Some(Job::start("relink", wake, refused, move |_| leave_out(&paths, &image)));
+        let by = coalescing.by.clone();
+        coalescing.leaving_out = Some(Job::start("relink", wake, refused, move |_| {
+            let _rights = rights_of(by.as_deref(), &image).map_err(|error| error.to_string())?;
+            leave_out(&paths, &image)
+        }));
     }
 
     /// Whether the files of the paused disk are still being changed.

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use slog::{error, info, warn};
 
 use super::{Disk, State};
-use crate::config::{Config, ImageType};
+use crate::config::{Config, ImageType, Member};
 use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Lock, Opening};
 use crate::job::{self, Apart, Job};
@@ -224,8 +224,12 @@ impl Disk {
     }
 
     /// Begins to go on, with another image if one is named. Whether it does, [`resume_outcome`](Self::resume_outcome) says; on an
-    /// error the disk stays paused.
-    pub fn resume(&mut self, image: Option<(ImageType, PathBuf)>) -> Result<(), PauseError> {
+    /// error the disk stays paused. `by` is the member of the control socket's group who names the image; none: root.
+    pub fn resume(
+        &mut self,
+        image: Option<(ImageType, PathBuf)>,
+        by: Option<&Arc<Member>>,
+    ) -> Result<(), PauseError> {
         match self.state {
             State::Paused if self.resuming.is_some() || self.is_recording_resume() => {
                 return Err(PauseError::Resuming);
@@ -248,11 +252,21 @@ impl Disk {
                 let mut config = (*reopen.config).clone();
                 // One that is not there any more must not become an empty one.
                 config.image.create = None;
+                // What others have named goes on with their rights, whoever asks.
+                let mut taken_from = None;
                 if let Some((kind, path)) = image {
-                    (config.image.kind, config.image.path) = (kind, Some(path));
+                    taken_from = by
+                        .filter(|_| config.image.by.as_ref() != by)
+                        .map(|by| (config.image.clone(), Arc::clone(by)));
+                    (config.image.kind, config.image.path, config.image.by) = (kind, Some(path), by.cloned());
                 }
+                // A guest's data goes to a member's image only if the member could have had it from the one before.
+                let fits = move |_: &Image| match taken_from {
+                    Some((before, by)) => image::could_open(&before, &by),
+                    None => Ok(()),
+                };
                 let event = Arc::clone(self.queue.engine().submit.event());
-                let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log, |_| Ok(()));
+                let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log, fits);
                 self.resuming = Some(Resuming { opening, by_itself: false });
             }
             None if image.is_some() => return Err(PauseError::OnlyOne),
@@ -268,7 +282,7 @@ impl Disk {
 
     /// Goes on without being asked. If it can't, it tries again, until somebody pauses the disk.
     pub(super) fn resume_by_itself(&mut self) {
-        match self.resume(None) {
+        match self.resume(None, None) {
             Ok(()) => {
                 if let Some(resuming) = &mut self.resuming {
                     resuming.by_itself = true;

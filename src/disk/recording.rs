@@ -41,8 +41,9 @@ impl Recording {
 impl Disk {
     fn start_recording(&self, config: &Config, info: &DiskInfo, paused: bool) -> Option<Job<io::Result<()>>> {
         let place = self.reopen.as_ref()?.record.clone()?;
-        let (kind, path, info) = (config.image.kind, config.image.path.clone()?, info.clone());
-        Some(Job::start("record", self.wake(), Err, move |_| place.save(kind, &path, &info, paused)))
+        let (image, info) = (config.image.clone(), info.clone());
+        image.path.as_ref()?;
+        Some(Job::start("record", self.wake(), Err, move |_| place.save(&image, &info, paused)))
     }
 
     /// Records that the disk is paused, by somebody who has to end that.

@@ -12,7 +12,8 @@ use nix::fcntl::{Flock, FlockArg};
 use slog::{Logger, warn};
 
 use super::Error;
-use crate::config::{Direct, Image, Size};
+use crate::chain::is_below;
+use crate::config::{Direct, Image, Member, Size};
 use crate::sys::file::{
     Geometry, check_storage, direct_alignment, geometry, is_read_only, lock_as_reader, lock_holder, open_storage,
 };
@@ -135,6 +136,7 @@ pub(super) fn open(
         true => options(true, direct).open(path).map_err(io("open it"))?,
         false => open_to_write(path, direct)?,
     };
+    check_place(&file, path, image.by.as_deref())?;
     if direct && sector_size < geometry.logical {
         let logical = geometry.logical;
         return Err(unfit(format!(
@@ -154,6 +156,16 @@ pub(super) fn options(read_only: bool, direct: bool) -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true).write(!read_only).custom_flags(if direct { libc::O_DIRECT } else { 0 });
     options
+}
+
+/// Whether a file that is open is where a member's images may be, if it is a member who has named it.
+pub fn check_place(file: &File, path: &Path, member: Option<&Member>) -> Result<(), Error> {
+    match member {
+        Some(member) if !is_below(file, &member.folders) => {
+            Err(Error::Outside { path: path.to_owned(), none: member.folders.is_empty() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Says why O_DIRECT is no good, if it is not.

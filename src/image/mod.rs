@@ -14,17 +14,18 @@ use nix::sys::eventfd::EventFd;
 use slog::{Logger, info, warn};
 
 use self::file::Opened;
-pub use self::file::{Lock, lock, open_to_write};
+pub use self::file::{Lock, check_place, lock, open_to_write};
 pub use self::opening::Opening;
 use crate::blocking::Blocking;
 use crate::chain;
-use crate::config::{Config, ImageType, OddSize, Size};
+use crate::config::{self, Config, ImageType, Member, OddSize, Size};
 use crate::engine::{self, Opener};
 use crate::frontend::DiskInfo;
 use crate::job::Apart;
 use crate::queue::Submission;
 use crate::stack::Layer;
 use crate::sys;
+use crate::sys::credentials::Guard;
 use crate::sys::file::{Backing, FileIdentity, file_id};
 
 /// Why an image can't be served.
@@ -47,6 +48,27 @@ pub enum Error {
         path: PathBuf,
         /// The process, as far as it can be known.
         holder: String,
+    },
+    /// A member of `control.group` has named it, and may not.
+    #[error(
+        "{}: members of control.group may name images only in the folders of control.folders, or below, and not by a link out of those{}",
+        path.display(), if *none { "; none is configured" } else { "" }
+    )]
+    Outside {
+        /// The image.
+        path: PathBuf,
+        /// There are no such folders.
+        none: bool,
+    },
+    /// A member of `control.group` is to have it, and this process can't open it as that user.
+    #[error("{}: cannot open it with the rights of user {uid}, who is a member of control.group: {source}; that takes a tapdisk with CAP_SETUID and CAP_SETGID", path.display())]
+    Rights {
+        /// The image.
+        path: PathBuf,
+        /// The user.
+        uid: u32,
+        /// Why not.
+        source: io::Error,
     },
     /// It is a device that can't be written.
     #[error("{}: the device is read-only: open it so (image.read_only, tap-ctl open -R), or make it writable (blockdev --setrw)", path.display())]
@@ -93,6 +115,7 @@ impl Error {
             Error::Io { source, .. } | Error::NoMinor { source, .. } => of(source),
             Error::Locked { .. } => Errno::EBUSY,
             Error::ReadOnly { .. } => Errno::EROFS,
+            Error::Outside { .. } | Error::Rights { .. } => Errno::EACCES,
             Error::Chain(error) => error.errno(),
             Error::Format { .. } | Error::Unfit { .. } => Errno::EINVAL,
         }
@@ -159,9 +182,13 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
     let image = &config.image;
     let depth = config.engine.depth as usize;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
+    let files = |open: fn(&Config, &Path, &Logger) -> Result<Chain, Error>| {
+        let _rights = rights_of(image.by.as_deref(), path())?;
+        open(config, path(), log)
+    };
     let name = match image.kind {
-        ImageType::Aio => return with_engine(blocking, open_raw(config, path(), log)?, config, event, log),
-        ImageType::Vhd => return with_engine(blocking, vhd::open(config, path(), log)?, config, event, log),
+        ImageType::Aio => return with_engine(blocking, files(open_raw)?, config, event, log),
+        ImageType::Vhd => return with_engine(blocking, files(vhd::open)?, config, event, log),
         ImageType::Ram => "ram",
         ImageType::Null => "null",
     };
@@ -187,6 +214,25 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
         name: format!("{name}:{}", Size(size)),
     };
     Image::in_memory(info, path, submission)
+}
+
+/// This thread opens files with a member's rights, if there is one, as long as the guard lives.
+pub fn rights_of(member: Option<&Member>, path: &Path) -> Result<Option<Guard>, Error> {
+    let take_on = |member: &Member| {
+        let uid = member.credentials.uid;
+        member.credentials.take_on().map_err(|source| Error::Rights { path: path.to_owned(), uid, source })
+    };
+    member.map(take_on).transpose()
+}
+
+/// Whether a member may have an image that another one has named: as it is served, and where it is.
+pub fn could_open(image: &config::Image, member: &Member) -> Result<(), Error> {
+    let path = image.path.as_deref().unwrap_or(Path::new(""));
+    let io = |source| Error::Io { path: path.to_owned(), action: "take it from its disk: open it", source };
+    let _rights = rights_of(Some(member), path)?;
+    sys::file::check_storage(path).map_err(io)?;
+    let file = file::options(image.read_only, false).open(path).map_err(io)?;
+    check_place(&file, path, Some(member))
 }
 
 /// An image that is not open: what a disk has that begins paused, with that many bytes, until somebody ends that.

@@ -17,7 +17,7 @@ use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
 use crate::stack::Layer;
-use crate::sys::file::{Backing, CHANGE, forget_cached, geometry, lock_changes, unlock_changes};
+use crate::sys::file::{Backing, CHANGE, forget_cached, geometry, lock_changes, same_file, unlock_changes};
 use crate::vhd::file::names_outside;
 
 /// Sectors of every VHD.
@@ -106,15 +106,23 @@ fn layer(
         }
         Some(image) => match Fixed::new(image) {
             Some(fixed) => {
-                let options = || file::options(false, false).open(&path);
-                let plain = (tickets > 0).then(options).transpose();
-                let plain = plain.map_err(|source| Error::Io { path: path.clone(), action: "open it", source })?;
+                let plain = (tickets > 0).then(|| plain_file(opened, &path)).transpose()?;
                 return Ok(Layer { format: Box::new(fixed), path, plain, cached: !opened.direct });
             }
             None => return blocks(config, &path, image, &found.problems, opened, tickets, depth),
         },
     };
     Ok(Layer { format, path, plain: None, cached: !opened.direct })
+}
+
+/// The same file once more, for what is written through the page cache.
+fn plain_file(opened: &Opened, path: &Path) -> Result<File, Error> {
+    let explain = |source| Error::Io { path: path.to_owned(), action: "open it", source };
+    let file = file::options(false, false).open(path).map_err(explain)?;
+    match file.metadata() {
+        Ok(meta) if same_file(&meta, &opened.file) => Ok(file),
+        _ => Err(chain::Error::Replaced { path: path.to_owned() }.into()),
+    }
 }
 
 /// An image with blocks. One that is written, with so many writes at a time that take metadata, is marked as in use.
@@ -161,7 +169,7 @@ fn blocks(
     };
     let mut plain = None;
     if writable {
-        let file = file::options(false, false).open(path).map_err(explain("open it"))?;
+        let file = plain_file(opened, path)?;
         forget_cached(&file).map_err(|errno| explain("read it anew")(errno.into()))?;
         mark_in_use(&file, image, problems, device.then_some(footer_at)).map_err(explain("mark it as in use"))?;
         if !device {

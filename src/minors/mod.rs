@@ -17,7 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use slog::{Logger, error, info, o};
 
 use self::marker::{MINOR_MAX, Marker};
-use crate::config::{Config, Direct, ImageType};
+use crate::config::{Config, Direct, ImageType, Member};
 use crate::control::client;
 use crate::disk::{Disk, Turn};
 use crate::frontend::DiskInfo;
@@ -62,6 +62,8 @@ impl From<image::Error> for MinorError {
 pub struct Wanted {
     /// Its type and path.
     pub image: (ImageType, PathBuf),
+    /// The member of the control socket's group who names it; none: root.
+    pub by: Option<Arc<Member>>,
     /// Writes are refused.
     pub read_only: bool,
     /// It is read and written through the page cache.
@@ -281,6 +283,7 @@ impl Minors {
         let mut config = (*self.settings).clone();
         let image = &mut config.image;
         (image.kind, image.path) = (wanted.image.0, Some(wanted.image.1.clone()));
+        image.by.clone_from(&wanted.by);
         image.read_only |= wanted.read_only;
         if wanted.buffered {
             image.direct = Direct::Off;

@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 pub mod aio;
+pub mod capability;
+pub mod credentials;
 pub mod evtchn;
 pub mod fdpass;
 pub mod file;

@@ -6,7 +6,7 @@ use mio::Poll;
 use slog::{Discard, Logger, o};
 use tapdisk::config::Config;
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, kind, text};
-use tapdisk::control::{Late, respond};
+use tapdisk::control::{Late, Peer, respond};
 use tapdisk::minors::Minors;
 use tapdisk::minors::marker::Marker;
 use tapdisk::frontend::blkif::wire::Abi;
@@ -34,7 +34,7 @@ fuzz_target!(|data: &[u8]| {
     let poll = Poll::new().unwrap();
     let mut minors = Minors::new(config.into(), poll.registry().try_clone().unwrap(), 1, log.clone()).unwrap();
     minors.add(marker, Some(world.disk), false).unwrap();
-    match respond(&message, &mut minors, &mut polling, &log) {
+    match respond(&message, &Peer::Owner, &mut minors, &mut polling, &log) {
         Ok(answer) => assert!(answer.len() >= MESSAGE_SIZE),
         Err(late) => assert!(matches!(late, Late::Pause(0) | Late::Close(0)), "{late:?}"),
     }
