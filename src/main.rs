@@ -14,6 +14,7 @@ use tapdisk::control::client::errno;
 use tapdisk::daemon::{self, Daemon};
 use tapdisk::event::MainLoop;
 use tapdisk::log::{Log, Sink};
+use tapdisk::text::one_line;
 use tapdisk::{event, memory, serve, sys};
 
 fn main() -> ExitCode {
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
     let config = match args.configuration() {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("tapdisk: {error}");
+            eprintln!("tapdisk: {}", one_line(&error.to_string()));
             return ExitCode::from(2);
         }
     };
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
     match run(&args, &config) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tapdisk: {error}");
+            eprintln!("tapdisk: {}", one_line(&error.to_string()));
             ExitCode::from(code(&args, &*error))
         }
     }

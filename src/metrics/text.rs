@@ -6,6 +6,7 @@ use std::fmt::{Display, Formatter, Result};
 use super::{DiskMetrics, LayerMetrics, ProcessMetrics, STATES};
 use crate::stats::OpTraffic;
 use crate::stats::latency::{BUCKETS, Latency};
+use crate::text::one_line;
 
 /// What HTTP says of the text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -215,7 +216,8 @@ impl Display for Escaped<'_> {
     fn fmt(&self, out: &mut Formatter) -> Result {
         for part in self.0.split_inclusive(['\\', '"', '\n']) {
             let (text, last) = part.split_at(part.len() - usize::from(part.ends_with(['\\', '"', '\n'])));
-            out.write_str(text)?;
+            // Of others OpenMetrics has no escapes: they are shown as such.
+            out.write_str(&one_line(text).replace('\\', "\\\\"))?;
             match last {
                 "\n" => out.write_str("\\n")?,
                 "" => {}
@@ -233,6 +235,7 @@ mod tests {
     #[test]
     fn label_values_are_escaped() {
         assert_eq!(Escaped("a\\b\"c\nd\u{e9}\\").to_string(), "a\\\\b\\\"c\\nd\u{e9}\\\\");
+        assert_eq!(Escaped("a\r\u{1b}\u{9b}").to_string(), "a\\\\r\\\\u{1b}\\\\u{9b}");
         assert_eq!(Escaped("").to_string(), "");
     }
 

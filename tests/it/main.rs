@@ -11,6 +11,7 @@ mod engine;
 mod image;
 mod killed;
 mod live;
+mod log;
 mod members;
 mod metrics;
 mod nbd;

@@ -17,6 +17,7 @@ use super::wire::{
     REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
 };
 use crate::frontend::DiskInfo;
+use crate::text::one_line;
 
 /// The most bytes of data that an option may have; more is read, thrown away and refused. A caller's buffer holds this
 /// and an [`OptionHead`].
@@ -246,7 +247,7 @@ impl Negotiation {
         let name = self.export.name.as_bytes();
         let mut data = (name.len() as u32).to_be_bytes().to_vec();
         data.extend(name);
-        data.extend(self.export.disk.name.as_bytes());
+        data.extend(one_line(&self.export.disk.name).as_bytes());
         reply(out, OPT_LIST, REP_SERVER, &data);
         reply(out, OPT_LIST, REP_ACK, &[]);
     }
@@ -274,7 +275,7 @@ impl Negotiation {
         let sizes = [disk.sector_size, preferred, MAX_PAYLOAD].map(u32::to_be_bytes);
         info(INFO_BLOCK_SIZE, [&sizes[0], &sizes[1], &sizes[2]]);
         for kind in [INFO_NAME, INFO_DESCRIPTION] {
-            let text = if kind == INFO_NAME { &self.export.name } else { &disk.name };
+            let text = if kind == INFO_NAME { self.export.name.as_str().into() } else { one_line(&disk.name) };
             if wanted.iter().any(|wanted| wanted.get() == kind) {
                 info(kind, [text.as_bytes(), &[], &[]]);
             }

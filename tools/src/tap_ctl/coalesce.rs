@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use tapdisk::control::client::{self, refused};
 use tapdisk::control::proto::coalesce::{CANCEL, START};
 use tapdisk::disk::{CoalesceReport, Stage};
+use tapdisk::text::one_line;
 
 use super::{Coalesce, Disk};
 
@@ -69,5 +70,6 @@ pub(super) fn show(out: &mut impl Write, report: &CoalesceReport) -> io::Result<
         return writeln!(out, "{stage}");
     }
     let error = error.as_ref().map_or(String::new(), |error| format!(" ({error})"));
-    writeln!(out, "{stage} {percent} % {bytes} bytes: {image} into {parent}{error}")
+    let what = format!("{image} into {parent}{error}");
+    writeln!(out, "{stage} {percent} % {bytes} bytes: {}", one_line(&what))
 }

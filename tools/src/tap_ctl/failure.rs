@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use nix::errno::Errno;
 use serde_json::json;
 use tapdisk::control::client::{self, Refused};
-use tapdisk::text::one_line;
+use tapdisk::text::{one_line, plain_json};
 
 use super::Args;
 
@@ -38,7 +38,7 @@ pub(super) fn print_json(number: i32, text: &str) {
     let value =
         json!({ "error": { "errno": number, "name": format!("{:?}", Errno::from_raw(number)), "text": text } });
     // Where it can't be written, the exit code still says that something is wrong.
-    let _ = writeln!(io::stdout(), "{value}");
+    let _ = writeln!(io::stdout(), "{}", plain_json(&value.to_string()));
 }
 
 /// What an error says beyond its errno.

@@ -127,7 +127,7 @@ pub(super) fn list(out: &mut impl Write, args: &Args, wanted: &List) -> io::Resu
     }
     if args.debug {
         let silent = lines.iter().filter_map(|line| Some((line.pid, line.error.as_ref()?)));
-        silent.for_each(|(pid, why)| eprintln!("process {}: {why}", pid.unwrap_or_default()));
+        silent.for_each(|(pid, why)| eprintln!("process {}: {}", pid.unwrap_or_default(), one_line(why)));
     }
     lines.retain(|line| line.is_wanted(wanted));
     if args.json {

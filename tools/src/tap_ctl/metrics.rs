@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tapdisk::metrics::ProcessMetrics;
 use tapdisk::metrics::text::Exposition;
+use tapdisk::text::one_line;
 
 use super::collect::{Answer, Collector};
 
@@ -19,7 +20,7 @@ pub(super) fn metrics(out: &mut impl Write, directory: &Path, json: bool) -> io:
         Answer::Told(process) => Some(process),
         Answer::Hangs(_) => Some(ProcessMetrics { pid, ..ProcessMetrics::default() }),
         Answer::Refused(why) => {
-            eprintln!("process {pid}: {why}");
+            eprintln!("process {pid}: {}", one_line(&why));
             None
         }
     });

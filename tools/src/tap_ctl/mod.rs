@@ -23,6 +23,7 @@ use nix::errno::Errno;
 use serde_json::{Value, json};
 use tapdisk::control::client::{self, Opening};
 use tapdisk::control::proto::{fault, kind};
+use tapdisk::text::Plain;
 
 pub use args::*;
 
@@ -76,7 +77,7 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 fn command(args: &Args) -> io::Result<()> {
-    let out = &mut io::stdout().lock();
+    let out = &mut Plain(io::stdout().lock());
     let (directory, json) = (args.directory.as_path(), args.json);
     let find = |which: &Which| list::find(args, which);
     let answer = match &args.command {
@@ -98,7 +99,7 @@ fn command(args: &Args) -> io::Result<()> {
         }
         Command::Stats { disk } => return writeln!(out, "{}", text(args, disk, kind::STATS)?),
         Command::Metrics => return metrics::metrics(out, directory, json),
-        Command::Top(options) => return top::top(out, directory, options, json),
+        Command::Top(options) => return top::top(&mut out.0, directory, options, json),
         Command::Commit { disk, image } => commit::commit(directory, find(disk)?, &absolute_name(image)?)?,
         Command::Query { disk } => commit::query(directory, find(disk)?)?,
         Command::Cancel { disk, wait } => commit::cancel(directory, find(disk)?, *wait)?,

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use tapdisk::disk::{DebugQueue, RequestReport, Stage};
 use tapdisk::polling::Settings;
+use tapdisk::text::one_line;
 
 use super::{coalesce, engine};
 
@@ -17,7 +18,10 @@ pub(super) fn debug_queue(out: &mut impl Write, text: &str, json: bool) -> io::R
     writeln!(
         out,
         "{}: {}, {} bytes, {}-byte sectors, {writable}",
-        disk.name, disk.state, disk.size, disk.sector_size
+        one_line(&disk.name),
+        disk.state,
+        disk.size,
+        disk.sector_size
     )?;
     let q = &disk.queue;
     writeln!(
@@ -48,7 +52,7 @@ pub(super) fn debug_queue(out: &mut impl Write, text: &str, json: bool) -> io::R
     for (depth, layer) in disk.layers.iter().enumerate() {
         let counters: Vec<_> = layer.counters.iter().map(|(name, value)| format!("{value} {name}")).collect();
         let counters = if counters.is_empty() { String::new() } else { format!("; {}", counters.join(", ")) };
-        writeln!(out, "layer {depth}: {}, {}, {} bytes{counters}", layer.path, layer.format, layer.size)?;
+        writeln!(out, "layer {depth}: {}, {}, {} bytes{counters}", one_line(&layer.path), layer.format, layer.size)?;
     }
     if disk.coalesce.stage != Stage::None {
         write!(out, "coalesce: ")?;
@@ -114,7 +118,7 @@ fn show_request(out: &mut impl Write, request: &RequestReport) -> io::Result<()>
         let io = tiocb.io.map_or(String::new(), |io| format!(", I/O {io}"));
         let merged = tiocb.merged_into.map_or(String::new(), |head| format!(", merged into tiocb {head}"));
         let (number, offset, len, held_by) = (tiocb.tiocb, tiocb.offset, tiocb.len, &tiocb.held_by);
-        let (layer, path) = (tiocb.layer, &tiocb.path);
+        let (layer, path) = (tiocb.layer, one_line(&tiocb.path));
         writeln!(out, "    tiocb {number}: layer {layer}, {path}, {offset}+{len}, {held_by}{io}{merged}")?;
     }
     Ok(())

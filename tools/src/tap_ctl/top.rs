@@ -16,6 +16,7 @@ use crossterm::{cursor, execute, queue};
 use serde::Serialize;
 use tapdisk::metrics::{DiskMetrics, ProcessMetrics};
 use tapdisk::stats::latency::Latency;
+use tapdisk::text::{one_line, plain_json};
 
 use super::collect::{Answer, Collector};
 
@@ -83,7 +84,7 @@ pub(super) fn top(out: &mut impl Write, directory: &Path, options: &Top, json: b
         }
         shown = rows(collector.round(PATIENCE)?, &mut seen);
         if json {
-            shown.iter().try_for_each(|row| writeln!(out, "{}", serde_json::to_string(row)?))?;
+            shown.iter().try_for_each(|row| writeln!(out, "{}", plain_json(&serde_json::to_string(row)?)))?;
         } else if screen.is_some() {
             draw(out, &shown)?;
         } else {
@@ -189,8 +190,9 @@ fn line(row: &Row, width: usize) -> String {
          {oldest:>6} "
     );
     // A file's name can have any character, and some steer a terminal.
-    let image = row.image.chars().map(|c| if c.is_control() { '?' } else { c });
-    let (room, length) = (width.saturating_sub(columns.len()), row.image.chars().count());
+    let shown = one_line(&row.image);
+    let image = shown.chars();
+    let (room, length) = (width.saturating_sub(columns.len()), shown.chars().count());
     if length <= room {
         columns + &image.collect::<String>()
     } else {
@@ -355,7 +357,7 @@ mod tests {
         let disk =
             |image: &str| Row { image: image.into(), state: "flushing".into(), minor: Some(16383), ..Row::default() };
         let text = line(&disk("aio:/a\u{1b}[2Jb"), usize::MAX);
-        assert!(!text.contains('\u{1b}') && text.ends_with(" aio:/a?[2Jb"), "{text:?}");
+        assert!(!text.contains('\u{1b}') && text.ends_with(" aio:/a\\u{1b}[2Jb"), "{text:?}");
         assert_eq!(text.find("aio:"), HEADER.find("IMAGE"));
         let text = line(&disk("vhd:/srv/vm/\u{e9}guest.vhd"), 80);
         assert!(text.chars().count() == 80 && text.ends_with(" <guest.vhd"), "{text:?}");

@@ -11,6 +11,7 @@ use drivers::vhd::{
 };
 use nix::errno::Errno;
 use tapdisk::chain;
+use tapdisk::text::one_line;
 use zerocopy::IntoBytes;
 
 use super::create::{mebibytes, whole_blocks};
@@ -186,7 +187,8 @@ pub(super) fn revert(args: &Revert) -> Result<()> {
                 let text =
                     "it is whole: the resize of this journal had not begun, or was complete; it stays as it is";
                 let size = image.size;
-                eprintln!("{}: {text}, with {size} bytes, and the journal is removed", args.name.display());
+                let said = format!("{}: {text}, with {size} bytes, and the journal is removed", args.name.display());
+                eprintln!("{}", one_line(&said));
                 saved.done(&journal).map_err(Failure::io(&journal.path, "write it"))?;
                 return remove(&journal);
             }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use drivers::vhd::{Header, Image, Kind, Parts};
 use serde_json::Value;
 use tapdisk::chain::{self, Error, Layer, Rules};
-use tapdisk::text::one_line;
+use tapdisk::text::{one_line, plain_json};
 
 use super::Query;
 use super::failure::{Failure, Result, print_line};
@@ -88,7 +88,7 @@ fn print(layers: &[Layer], json: bool, out: &mut dyn Write) -> io::Result<()> {
     if json {
         let layers: Vec<serde_json::Map<_, _>> =
             layers.map(|fields| fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()).collect();
-        return writeln!(out, "{}", serde_json::to_string_pretty(&layers)?);
+        return writeln!(out, "{}", plain_json(&serde_json::to_string_pretty(&layers)?));
     }
     for (depth, fields) in layers.enumerate() {
         if depth > 0 {

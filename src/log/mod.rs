@@ -1,21 +1,25 @@
 //! The log: slog records, formatted where they arise and written by a thread of their own.
 //!
 //! The main loop never waits for whoever reads the log: where the thread can't keep up, records are dropped and
-//! counted, and the count is logged when there is room again.
+//! counted, and the count is logged when there is room again. So are those that can't be written, on a full disk.
 
-use std::fs::{File, OpenOptions};
+mod sink;
+
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use nix::syslog::{Facility, LogFlags, Severity, openlog, syslog};
+use nix::syslog::{Facility, LogFlags, openlog};
 use serde::{Deserialize, Serialize};
 use slog::{Drain, Level, Logger, OwnedKVList, Record, o};
 
+use self::sink::Open;
 use crate::blocking::{Blocking, spawn};
 use crate::submit::STACK_SIZE;
+use crate::text::{one_line, plain_json};
 
 /// Records that wait to be written.
 const BACKLOG: usize = 1024;
@@ -59,11 +63,8 @@ impl Log {
     /// Opens the log.
     pub fn open(blocking: &Blocking, format: Format, level: Level, sink: Sink) -> io::Result<(Log, Logger)> {
         let sink = match sink {
-            Sink::Stderr => Open::Stderr,
-            Sink::File(path) => {
-                let file = append(&path)?;
-                Open::File(path, file)
-            }
+            Sink::Stderr => Open::stderr()?,
+            Sink::File(path) => Open::file(path)?,
             Sink::Syslog => {
                 openlog(Some(c"tapdisk"), LogFlags::LOG_PID, Facility::LOG_DAEMON)?;
                 Open::Syslog
@@ -72,9 +73,11 @@ impl Log {
         let shared = Arc::new(Shared::default());
         let (sender, receiver) = sync_channel(BACKLOG);
         let mine = Arc::clone(&shared);
-        let thread = spawn(blocking, "log", STACK_SIZE, move |_| write_all(&receiver, sink, &mine))?;
-        let drain = Formatter { format, level, queue: sender.clone(), shared: Arc::clone(&shared) };
-        let logger = Logger::root(drain.fuse(), o!("pid" => std::process::id()));
+        let formatter = || Formatter { format, level, queue: sender.clone(), shared: Arc::clone(&shared) };
+        let (formatting, values) = (formatter(), OwnedKVList::from(o!("pid" => std::process::id())));
+        let note = move |lost| formatting.count("log records were lost: the log could not be written", lost, &values);
+        let thread = spawn(blocking, "log", STACK_SIZE, move |_| write_all(&receiver, sink, &mine, note))?;
+        let logger = Logger::root(formatter().fuse(), o!("pid" => std::process::id()));
         Ok((Log { queue: Some(sender), shared, thread: Some(thread) }, logger))
     }
 
@@ -108,62 +111,33 @@ impl Drop for Log {
 /// No record has this text: each ends with a newline.
 const END: &[u8] = b"end";
 
-fn append(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map_err(|error| io::Error::new(error.kind(), format!("log file {}: {error}", path.display())))
-}
+/// How soon it is tried again to say how much was lost.
+const AGAIN: Duration = Duration::from_secs(1);
 
-/// A sink that is open.
-enum Open {
-    Stderr,
-    File(PathBuf, File),
-    Syslog,
-}
-
-fn write_all(queue: &Receiver<Vec<u8>>, mut sink: Open, shared: &Shared) {
-    while let Ok(record) = queue.recv() {
-        if shared.reopen.swap(false, Ordering::AcqRel)
-            && let Open::File(path, file) = &mut sink
-        {
-            // If it can't be opened, the old file is better than none.
-            match append(path) {
-                Ok(new) => *file = new,
-                Err(error) => drop(writeln!(file, "cannot reopen: {error}")),
-            }
-        }
-        if record == END {
-            return;
-        }
-        // A log that can't be written is no reason to stop serving the disk.
-        let _ = match &mut sink {
-            Open::File(_, file) => file.write_all(&record),
-            Open::Stderr => io::stderr().write_all(&record),
-            Open::Syslog => {
-                syslog(severity(&record), String::from_utf8_lossy(&record).trim_end()).map_err(Into::into)
-            }
+/// The thread: a log that can't be written is no reason to stop serving the disk. What it loses is whole records, and when there is room again it
+/// says how many; `note` makes that record.
+fn write_all(queue: &Receiver<Vec<u8>>, mut sink: Open, shared: &Shared, note: impl Fn(u64) -> Vec<u8>) {
+    let mut lost = 0;
+    loop {
+        let record = match lost {
+            0 => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            _ => queue.recv_timeout(AGAIN),
         };
+        if shared.reopen.swap(false, Ordering::AcqRel) {
+            sink.reopen();
+        }
+        // In their order, or the count would come after what was logged later.
+        if lost > 0 && sink.write(&note(lost)).is_ok() {
+            lost = 0;
+        }
+        match record {
+            Ok(record) if record == END => return,
+            Ok(record) if record.is_empty() => {}
+            Ok(record) if lost > 0 || sink.write(&record).is_err() => lost += 1,
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
     }
-}
-
-/// How severe a record is, by the level that it names.
-fn severity(record: &[u8]) -> Severity {
-    let levels = [
-        (Level::Critical, Severity::LOG_CRIT),
-        (Level::Error, Severity::LOG_ERR),
-        (Level::Warning, Severity::LOG_WARNING),
-        (Level::Debug, Severity::LOG_DEBUG),
-        (Level::Trace, Severity::LOG_DEBUG),
-    ];
-    // What a record says comes behind it.
-    let head = String::from_utf8_lossy(&record[..record.len().min(100)]);
-    let named = levels.into_iter().filter_map(|(level, severity)| {
-        let at = head.find(&format!(" {} ", level.as_short_str()))?;
-        Some((at, severity))
-    });
-    named.min_by_key(|(at, _)| *at).map_or(Severity::LOG_INFO, |(_, severity)| severity)
 }
 
 struct Formatter {
@@ -198,7 +172,19 @@ impl Formatter {
             }
         }
         let bytes = std::mem::take(&mut *buffer.0.lock().unwrap());
-        Ok(bytes)
+        let text = String::from_utf8_lossy(&bytes);
+        let line = text.trim_end_matches('\n');
+        // A record is one line, whatever images, paths and clients are called.
+        let line = if self.format == Format::Json { plain_json(line) } else { one_line(line) };
+        Ok(format!("{line}\n").into_bytes())
+    }
+
+    /// A record of ours, that says how many others are not there.
+    fn count(&self, text: &str, count: u64, values: &OwnedKVList) -> Vec<u8> {
+        let args = format_args!("{text}");
+        let count = slog::b!("count" => count);
+        // Memory is all that it is written to.
+        self.bytes(&slog::record!(Level::Warning, "", &args, count), values).unwrap_or_default()
     }
 
     fn send(&self, bytes: Vec<u8>) -> bool {
@@ -222,10 +208,7 @@ impl Drain for Formatter {
         }
         let lost = self.shared.dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let args = format_args!("log records were dropped");
-            let count = slog::b!("count" => lost);
-            let note = self.bytes(&slog::record!(Level::Warning, "", &args, count), values)?;
-            if !self.send(note) {
+            if !self.send(self.count("log records were dropped", lost, values)) {
                 self.shared.dropped.fetch_add(lost - 1, Ordering::Relaxed);
             }
         }
