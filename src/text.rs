@@ -76,7 +76,8 @@ mod tests {
     #[test]
     fn output_keeps_its_lines_and_steers_no_terminal() {
         let mut out = Plain(Vec::new());
-        writeln!(out, "{}: {}", "a\u{1b}[2J", "ü\r").unwrap();
+        let name = "a\u{1b}[2J";
+        writeln!(out, "{name}: ü\r").unwrap();
         assert_eq!(String::from_utf8(out.0).unwrap(), "a\\u001b[2J: ü\\u000d\n");
     }
 }

@@ -207,10 +207,8 @@ impl Drain for Formatter {
             return Ok(());
         }
         let lost = self.shared.dropped.swap(0, Ordering::Relaxed);
-        if lost > 0 {
-            if !self.send(self.count("log records were dropped", lost, values)) {
-                self.shared.dropped.fetch_add(lost - 1, Ordering::Relaxed);
-            }
+        if lost > 0 && !self.send(self.count("log records were dropped", lost, values)) {
+            self.shared.dropped.fetch_add(lost - 1, Ordering::Relaxed);
         }
         self.send(self.bytes(record, values)?);
         Ok(())

@@ -5,7 +5,8 @@
 //! atomic stores, so that a reader sees each number whole. What a process that was killed has left goes when the next guest of
 //! any tapdisk connects, or when tap-ctl destroys its disk.
 //!
-//! Folders are ours alone, and files are made anew: nothing that somebody else left there is followed or written.
+//! Folders are ours alone, and files are made anew: nothing that somebody else left there is followed or written. Everybody may make names in
+//! /dev/shm, also those that are ours: what others have made is put out of the way, as far as we may.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open, openat, posix_fallocate};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2, posix_fallocate, renameat};
 use nix::sys::signal::kill;
 use nix::sys::stat::{Mode, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{Pid, UnlinkatFlags, geteuid, unlinkat};
@@ -305,6 +306,7 @@ impl Page {
         let folder = own_folder(root, folder_name)?;
         match unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
+            Err(Errno::EISDIR) => put_away(folder.as_fd(), name)?,
             Err(errno) => return Err(errno),
         }
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -341,24 +343,39 @@ fn remove(root: BorrowedFd, folder: impl AsFd, folder_name: &str, name: &str) {
 
 /// Opens a folder that only our user can write, and makes it if need be.
 fn own_folder(root: BorrowedFd, name: &str) -> nix::Result<OwnedFd> {
-    // What is there, and is no folder, is removed once; who puts it there again wins.
-    for _ in 0..2 {
+    // What is there, and is none of ours, is removed a few times; who puts it there again and again wins.
+    for _ in 0..8 {
         match mkdirat(root, name, Mode::S_IRWXU) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
         }
         match open_own(root, name) {
             Err(Errno::ENOTDIR | Errno::ELOOP) => unlinkat(root, name, UnlinkatFlags::NoRemoveDir)?,
+            Err(Errno::EPERM) => put_away(root, name)?,
             other => return other,
         }
     }
     Err(Errno::EEXIST)
 }
 
+/// Gives another one's folder another name, and removes it if it is empty: what is in it is not ours to remove.
+fn put_away(root: BorrowedFd, name: &str) -> nix::Result<()> {
+    let away = format!("{name}.of-another-{}", now());
+    renameat(root, name, root, away.as_str())?;
+    let _ = unlinkat(root, away.as_str(), UnlinkatFlags::RemoveDir);
+    Ok(())
+}
+
 /// Opens a folder of our user's. EPERM: it is another's.
 fn open_own(root: BorrowedFd, name: &str) -> nix::Result<OwnedFd> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let folder = openat(root, name, flags, Mode::empty())?;
+    // Nor what somebody has mounted there, which may hang.
+    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
+    let folder = match openat2(root, name, how) {
+        // Before Linux 5.6, or by a seccomp filter.
+        Err(Errno::ENOSYS | Errno::EPERM) => openat(root, name, flags, Mode::empty())?,
+        opened => opened?,
+    };
     if fstat(&folder)?.st_uid != geteuid().as_raw() {
         return Err(Errno::EPERM);
     }
@@ -390,7 +407,8 @@ fn sweep(root: BorrowedFd, stale: Option<&str>) -> nix::Result<()> {
             let _ = unlinkat(&folder, name.as_str(), UnlinkatFlags::NoRemoveDir);
             // The other file of the same disk goes too, unless another process has taken the disk on.
             let taken_on = |other: &String| {
-                fstatat(root, format!("{other}/{name}").as_str(), AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
+                let folder = open_own(root, other);
+                folder.is_ok_and(|folder| fstatat(&folder, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW).is_ok())
             };
             let other_name = name.replacen("vbd-", "vbd3-", 1);
             if !alive.iter().any(taken_on)
@@ -404,18 +422,24 @@ fn sweep(root: BorrowedFd, stale: Option<&str>) -> nix::Result<()> {
     Ok(())
 }
 
+/// Names of a folder that are looked at. Others may make as many as they like, and the main loop is not to be held up by them.
+const NAMES_MAX: usize = 1 << 16;
+
 /// What is in a folder.
 fn names(folder: BorrowedFd) -> nix::Result<Vec<String>> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let entries = Dir::openat(folder, ".", flags, Mode::empty())?;
-    let names = entries.into_iter().filter_map(|entry| Some(entry.ok()?.file_name().to_str().ok()?.to_owned()));
+    let names = entries
+        .into_iter()
+        .take(NAMES_MAX)
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_str().ok()?.to_owned()));
     Ok(names.collect())
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::os::unix::fs::{MetadataExt, lchown, symlink};
 
     use slog::{Discard, o};
 
@@ -523,6 +547,65 @@ mod tests {
         drop(statistics);
         assert_eq!(fs::read(&precious).unwrap(), b"precious");
         assert!(!td3.exists() && !vbd3.exists());
+    }
+
+    #[test]
+    fn what_others_have_made_in_the_place_of_ours_is_put_away_and_stops_nothing() {
+        const OTHER: u32 = 65534;
+        let root = tempfile::tempdir().unwrap();
+        let (td3, vbd3) = paths(root.path());
+        let precious = root.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        let folder = |path: &Path| fs::create_dir(path).unwrap();
+        let full = |path: &Path| {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("vbd-7-51712"), "theirs").unwrap();
+        };
+        let file = |path: &Path| fs::write(path, "theirs").unwrap();
+        let fifo = |path: &Path| nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap();
+        let hard = |path: &Path| fs::hard_link(&precious, path).unwrap();
+        let dangling = |path: &Path| symlink("nowhere", path).unwrap();
+        let kinds: [&dyn Fn(&Path); 6] = [&folder, &full, &file, &fifo, &hard, &dangling];
+        for make in kinds {
+            for path in [&td3, &vbd3] {
+                make(path.parent().unwrap());
+                if !geteuid().is_root() {
+                    continue;
+                }
+                lchown(path.parent().unwrap(), Some(OTHER), None).unwrap();
+            }
+            let mut statistics = connected(root.path());
+            request(&mut statistics, Op::Read, 512, None);
+            statistics.publish();
+            assert_eq!((words(&td3)[2], words(&vbd3)[3]), (1, 1));
+            for path in [&td3, &vbd3] {
+                assert_eq!(fs::metadata(path.parent().unwrap()).unwrap().uid(), geteuid().as_raw());
+            }
+        }
+        // In a folder of ours that once was open to others.
+        for path in [&td3, &vbd3] {
+            full(path.parent().unwrap());
+            let _ = fs::remove_file(path);
+            full(path);
+        }
+        let mut statistics = connected(root.path());
+        request(&mut statistics, Op::Read, 512, None);
+        statistics.publish();
+        assert_eq!((words(&td3)[2], words(&vbd3)[3]), (1, 1));
+        assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn no_link_of_others_says_that_a_dead_processs_disk_is_in_use() {
+        let root = tempfile::tempdir().unwrap();
+        for path in ["td3-2147483647/vbd-3-51712", "vbd3-3-51712/statistics", "elsewhere/vbd-3-51712"] {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "old").unwrap();
+        }
+        symlink("elsewhere", root.path().join("td3-1")).unwrap();
+        sweep_dead(root.path()).unwrap();
+        assert!(!root.path().join("vbd3-3-51712").exists() && root.path().join("elsewhere/vbd-3-51712").exists());
     }
 
     #[test]
