@@ -1,7 +1,10 @@
 //! What a process says of itself.
 
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::ForkResult;
 
@@ -48,6 +51,30 @@ pub fn keep_from_children() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A process, which stays that one whoever gets its id later (pidfd_open(2), since Linux 5.3).
+#[derive(Debug)]
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// The one that has this id now.
+    pub fn open(pid: i32) -> io::Result<Process> {
+        // SAFETY: takes integers only, and gives a new descriptor or an error.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        // SAFETY: the kernel has just made it, and nobody else has it.
+        Ok(Process(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }))
+    }
+
+    /// Sends it a signal. ESRCH: it has ended.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let nothing = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: the descriptor is open, and no more is said of the signal than its number.
+        let done = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal as libc::c_int, nothing, 0)
+        };
+        Errno::result(done).map(drop).map_err(Into::into)
+    }
 }
 
 /// Goes on in a new process; gives None in it, and its id in this one. Nothing else may run in this process yet: of its threads

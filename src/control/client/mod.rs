@@ -12,11 +12,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::proto::{MESSAGE_SIZE, Message, NO_MINOR, Response, Stat, kind, text};
 use crate::sys;
+use crate::sys::process::Process;
 use crate::text::one_line;
 
 pub use disk::*;
@@ -171,6 +173,18 @@ fn open_stream(path: &Path, limit: Option<Duration>) -> Result<UnixStream, Errno
     stream.set_write_timeout(limit).map_err(|_| Errno::EINVAL)?;
     connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(stream)
+}
+
+/// Sends a signal to the tapdisk that listens at the control socket of that process id, and to no other process that has the id by now.
+/// ECONNREFUSED, ENOENT: nobody listens there.
+pub fn signal(directory: &Path, pid: i32, signal: Signal) -> io::Result<()> {
+    // In this order: whoever listens now had the id when the process was opened, and so it is that process.
+    let process = Process::open(pid)?;
+    let stream = open_stream(&path(directory, pid), Some(TIMEOUT))?;
+    match getsockopt(&stream, sockopt::PeerCredentials)?.pid() {
+        peer if peer == pid => process.signal(signal),
+        peer => Err(refused(Errno::EPERM, format!("process {peer} listens there, and not {pid}"))),
+    }
 }
 
 /// Sends a request, and gives its answer, whose type is the request's plus one.

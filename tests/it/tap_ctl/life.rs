@@ -2,14 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::host::{Host, said};
-use crate::common::live::name;
-use crate::common::served::{folder, output, run};
+use crate::common::live::{name, wait_for};
+use crate::common::served::{folder, output, run, tool};
 use crate::common::vhd::{disk, good};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use tapdisk::control::client;
 
 /// Runs commands of qemu-io on a disk.
 fn qemu_io(uri: &str, commands: &[&str]) {
@@ -168,5 +173,42 @@ fn processes_that_race_for_minors_never_get_the_same() {
             );
         });
         assert!(host.files().is_empty());
+    }
+}
+
+/// A program in the place of tapdisk, which says that.
+fn in_place_of_tapdisk(folder: &Path, says: &str) -> PathBuf {
+    let path = folder.join("tapdisk");
+    std::fs::write(&path, format!("#!/bin/sh\necho {says}\n")).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn only_a_process_that_is_proven_to_be_a_tapdisk_is_killed() {
+    let (host, folder) = (Host::new(), folder());
+    let mut stranger = Command::new("sleep").arg("1000").spawn().unwrap();
+    let id = stranger.id() as i32;
+    // It says that it is somebody else, in another folder than it was told.
+    let program = in_place_of_tapdisk(folder.path(), &format!("/elsewhere/ctl{id}"));
+    let said = said(tool("tap-ctl").env("TAPDISK", program).args(["spawn", "--debug"]));
+    assert!(said.code == libc::EINVAL && said.err.contains("/elsewhere"), "{} {}", said.code, said.err);
+    assert!(stranger.try_wait().unwrap().is_none());
+    // A tapdisk listens by the stranger's id, and none by that.
+    let pid: i32 = host.good(&["spawn"]).parse().unwrap();
+    let errno = |pid| client::errno(&client::signal(host.directory(), pid, Signal::SIGTERM).unwrap_err());
+    assert_eq!(errno(id), Errno::ENOENT);
+    let path = |pid| client::path(host.directory(), pid);
+    std::os::unix::fs::symlink(path(pid), path(id)).unwrap();
+    assert_eq!(errno(id), Errno::EPERM);
+    assert!(stranger.try_wait().unwrap().is_none());
+    // What a killed one has left.
+    client::signal(host.directory(), pid, Signal::SIGKILL).unwrap();
+    wait_for(|| client::signal(host.directory(), pid, Signal::SIGTERM).err());
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    for left in [id, pid] {
+        // The first one may be gone with the second.
+        let _ = std::fs::remove_file(path(left));
     }
 }

@@ -11,9 +11,9 @@ use crate::common::vhd::good;
 use tempfile::TempDir;
 
 /// A node is a file `value` in the folder of its name.
-const READ: &str = "#!/bin/sh\ncat \"$STORE/$1/value\" 2>/dev/null || { echo \"no $1\" >&2; exit 1; }\n";
-const EXISTS: &str = "#!/bin/sh\ntest -e \"$STORE/$1/value\"\n";
-const WRITE: &str = "#!/bin/sh\nwhile [ $# -gt 0 ]; do\n\
+pub(super) const READ: &str = "#!/bin/sh\ncat \"$STORE/$1/value\" 2>/dev/null || { echo \"no $1\" >&2; exit 1; }\n";
+pub(super) const EXISTS: &str = "#!/bin/sh\ntest -e \"$STORE/$1/value\"\n";
+pub(super) const WRITE: &str = "#!/bin/sh\nwhile [ $# -gt 0 ]; do\n\
                      mkdir -p \"$STORE/$1\" && printf '%s' \"$2\" >\"$STORE/$1/value\" || exit 1\nshift 2\ndone\n";
 
 /// A host with a XenStore, and images.
@@ -279,6 +279,26 @@ fn a_tapdisk_that_was_killed_is_removed_and_its_image_is_served_again() {
     xen.add(&backend);
     assert_eq!(xen.list().lines().count(), 1);
     xen.remove(&backend);
+}
+
+#[test]
+fn a_tapdisk_that_has_got_the_id_of_one_that_was_killed_is_left_alone() {
+    let xen = Xen::new();
+    let backend = xen.make(1, 51712, &xen.image("disk.img"), "w");
+    xen.add(&backend);
+    let killed: i32 = xen.get(&backend, "pid").parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(killed), nix::sys::signal::Signal::SIGKILL).unwrap();
+    let other = format!("aio:{}", xen.image("other.img"));
+    let (pid, minor) = xen.host.opened(&other);
+    let user = xen.path("run").join("1-51712.user");
+    let text = std::fs::read_to_string(&user).unwrap();
+    let minor_of_killed = xen.get(&backend, "minor");
+    std::fs::write(&user, text.replace(&format!(" {killed} {minor_of_killed} "), &format!(" {pid} {minor} ")))
+        .unwrap();
+    xen.remove(&backend);
+    assert!(xen.list().contains(&format!("args={other}")), "{}", xen.list());
+    assert!(!user.exists());
+    xen.host.done(&["destroy", "-p", &pid, "-m", &minor]);
 }
 
 #[test]

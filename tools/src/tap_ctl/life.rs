@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tapdisk::config::Statistics;
 use tapdisk::control::client::{self, Opening, errno, is_gone, refused};
@@ -166,7 +165,7 @@ fn end(directory: &Path, pid: i32, minor: u16) {
     let ended = detached.or_else(|_| client::exit(directory, pid));
     if ended.is_err_and(|error| !is_gone(&error)) {
         // It does not listen. Nothing can be done where it has ended meanwhile.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        let _ = client::signal(directory, pid, Signal::SIGKILL);
         sweep(directory, &Statistics::default().directory, pid, minor);
     }
 }

@@ -9,9 +9,8 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tapdisk::control::client::{Refused, errno, refused};
+use nix::sys::signal::Signal;
+use tapdisk::control::client::{self, Refused, errno, refused};
 use tapdisk::sys::process::keep_from_children;
 
 use super::CONTROL_DIRECTORY;
@@ -67,8 +66,11 @@ pub(super) fn start(directory: &Path, slice: Option<&str>) -> io::Result<i32> {
     // Where it was not told, it goes by the host's defaults.
     let folder = std::str::from_utf8(&line).ok().and_then(|line| Path::new(line.trim_end()).parent());
     if let (Some(pid), Some(elsewhere)) = (pid, folder.filter(|folder| *folder != directory && !told)) {
-        // It waits for nobody who finds it.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        // It waits for nobody who finds it. Its process id is only what it says.
+        let _ = client::signal(elsewhere, pid, Signal::SIGTERM);
+        if child.try_wait()?.is_none() && pid == child.id() as i32 {
+            let _ = child.kill();
+        }
         let text = format!(
             "{}: it has its control socket in {}, as its defaults say, and not in {}; --directory names the folder",
             program.display(),
