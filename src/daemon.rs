@@ -28,8 +28,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Gives the process in the background, and in the one that was started the exit code to end with, once that is known. No other
-    /// thread may run yet.
+    /// Gives the process in the background, and in the one that was started the exit code to end with, once that is known. Where
+    /// another thread runs already, that is an error.
     pub fn start() -> io::Result<Result<Daemon, u8>> {
         let (reader, writer): (OwnedFd, OwnedFd) = pipe()?;
         if fork()?.is_none() {

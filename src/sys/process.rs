@@ -77,12 +77,42 @@ impl Process {
     }
 }
 
-/// Goes on in a new process; gives None in it, and its id in this one. Nothing else may run in this process yet: of its threads
-/// only the one that calls would go on.
+/// Goes on in a new process; gives None in it, and its id in this one. Where other threads run in this process, that is an error: only
+/// the one that calls would go on, and what the others have locked, the allocator for one, would stay locked.
 pub fn fork() -> io::Result<Option<i32>> {
-    // SAFETY: the process has one thread, so no lock is held by one that is not there in the new process.
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map_err(|error| io::Error::new(error.kind(), format!("/proc/self/task: {error}; /proc has to be mounted")))?
+        .count();
+    if threads != 1 {
+        return Err(io::Error::other(format!(
+            "the process has {threads} threads: it goes to the background before it makes any"
+        )));
+    }
+    // SAFETY: this thread is the only one, as just seen, and nobody else makes any in this process. So no lock is held by one that
+    // is not there in the new process.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => Ok(Some(child.as_raw())),
         ForkResult::Child => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no /proc")]
+    fn where_threads_run_there_is_no_fork() {
+        let (stay, until) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || until.recv());
+        let error = match fork() {
+            Err(error) => error.to_string(),
+            // It is not there to test.
+            Ok(None) => std::process::abort(),
+            Ok(Some(id)) => panic!("process {id} has one thread of several"),
+        };
+        drop(stay);
+        let _ = other.join();
+        assert!(error.contains(" threads: it goes to the background before it makes any"), "{error}");
     }
 }
