@@ -102,18 +102,17 @@ pub enum Error {
 impl Error {
     /// The errno that it stands for.
     pub fn errno(&self) -> Errno {
-        let system = match self {
-            Error::Open { source, .. } => source.raw_os_error(),
-            Error::Image { source: ReadError::Io { source, .. }, .. } => source.raw_os_error(),
-            Error::NoParent { .. } => return Errno::ENOENT,
-            Error::Replaced { .. } => return Errno::EAGAIN,
+        match self {
+            Error::Open { source, .. } => sys::errno_of(source),
+            Error::Image { source: ReadError::Io { source, .. }, .. } => sys::errno_of(source),
+            Error::NoParent { .. } => Errno::ENOENT,
+            Error::Replaced { .. } => Errno::EAGAIN,
             Error::Image { .. }
             | Error::OtherParent { .. }
             | Error::ChangedParent { .. }
             | Error::Folder { .. }
-            | Error::Endless { .. } => return Errno::EINVAL,
-        };
-        system.map_or(Errno::EIO, sys::errno)
+            | Error::Endless { .. } => Errno::EINVAL,
+        }
     }
 }
 

@@ -36,6 +36,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use crate::frontend::blkif::ring::{FrontRing, Shared};
 use crate::frontend::blkif::wire::{Abi, GrantRef};
 use crate::frontend::local::wire::{ABIS, Hello, INFO_READ_ONLY, MAGIC, Welcome};
+use crate::sys;
 use crate::sys::fdpass;
 use crate::sys::memory::{Memory, PAGE_SIZE};
 
@@ -163,7 +164,7 @@ impl Client {
         if welcome.error != 0 {
             let text = welcome.message.split(|byte| *byte == 0).next().unwrap_or_default();
             let message = String::from_utf8_lossy(text).into_owned();
-            return Err(Error::Refused { errno: Errno::from_raw(welcome.error), message, limits });
+            return Err(Error::Refused { errno: sys::errno(welcome.error), message, limits });
         }
         let socket = Arc::new(socket);
         let disk = Disk {

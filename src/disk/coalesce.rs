@@ -68,7 +68,7 @@ impl CoalesceError {
             CoalesceError::Chain(_) => Errno::EINVAL,
             CoalesceError::Image(error) => error.errno(),
             CoalesceError::Named(_) => Errno::EACCES,
-            CoalesceError::Thread(error) => error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
+            CoalesceError::Thread(error) => error.raw_os_error().map_or(Errno::EAGAIN, crate::sys::errno),
         }
     }
 }

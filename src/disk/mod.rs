@@ -41,6 +41,7 @@ use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::{Hits, Layer, Stack, Started};
 use crate::stats::{Stats, now};
+use crate::sys;
 use crate::sys::file::FileIdentity;
 
 /// The disk's own requests.
@@ -500,7 +501,7 @@ impl Disk {
         if let Err(error) = outcome {
             error!(self.log, "the image's last footer could not be written: vhd-util repair makes it anew";
                 "image" => &self.info.name, "error" => %error);
-            self.flush_error.get_or_insert(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
+            self.flush_error.get_or_insert(sys::errno_of(&error));
         }
         match self.after {
             After::Close => self.state = State::Closed,

@@ -397,5 +397,5 @@ fn fits(old: &DiskInfo, new: &DiskInfo) -> Result<(), PauseError> {
 }
 
 pub(super) fn io_error(error: std::io::Error) -> PauseError {
-    PauseError::Open(error.to_string(), error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    PauseError::Open(error.to_string(), crate::sys::errno_of(&error))
 }

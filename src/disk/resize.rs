@@ -8,6 +8,7 @@ use slog::info;
 
 use super::Disk;
 use crate::job::Job;
+use crate::sys;
 use crate::sys::file::geometry;
 
 /// Why a disk does not take on its file's new size.
@@ -36,7 +37,7 @@ impl ResizeError {
         match self {
             ResizeError::NoFile => Errno::EOPNOTSUPP,
             ResizeError::Paused | ResizeError::Closed => Errno::EBUSY,
-            ResizeError::Io(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            ResizeError::Io(error) => sys::errno_of(error),
             ResizeError::Format(_) => Errno::EINVAL,
         }
     }

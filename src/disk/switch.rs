@@ -81,7 +81,7 @@ impl SwitchError {
 
 impl From<io::Error> for SwitchError {
     fn from(error: io::Error) -> SwitchError {
-        SwitchError::Open(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), error.to_string())
+        SwitchError::Open(crate::sys::errno_of(&error), error.to_string())
     }
 }
 

@@ -110,9 +110,8 @@ pub enum Error {
 impl Error {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
-        let of = |error: &io::Error| error.raw_os_error().map_or(Errno::EIO, sys::errno);
         match self {
-            Error::Io { source, .. } | Error::NoMinor { source, .. } => of(source),
+            Error::Io { source, .. } | Error::NoMinor { source, .. } => sys::errno_of(source),
             Error::Locked { .. } => Errno::EBUSY,
             Error::ReadOnly { .. } => Errno::EROFS,
             Error::Outside { .. } | Error::Rights { .. } => Errno::EACCES,

@@ -242,7 +242,7 @@ mod tests {
         }
 
         fn go(&self, turn: usize) {
-            let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap());
+            let errno = |error: io::Error| crate::sys::errno_of(&error);
             let minor = (turn / 4 % 2) as u16;
             match turn % 4 {
                 0 => match allocate(self.directory).unwrap().0 {

@@ -24,6 +24,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::now;
 use crate::request::{Op, Request};
+use crate::sys;
 use crate::sys::memory::{Memory, PAGE_SIZE};
 
 /// Of one direction in `td3-<pid>/vbd-<domain>-<device>`.
@@ -311,7 +312,7 @@ impl Page {
         }
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = openat(&folder, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
-        let of = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        let of = |error: io::Error| sys::errno_of(&error);
         // A page that the file system has no room for would be a signal when it is written.
         let memory = posix_fallocate(&file, 0, PAGE_SIZE as i64)
             .and_then(|()| Memory::shared(&file, PAGE_SIZE).map_err(of))

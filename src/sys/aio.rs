@@ -2,12 +2,16 @@
 //!
 //! The ring's layout is `struct aio_ring` in the kernel's fs/aio.c; libaio reads it the same way, and its magic and
 //! `incompat_features` exist so that others can. Where they are not what we know, `io_getevents(2)` serves instead.
+//!
+//! An I/O's address goes through the kernel as an integer, `aio_data`: it is exposed in [`Context::submit`], and the only
+//! place that makes a pointer of one is [`Completions::complete`].
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicIsize, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicIsize, AtomicPtr, AtomicU32, Ordering};
 
 use libc::{c_long, c_uint, iocb};
 use nix::errno::Errno;
@@ -37,10 +41,9 @@ struct Event {
     res2: i64,
 }
 
-/// `struct aio_ring`, the head of the completion ring.
-#[derive(Debug)]
+/// `struct aio_ring`, the head of the completion ring; the events follow it.
 #[repr(C)]
-struct Ring {
+struct Header {
     id: u32,
     nr: u32,
     head: AtomicU32,
@@ -49,6 +52,76 @@ struct Ring {
     compat_features: u32,
     incompat_features: u32,
     header_length: u32,
+}
+
+/// The completion ring: memory of the kernel's making, which it fills, and which goes with `io_destroy`. So there are only
+/// pointers to it, and no reference that would last longer than a call. The kernel moves the tail; the head is the consumer's.
+#[derive(Debug)]
+struct Ring {
+    head: NonNull<AtomicU32>,
+    tail: NonNull<AtomicU32>,
+    events: NonNull<Event>,
+    /// How many events follow the head; not 0.
+    entries: u32,
+}
+
+// SAFETY: it is the one consumer's, wherever that is, and all that others access meanwhile is the atomic words and events that
+// they no longer or not yet touch. It is not `Sync`: two consumers would get the same event.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    /// None where its layout is not known.
+    ///
+    /// # Safety
+    ///
+    /// `header` is the head of a ring, with the events that it tells of behind it, all of it valid for as long as this is used, and
+    /// this is the only consumer.
+    unsafe fn at(header: NonNull<Header>) -> Option<Ring> {
+        let at = header.as_ptr();
+        // SAFETY: the caller's. Nobody writes these fields once the ring is made.
+        let (magic, incompatible, entries, length) =
+            unsafe { ((*at).magic, (*at).incompat_features, (*at).nr, (*at).header_length) };
+        if magic != AIO_RING_MAGIC || incompatible != 0 || entries == 0 {
+            return None;
+        }
+        // SAFETY: the caller's: fields and events are within the ring.
+        unsafe {
+            Some(Ring {
+                head: NonNull::from(&(*at).head),
+                tail: NonNull::from(&(*at).tail),
+                events: header.byte_add(length as usize).cast(),
+                entries,
+            })
+        }
+    }
+
+    /// The index of the next event, and the one where they end.
+    fn bounds(&self) -> (u32, u32) {
+        // SAFETY: valid, as `at` demands, and the references end here. Acquire pairs with the kernel's barrier between filling an
+        // event and moving the tail.
+        unsafe { (self.head.as_ref().load(Ordering::Relaxed), self.tail.as_ref().load(Ordering::Acquire)) }
+    }
+
+    fn is_empty(&self) -> bool {
+        let (head, tail) = self.bounds();
+        head == tail
+    }
+
+    /// Takes the next event out; `None` where `head` has come to `tail`, which is from [`bounds`](Self::bounds).
+    fn take(&mut self, head: &mut u32, tail: u32) -> Option<Event> {
+        if *head == tail {
+            return None;
+        }
+        assert!(*head < self.entries, "the ring's head is {head} of {}", self.entries);
+        // SAFETY: one of the ring's events, as just checked; whoever filled it did so before the tail moved past it, and
+        // does not touch it until the head has.
+        let event = unsafe { self.events.add(*head as usize).read() };
+        *head = (*head + 1) % self.entries;
+        // The event is copied: its place may be used again.
+        // SAFETY: valid, as `at` demands.
+        unsafe { self.head.as_ref() }.store(*head, Ordering::Release);
+        Some(event)
+    }
 }
 
 /// The kernel's control block, rebuilt at each submission.
@@ -83,8 +156,8 @@ pub enum Reading {
 #[derive(Debug)]
 pub struct Context {
     id: usize,
-    /// Address of the control block of each I/O, by tag, once it was submitted. An I/O keeps its place as long as it lives.
-    blocks: Box<[AtomicUsize]>,
+    /// The control block of each I/O, by tag, once it was submitted. Never followed here: the kernel looks for it among its own.
+    blocks: Box<[AtomicPtr<iocb>]>,
     files: Arc<[Backing]>,
     completed: Arc<EventFd>,
     /// I/Os that the kernel took, less those that were reaped; for a moment less than nothing.
@@ -94,12 +167,10 @@ pub struct Context {
 /// The completing half. There is one: the ring has one consumer.
 #[derive(Debug)]
 pub struct Completions {
+    /// The ring is mapped as long as this is.
     context: Arc<Context>,
-    ring: Option<&'static Ring>,
+    ring: Option<Ring>,
 }
-
-// SAFETY: `ring` is memory of the context, which stays mapped until `io_destroy`, and so at least as long as `context`.
-unsafe impl Send for Completions {}
 
 /// A context for `depth` I/Os in flight on `files`, whose indices are the [`FileId`](super::io::FileId)s.
 /// `completed` becomes readable with each completion; nobody needs to read it where the poll is edge-triggered.
@@ -114,12 +185,13 @@ pub fn setup(
     if unsafe { libc::syscall(libc::SYS_io_setup, depth as c_long, &raw mut id) } < 0 {
         return Err(last_error());
     }
-    let blocks = std::iter::repeat_with(|| AtomicUsize::new(0)).take(depth).collect();
+    let blocks = std::iter::repeat_with(AtomicPtr::default).take(depth).collect();
     let context = Arc::new(Context { id, blocks, files, completed, in_flight: AtomicIsize::new(0) });
-    // SAFETY: the id is the address of the ring, mapped into this process by io_setup, until io_destroy.
-    let ring = unsafe { &*(id as *const Ring) };
-    let known = ring.magic == AIO_RING_MAGIC && ring.incompat_features == 0 && ring.nr > 0;
-    let ring = (known && reading == Reading::Ring).then_some(ring);
+    // The id is the address of the ring, mapped by io_setup: memory that no code of ours has made, whose provenance counts as exposed.
+    let header = NonNull::new(std::ptr::with_exposed_provenance_mut(id));
+    // SAFETY: it stays mapped until io_destroy, which is when `context` is dropped, and `Completions` has a share of that; the
+    // context is new, and so is its consumer.
+    let ring = header.filter(|_| reading == Reading::Ring).and_then(|header| unsafe { Ring::at(header) });
     Ok((Arc::clone(&context), Completions { context, ring }))
 }
 
@@ -134,14 +206,14 @@ impl Context {
         for (i, io) in batch.drain(..count).enumerate() {
             // From here on the kernel, and with it the completing thread, may own the I/O.
             ios[i] = Box::into_raw(io);
+            let data = ios[i].expose_provenance() as u64;
             // SAFETY: just made from a box, and not yet submitted: nobody else has it.
-            let io = unsafe { &mut *ios[i] };
-            iocbs[i] = self.prepare(io);
+            iocbs[i] = self.prepare(unsafe { &mut *ios[i] }, data);
         }
         // SAFETY: `iocbs` has `count` valid control blocks, whose buffers and iovecs live in the `Io`s, which live
         // until their completion is reaped, because they are no longer owned here.
         let done = unsafe { libc::syscall(libc::SYS_io_submit, self.id, count as c_long, iocbs.as_mut_ptr()) };
-        let result = Errno::result(done).map(|n| n as usize);
+        let result = super::result(done).map(|n| n as usize);
         let accepted = *result.as_ref().unwrap_or(&0);
         self.in_flight.fetch_add(accepted as isize, Ordering::Relaxed);
         for &io in ios[accepted..count].iter().rev() {
@@ -154,25 +226,25 @@ impl Context {
     /// Asks the kernel to end the I/O with that tag, which is in flight, early. True: it does; the I/O completes soon. Only
     /// few drivers can: for files and most disks the kernel says EINVAL, and the I/O can only be waited for.
     pub fn cancel(&self, tag: u32) -> bool {
-        let block = self.blocks.get(tag as usize).map_or(0, |block| block.load(Ordering::Acquire));
-        if block == 0 {
+        let block = self.blocks.get(tag as usize).map_or(std::ptr::null_mut(), |block| block.load(Ordering::Acquire));
+        if block.is_null() {
             return false;
         }
         // SAFETY: integers only.
         let mut unused: Event = unsafe { std::mem::zeroed() };
-        // SAFETY: the kernel only looks the address up among what it has in flight, and reads the key there, of an I/O that
-        // is in flight and therefore alive; `unused` has room for an event.
-        let done = unsafe { libc::syscall(libc::SYS_io_cancel, self.id, block as *mut iocb, &raw mut unused) };
+        // SAFETY: the kernel looks the address up among what it has in flight, and reads four bytes there, the key, as it reads
+        // any memory of a process: an I/O that is gone is an error. `unused` has room for an event.
+        let done = unsafe { libc::syscall(libc::SYS_io_cancel, self.id, block, &raw mut unused) };
         // EINPROGRESS: it is being cancelled, and its completion comes through the ring.
-        done == 0 || Errno::last() == Errno::EINPROGRESS
+        matches!(super::result(done), Ok(_) | Err(Errno::EINPROGRESS))
     }
 
-    fn prepare(&self, io: &mut Io) -> *mut iocb {
-        let data = std::ptr::from_mut(io) as u64;
+    /// The control block of an I/O, whose completion has `data`.
+    fn prepare(&self, io: &mut Io, data: u64) -> *mut iocb {
         let iovecs = io.iovecs();
         let (single, buffer, bytes) = match iovecs {
-            [one] => (true, one.iov_base as u64, one.iov_len as u64),
-            many => (false, many.as_ptr() as u64, many.len() as u64),
+            [one] => (true, one.iov_base.expose_provenance(), one.iov_len),
+            many => (false, many.as_ptr().expose_provenance(), many.len()),
         };
         let (opcode, dsync) = match (io.op, single) {
             (IoOp::Read, true) => (IOCB_CMD_PREAD, 0),
@@ -185,12 +257,11 @@ impl Context {
             }
         };
         let flush = io.op == IoOp::Flush;
-        let fd = self.files[usize::from(io.file.0)].file.as_raw_fd();
         let nowait = if io.nowait { libc::RWF_NOWAIT } else { 0 };
-        let tag = io.tag as usize;
+        let fd = self.files[usize::from(io.file.0)].file.as_raw_fd();
         let block = &mut io.iocb.0;
-        if let Some(place) = self.blocks.get(tag) {
-            place.store(std::ptr::from_mut(block) as usize, Ordering::Release);
+        if let Some(place) = self.blocks.get(io.tag as usize) {
+            place.store(block, Ordering::Release);
         }
         block.aio_data = data;
         block.aio_key = 0;
@@ -198,8 +269,8 @@ impl Context {
         block.aio_lio_opcode = opcode;
         block.aio_reqprio = 0;
         block.aio_fildes = fd as u32;
-        block.aio_buf = if flush { 0 } else { buffer };
-        block.aio_nbytes = if flush { 0 } else { bytes };
+        block.aio_buf = if flush { 0 } else { buffer as u64 };
+        block.aio_nbytes = if flush { 0 } else { bytes as u64 };
         block.aio_offset = if flush { 0 } else { io.offset as i64 };
         block.aio_flags = IOCB_FLAG_RESFD;
         block.aio_resfd = self.completed.as_fd().as_raw_fd() as u32;
@@ -227,12 +298,12 @@ fn destroy(id: usize) {
 impl Completions {
     /// Whether there is something to reap, as far as can be seen without a system call.
     pub fn ready(&self) -> bool {
-        self.ring.is_some_and(|ring| ring.head.load(Ordering::Relaxed) != ring.tail.load(Ordering::Acquire))
+        self.ring.as_ref().is_some_and(|ring| !ring.is_empty())
     }
 
     /// Hands each completed I/O, with its bytes or error, to `done`, at most `limit` of them.
     pub fn reap(&mut self, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        let count = match self.ring {
+        let count = match &mut self.ring {
             Some(ring) => Self::reap_ring(ring, limit, done),
             None => self.reap_by_call(limit, done),
         };
@@ -242,19 +313,12 @@ impl Completions {
         count
     }
 
-    fn reap_ring(ring: &Ring, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
-        let events = std::ptr::from_ref(ring).wrapping_byte_add(ring.header_length as usize).cast::<Event>();
-        let mut head = ring.head.load(Ordering::Relaxed);
-        // Pairs with the kernel's barrier between filling an event and moving the tail.
-        let tail = ring.tail.load(Ordering::Acquire);
+    fn reap_ring(ring: &mut Ring, limit: usize, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) -> usize {
+        let (mut head, tail) = ring.bounds();
         let mut count = 0;
-        while head != tail && count < limit {
-            // SAFETY: head is below nr, which counts the events that follow the header; the kernel filled this one
-            // before it moved the tail past it.
-            let event = unsafe { events.add(head as usize).read() };
-            head = (head + 1) % ring.nr;
-            // The event is copied: the kernel may use its place again.
-            ring.head.store(head, Ordering::Release);
+        while count < limit
+            && let Some(event) = ring.take(&mut head, tail)
+        {
             Self::complete(&event, done);
             count += 1;
         }
@@ -285,11 +349,10 @@ impl Completions {
     }
 
     fn complete(event: &Event, done: &mut dyn FnMut(Box<Io>, Result<u64, Errno>)) {
-        // SAFETY: `data` is the pointer that `submit` made from a box and gave away; the kernel is done with it, and
+        // SAFETY: `data` is the address of what `submit` made from a box, exposed and gave away; the kernel is done with it, and
         // each completion comes once.
-        let io = unsafe { Box::from_raw(event.data as *mut Io) };
-        let result = u64::try_from(event.res).map_err(|_| Errno::from_raw(-event.res as i32));
-        done(io, result);
+        let io = unsafe { Box::from_raw(std::ptr::with_exposed_provenance_mut(event.data as usize)) };
+        done(io, super::completed(event.res));
     }
 }
 
@@ -313,6 +376,76 @@ mod tests {
             assert!(std::time::Instant::now() < end, "no completion");
         }
         done
+    }
+
+    /// A ring of ours, laid out as the kernel's.
+    struct Made {
+        memory: Vec<u64>,
+    }
+
+    impl Made {
+        const ENTRIES: u32 = 3;
+
+        fn new(magic: u32) -> Made {
+            let header = Header {
+                id: 0,
+                nr: Made::ENTRIES,
+                head: AtomicU32::new(0),
+                tail: AtomicU32::new(0),
+                magic,
+                compat_features: 1,
+                incompat_features: 0,
+                header_length: size_of::<Header>() as u32,
+            };
+            let words = (size_of::<Header>() + Made::ENTRIES as usize * size_of::<Event>()) / 8;
+            let mut made = Made { memory: vec![0; words] };
+            // SAFETY: there is room for it, and it is aligned.
+            unsafe { made.header().write(header) };
+            made
+        }
+
+        fn header(&mut self) -> NonNull<Header> {
+            NonNull::new(self.memory.as_mut_ptr()).unwrap().cast()
+        }
+    }
+
+    #[test]
+    fn the_ring_is_read_around_its_end_and_each_event_once() {
+        let mut made = Made::new(AIO_RING_MAGIC);
+        let header = made.header();
+        // SAFETY: it has its events, and outlives what reads it, which is the only one.
+        let mut ring = unsafe { Ring::at(header) }.unwrap();
+        // As the kernel does it.
+        let fill = |io: Box<Io>, res| {
+            let data = Box::into_raw(io).expose_provenance() as u64;
+            // SAFETY: the pointers are within the ring, and nobody reads the event before the tail has moved.
+            unsafe {
+                let tail = (*header.as_ptr()).tail.load(Ordering::Relaxed);
+                let events = header.byte_add(size_of::<Header>()).cast::<Event>();
+                events.add(tail as usize).write(Event { data, obj: 0, res, res2: 0 });
+                (*header.as_ptr()).tail.store((tail + 1) % Made::ENTRIES, Ordering::Release);
+            }
+        };
+        assert!(ring.is_empty());
+        for round in 0..4 {
+            fill(Io::new(round, 1), 512);
+            fill(Io::new(round + 10, 1), -524);
+            let mut done = Vec::new();
+            let mut reap = |ring: &mut Ring, limit| {
+                Completions::reap_ring(ring, limit, &mut |io, result| done.push((io.tag, result)))
+            };
+            assert!(!ring.is_empty());
+            assert_eq!((reap(&mut ring, 1), reap(&mut ring, 9), reap(&mut ring, 9)), (1, 1, 0));
+            assert_eq!(done, [(round, Ok(512)), (round + 10, Err(Errno::EIO))]);
+            assert!(ring.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_ring_of_another_layout_is_not_read() {
+        let mut made = Made::new(AIO_RING_MAGIC + 1);
+        // SAFETY: as above.
+        assert!(unsafe { Ring::at(made.header()) }.is_none());
     }
 
     fn set_up(file: std::fs::File, reading: Reading) -> (Arc<Context>, Completions) {

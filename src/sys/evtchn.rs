@@ -25,6 +25,7 @@ struct Number {
     value: u32,
 }
 
+#[expect(clippy::disallowed_methods, reason = "of the macros")]
 mod ioctl {
     use super::super::xen_ioctl;
 

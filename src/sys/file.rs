@@ -13,7 +13,9 @@ use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{NFS_SUPER_MAGIC, fstatfs};
 
 use super::io::IoOp;
+use super::{known, result};
 
+#[expect(clippy::disallowed_methods, reason = "of the macros")]
 mod ioctl {
     // include/uapi/linux/fs.h
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int);
@@ -302,13 +304,14 @@ impl Backing {
     /// Carries an I/O out, with the system calls that wait for it. Gives its bytes, fewer than asked only where the system
     /// gave fewer.
     pub fn carry_out(&self, io: &super::io::Io) -> Result<u64, Errno> {
-        match io.op {
+        let done = match io.op {
             IoOp::Read | IoOp::Write { .. } => transfer(&self.file, io),
             IoOp::Flush => nix::unistd::fdatasync(&self.file).map(|()| 0),
             IoOp::Discard => self.discard(io.offset, io.len).map(|()| io.len),
             IoOp::WriteZeroes { unmap } => self.write_zeroes(io.offset, io.len, unmap).map(|()| io.len),
             IoOp::Status => self.status(io),
-        }
+        };
+        done.map_err(known)
     }
 }
 
@@ -328,9 +331,9 @@ fn transfer(file: &File, io: &super::io::Io) -> Result<u64, Errno> {
                 _ => libc::preadv2(fd, iovecs.as_ptr(), count, offset, nowait),
             }
         };
-        match Errno::result(done) {
+        match result(done as i64) {
             Err(Errno::EINTR) => {}
-            other => return other.map(|n| n as u64),
+            other => return other,
         }
     }
 }

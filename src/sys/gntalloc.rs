@@ -28,6 +28,7 @@ struct Alloc {
     grefs: [GrantRef; PAGES_MAX],
 }
 
+#[expect(clippy::disallowed_methods, reason = "of the macros")]
 mod ioctl {
     use super::super::xen_ioctl;
 

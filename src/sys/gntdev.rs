@@ -8,6 +8,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 pub use xen_sys::domid_t;
 
+use super::known;
 use super::memory::{Memory, PAGE_SIZE};
 
 /// The device.
@@ -85,6 +86,7 @@ struct Copy {
     segments: *mut Segment,
 }
 
+#[expect(clippy::disallowed_methods, reason = "of the macros")]
 mod ioctl {
     use super::super::xen_ioctl;
 
@@ -136,7 +138,7 @@ impl Gntdev {
         // SAFETY: `segments` has that many; each local place in them is a checked range of `batch.memory`, which lives
         // as long as `batch`, and which the kernel reads or writes as it does for read(2) and write(2). The foreign
         // places are the hypervisor's affair.
-        let result = unsafe { ioctl::copy(self.file.as_raw_fd(), &raw mut copy) }.map(drop);
+        let result = unsafe { ioctl::copy(self.file.as_raw_fd(), &raw mut copy) }.map(drop).map_err(known);
         if result.is_err() {
             batch.segments.iter_mut().for_each(|segment| segment.status = GNTST_GENERAL_ERROR);
         }
@@ -166,9 +168,6 @@ pub struct CopyBatch {
     memory: Arc<Memory>,
     segments: Vec<Segment>,
 }
-
-// SAFETY: the addresses in `segments` are within `memory`, which is Send and Sync.
-unsafe impl Send for CopyBatch {}
 
 impl std::fmt::Debug for CopyBatch {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -218,7 +217,8 @@ impl CopyBatch {
 
     fn local(&self, offset: u16, len: u16, at: usize) -> Place {
         assert!(usize::from(offset) + usize::from(len) <= PAGE_SIZE && self.room() > 0);
-        Place(self.memory.at(at, len.into()) as u64)
+        // The kernel, or rather the hypervisor, makes a pointer of it again.
+        Place(self.memory.at(at, len.into()).expose_provenance() as u64)
     }
 
     fn push(&mut self, source: Place, dest: Place, len: u16, flags: u16) {
@@ -243,8 +243,8 @@ mod tests {
         batch.push_to(1, 2, 0, 4096, 0);
         let segment = batch.segments[0];
         assert_eq!(segment.source.0.to_ne_bytes(), [4, 3, 2, 1, 8, 7, 6, 5]);
-        assert_eq!((segment.dest.0, segment.flags), (memory.at(4096, 1) as u64, 1));
-        assert_eq!((batch.segments[1].source.0, batch.segments[1].flags), (memory.at(0, 1) as u64, 2));
+        assert_eq!((segment.dest.0, segment.flags), (memory.at(4096, 1).addr() as u64, 1));
+        assert_eq!((batch.segments[1].source.0, batch.segments[1].flags), (memory.at(0, 1).addr() as u64, 2));
         assert!(!batch.done(0, 1) && !batch.done(1, 1) && batch.room() == 0);
     }
 

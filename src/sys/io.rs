@@ -7,6 +7,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::copy;
 use super::memory::Memory;
 
 /// The kernel's limit on the pieces of one vectored I/O (`UIO_MAXIOV`).
@@ -224,8 +225,8 @@ impl Io {
     pub fn put(&self, mut from: &[u8]) {
         for iovec in self.iovecs() {
             let (now, rest) = from.split_at(iovec.iov_len.min(from.len()));
-            // SAFETY: the iovec is within a memory that `self` keeps; `from` is private memory of ours.
-            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), iovec.iov_base.cast(), now.len()) };
+            // SAFETY: the iovec is within a memory that `self` keeps, and which nobody accesses but atomically.
+            unsafe { copy::into(now, iovec.iov_base.cast()) };
             from = rest;
         }
     }
@@ -241,7 +242,7 @@ impl Io {
         for iovec in self.iovecs() {
             let (now, rest) = to.split_at_mut(iovec.iov_len);
             // SAFETY: as in `put`, in the other direction.
-            unsafe { std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), now.as_mut_ptr(), now.len()) };
+            unsafe { copy::out(iovec.iov_base.cast(), now) };
             to = rest;
         }
     }

@@ -1,7 +1,7 @@
 //! Mapped memory that the kernel, a client or a guest may write at any time.
 //!
-//! No reference to its bytes is ever made (only atomics for ring indices): what is in it is copied out once, and
-//! the copy is checked. Offsets and lengths are in bytes; an access beyond the mapping panics, so callers check
+//! No reference to its bytes is ever made (only atomics for ring indices): what is in it is copied out once, with the [copies](super::copy)
+//! that bear that others write meanwhile, and the copy is checked. Offsets and lengths are in bytes; an access beyond the mapping panics, so callers check
 //! what a client chose before they come here.
 
 use std::io;
@@ -13,6 +13,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
 #[cfg(not(miri))]
 use nix::sys::mman::{MmapAdvise, madvise};
 
+use super::copy;
 use super::gntdev::Grants;
 use crate::blocking::Blocking;
 
@@ -37,8 +38,8 @@ pub struct Memory {
     grants: Option<Grants>,
 }
 
-// SAFETY: `Memory` is a plain range of addresses. All access is by raw copies and atomics, which assume that
-// others write at the same time.
+// SAFETY: `Memory` is a plain range of addresses. All access is atomic, by `copy` and by words, or the kernel's: any number of
+// threads, and others, may do it at the same time.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -135,16 +136,17 @@ impl Memory {
         unsafe { AtomicU64::from_ptr(self.at(offset, 8).cast()) }
     }
 
-    /// Copies `N` bytes (a multiple of 4, at a multiple of 4) out, reading each word exactly once: the copy can't
+    /// Copies `N` bytes (a multiple of 4, at a multiple of 4) out, reading each word exactly once and whole: the copy can't
     /// change between its check and its use.
     pub fn read_once<const N: usize>(&self, offset: usize) -> [u8; N] {
         const { assert!(N.is_multiple_of(4)) };
         assert!(offset.is_multiple_of(4));
         let from = self.at(offset, N).cast::<u32>();
         let mut copy = [0; N];
-        for (i, word) in copy.chunks_exact_mut(4).enumerate() {
-            // SAFETY: in bounds and aligned; volatile, so the compiler can't read it a second time.
-            word.copy_from_slice(&unsafe { from.add(i).read_volatile() }.to_ne_bytes());
+        for (i, word) in copy.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            // SAFETY: in bounds and aligned; others access it as atomic words, or are not of this program. The compiler makes
+            // no second load of an atomic one.
+            *word = unsafe { AtomicU32::from_ptr(from.add(i)) }.load(Ordering::Relaxed).to_ne_bytes();
         }
         copy
     }
@@ -152,23 +154,22 @@ impl Memory {
     /// Copies `to.len()` bytes at `offset` out.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         let from = self.at(offset, to.len());
-        // SAFETY: `from` is valid for that length, and `to` is private memory of ours, so they can't overlap. A
-        // writer on the other side can tear the bytes but not make them invalid: any byte is a u8.
-        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+        // SAFETY: `from` is valid for that length, and nobody accesses it but atomically.
+        unsafe { copy::out(from, to) };
     }
 
     /// Copies `from` to `offset`.
     pub fn write(&self, offset: usize, from: &[u8]) {
         let to = self.at(offset, from.len());
-        // SAFETY: as in `read`, in the other direction.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        // SAFETY: as in `read`.
+        unsafe { copy::into(from, to) };
     }
 
     /// Zeroes `len` bytes at `offset`.
     pub fn zero(&self, offset: usize, len: usize) {
         let to = self.at(offset, len);
-        // SAFETY: `to` is valid for `len` bytes.
-        unsafe { std::ptr::write_bytes(to, 0, len) };
+        // SAFETY: as in `read`.
+        unsafe { copy::zero(to, len) };
     }
 }
 
@@ -194,7 +195,7 @@ mod tests {
         for memory in [Memory::anonymous(8192).unwrap(), Memory::shared(&file, 8192).unwrap()] {
             // The flags of the mapping that has it, by its address (proc(5), VmFlags; dd: do not dump).
             let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-            let at = memory.base.as_ptr() as usize;
+            let at = memory.base.addr().get();
             let has = |line: &str| {
                 let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
                 let bound = |text: &str| usize::from_str_radix(text, 16).ok();

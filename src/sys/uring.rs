@@ -33,8 +33,10 @@
 //! The completion ring can't overflow, after which only a system call with that mutex would bring completions back: what is
 //! submitted never has more completions to come than the ring has entries.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -49,6 +51,7 @@ use nix::sys::eventfd::EventFd;
 use super::file::Backing;
 use super::io::{BATCH_MAX, Io, IoOp};
 use super::memory::Memory;
+use super::{completed, errno_of};
 use crate::blocking::{Blocking, Caller};
 
 /// Memories whose pages the kernel keeps pinned, so that it need not look them up for each I/O.
@@ -109,7 +112,7 @@ pub struct Ring {
     to_reap: AtomicUsize,
     /// So many there may be.
     room: usize,
-    /// Address of each I/O that the ring has, by tag. An I/O keeps its place as long as it lives.
+    /// Address of each I/O that the ring has, by tag. An I/O keeps its place as long as it lives. Compared, and never followed.
     places: Box<[AtomicU64]>,
     /// The submission ring has entries that the kernel had no memory for.
     leftover: AtomicBool,
@@ -117,13 +120,10 @@ pub struct Ring {
     gone: AtomicU64,
 }
 
-/// The completing end. There is one.
+/// The completing end. There is one, of one thread at a time: even a look at the completion ring stores its head.
 pub struct Completions {
     ring: Arc<Ring>,
-}
-
-fn errno(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+    not_sync: PhantomData<Cell<()>>,
 }
 
 /// A ring for I/O on `files`, whose indices are the [`FileId`](super::io::FileId)s. `event` becomes readable with each
@@ -140,7 +140,7 @@ pub fn setup(
         only_sqpoll: settings.sqpoll_idle_ms.is_some()
             && build(Settings { sqpoll_idle_ms: None, ..settings }).is_ok(),
     })?;
-    let step = |step| move |error: io::Error| SetupError { step, errno: errno(&error), only_sqpoll: false };
+    let step = |step| move |error: io::Error| SetupError { step, errno: errno_of(&error), only_sqpoll: false };
     prepare_requests(&ring, settings.depth).map_err(step("io_uring_enter"))?;
     let submitter = ring.submitter();
     let descriptors: Vec<_> = files.iter().map(|file| file.file.as_raw_fd()).collect();
@@ -159,7 +159,7 @@ pub fn setup(
         leftover: AtomicBool::new(false),
         gone: AtomicU64::new(Memory::gone()),
     });
-    Ok((Arc::clone(&ring), Completions { ring }))
+    Ok((Arc::clone(&ring), Completions { ring, not_sync: PhantomData }))
 }
 
 /// With what this kernel knows of that makes it better.
@@ -184,7 +184,7 @@ fn build(settings: Settings) -> Result<IoUring, Errno> {
         improve(&mut builder);
         match builder.build(entries) {
             Ok(ring) => return Ok(ring),
-            Err(error) => last = errno(&error),
+            Err(error) => last = errno_of(&error),
         }
         if last != Errno::EINVAL {
             break;
@@ -241,8 +241,9 @@ impl Ring {
         for (i, io) in batch.drain(..count).enumerate() {
             // From the moment of the push the kernel, and with it the completing thread, may own the I/O.
             ios[i] = Box::into_raw(io);
+            let address = ios[i].expose_provenance() as u64;
             // SAFETY: just made from a box, and not yet submitted: nobody else has it.
-            let entry = self.prepare(&mut submitting, unsafe { &mut *ios[i] }, may_register);
+            let entry = self.prepare(&mut submitting, unsafe { &*ios[i] }, address, may_register);
             // SAFETY: the entry's buffers and iovecs live in the `Io`, which lives until its completion is reaped, because
             // it is no longer owned here; its file and buffer are registered.
             let pushed = unsafe { queue.push(&entry) };
@@ -270,8 +271,7 @@ impl Ring {
         count
     }
 
-    fn prepare(&self, submitting: &mut Submitting, io: &mut Io, may_register: bool) -> Entry {
-        let address = std::ptr::from_mut(io) as u64;
+    fn prepare(&self, submitting: &mut Submitting, io: &Io, address: u64, may_register: bool) -> Entry {
         if let Some(place) = self.places.get(io.tag as usize) {
             place.store(address, Ordering::Release);
         }
@@ -316,7 +316,7 @@ impl Ring {
     /// main loop looks again when it reaps. An error is for good.
     fn enter(&self, submitting: &MutexGuard<Submitting>, by: Caller) -> Result<(), Errno> {
         while self.queued(submitting) > 0 {
-            match self.ring.submitter().submit().map_err(|error| errno(&error)) {
+            match self.ring.submitter().submit().map_err(|error| errno_of(&error)) {
                 Ok(_) if self.sqpoll => break,
                 // It stopped behind an entry that it refused, which completes with the error.
                 Ok(n) if n > 0 => {}
@@ -410,7 +410,8 @@ impl Drop for Ring {
 impl Completions {
     /// Whether there is something to reap or to be submitted again, as far as memory shows.
     pub fn ready(&self) -> bool {
-        // SAFETY: this is the only user of the completion ring.
+        // SAFETY: this is the only user of the completion ring: no other thread has a reference to `self`, which is not Sync, and
+        // `reap` has `self` alone.
         let empty = unsafe { self.ring.ring.completion_shared() }.is_empty();
         !empty || self.ring.leftover.load(Ordering::Acquire)
     }
@@ -424,13 +425,14 @@ impl Completions {
                 cancellations += 1;
                 continue;
             }
-            // SAFETY: `user_data` is the pointer that `submit` made from a box and gave away; the kernel is done with it, and
-            // each completion comes once.
-            let io = unsafe { Box::from_raw(event.user_data() as *mut Io) };
+            // SAFETY: `user_data` is the address of what `submit` made from a box, exposed and gave away; the kernel is done with
+            // it, and each completion comes once.
+            let io: Box<Io> =
+                unsafe { Box::from_raw(std::ptr::with_exposed_provenance_mut(event.user_data() as usize)) };
             if let Some(place) = self.ring.places.get(io.tag as usize) {
                 place.store(0, Ordering::Release);
             }
-            done(io, u64::try_from(event.result()).map_err(|_| Errno::from_raw(-event.result())));
+            done(io, completed(event.result().into()));
             count += 1;
         }
         // The ring's head has moved past them: their entries are free.

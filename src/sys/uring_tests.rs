@@ -344,7 +344,7 @@ impl Held {
     }
 
     fn address(&self) -> u64 {
-        self.memory.at(0, 4096) as u64
+        self.memory.at(0, 4096).expose_provenance() as u64
     }
 
     fn call(&self, number: u64, argument: &mut [u64]) {

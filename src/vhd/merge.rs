@@ -78,7 +78,7 @@ impl Error {
             Error::Image(error) => error.errno(),
             Error::Unfit { errno, .. } => *errno,
             Error::Small { .. } => Errno::ERANGE,
-            Error::Io { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            Error::Io { source, .. } => crate::sys::errno_of(source),
         }
     }
 }

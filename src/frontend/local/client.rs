@@ -21,6 +21,7 @@ use crate::frontend::blkif::ring::{BackRing, Shared};
 use crate::frontend::{DiskInfo, Intake};
 use crate::memory;
 use crate::request::Request;
+use crate::sys;
 use crate::sys::memory::{Memory, PAGE_SIZE};
 
 /// What a request's tag says.
@@ -143,7 +144,7 @@ impl Client {
             return refuse(format!("{data_pages} data pages in {queues} queues are not from 1 to {most}"));
         }
         let failed = |error: io::Error| {
-            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+            let errno = sys::errno_of(&error);
             (errno, format!("cannot set the rings up: {error}"))
         };
         let queue_bytes = ((1usize << ring_page_order) + data_pages as usize) * PAGE_SIZE;

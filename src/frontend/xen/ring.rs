@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use crate::frontend::blkif::queue::{CountedRing, Doorbell};
 use crate::frontend::blkif::ring::{BackRing, Shared};
 use crate::frontend::blkif::wire::{Abi, Entry, GrantRef};
+use crate::sys;
 use crate::sys::evtchn::{Evtchn, evtchn_port_t};
 use crate::sys::gntdev::{Gntdev, domid_t};
 
@@ -67,7 +68,7 @@ impl ConnectError {
             ConnectError::Device { error, .. }
             | ConnectError::Memory(error)
             | ConnectError::Map { error, .. }
-            | ConnectError::Bind { error, .. } => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            | ConnectError::Bind { error, .. } => sys::errno_of(error),
         }
     }
 }

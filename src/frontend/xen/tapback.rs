@@ -23,6 +23,7 @@ use crate::frontend::{Frontend, Intake};
 use crate::memory::{self, Part};
 use crate::request::Request;
 use crate::stats::shm::Place;
+use crate::sys;
 use crate::sys::gntdev::domid_t;
 use crate::sys::memory::PAGE_SIZE;
 
@@ -92,7 +93,7 @@ impl GuestError {
             GuestError::Unknown(..) => Errno::ENODEV,
             GuestError::Malformed(_) => Errno::EINVAL,
             GuestError::Ring(error) => error.errno(),
-            GuestError::Events(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            GuestError::Events(error) => sys::errno_of(error),
         }
     }
 }

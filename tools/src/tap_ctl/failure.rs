@@ -35,8 +35,9 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
 
 /// An error as the one value on standard output.
 pub(super) fn print_json(number: i32, text: &str) {
-    let value =
-        json!({ "error": { "errno": number, "name": format!("{:?}", Errno::from_raw(number)), "text": text } });
+    #[expect(clippy::disallowed_methods, reason = "an exit code that is no errno has the name of none")]
+    let name = format!("{:?}", Errno::from_raw(number));
+    let value = json!({ "error": { "errno": number, "name": name, "text": text } });
     // Where it can't be written, the exit code still says that something is wrong.
     let _ = writeln!(io::stdout(), "{}", plain_json(&value.to_string()));
 }

@@ -10,6 +10,7 @@ use serde_json::json;
 use tapdisk::control::client::{self, Opening, refused};
 use tapdisk::control::proto::kind;
 use tapdisk::disk::DebugQueue;
+use tapdisk::sys;
 
 use super::{Answer, Disk};
 use crate::vhd_util;
@@ -62,7 +63,7 @@ fn grow_vhd(directory: &Path, (pid, minor): (i32, u16), path: &Path, size: u64) 
 fn grow(pid: i32, path: &Path, size: u64) -> io::Result<()> {
     let explain = |error: io::Error| {
         let text = format!("{}: {error}", path.display());
-        refused(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), text)
+        refused(sys::errno_of(&error), text)
     };
     // A relative path counts from where the tapdisk is.
     let place = Path::new("/proc").join(pid.to_string()).join("cwd").join(path);

@@ -6,9 +6,10 @@ use std::path::Path;
 use drivers::vhd::ReadError;
 use drivers::vhd::layout::LayoutError;
 use nix::errno::Errno;
+use tapdisk::sys::errno_of;
 use tapdisk::text::one_line;
 use tapdisk::vhd::merge;
-use tapdisk::{chain, image, sys};
+use tapdisk::{chain, image};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl Failure {
         // Whoever read our output has enough of it.
         let enough = error.kind() == io::ErrorKind::BrokenPipe;
         let text = if enough { String::new() } else { format!("standard output: {error}") };
-        Failure { errno: if enough { Errno::from_raw(0) } else { errno_of(&error) }, line: None, text }
+        Failure { errno: if enough { Errno::UnknownErrno } else { errno_of(&error) }, line: None, text }
     }
 
     /// The same with a line on standard output.
@@ -52,11 +53,6 @@ impl Failure {
 /// Prints a line, of which nothing that an image or a path brings makes two.
 pub(super) fn print_line(out: &mut dyn Write, line: &str) -> Result<()> {
     writeln!(out, "{}", one_line(line)).map_err(Failure::output)
-}
-
-/// The errno of a system's error.
-pub(super) fn errno_of(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, sys::errno)
 }
 
 impl From<chain::Error> for Failure {

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Parts, Source, Uuid};
 use tapdisk::chain::{self, Error, Opened};
+use tapdisk::sys::errno_of;
 use tapdisk::sys::file::open_storage;
 use tapdisk::text::one_line;
 use tapdisk::volume;
 
 use super::Scan;
-use super::failure::{Failure, Result, errno_of, print_line, read};
+use super::failure::{Failure, Result, print_line, read};
 use super::volumes::{Volume, volumes};
 
 /// What a line says of an image.

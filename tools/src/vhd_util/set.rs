@@ -9,11 +9,12 @@ use nix::errno::Errno;
 use tapdisk::{chain, image};
 use zerocopy::IntoBytes;
 
+use tapdisk::sys::errno_of;
 use tapdisk::vhd::parent::new_parent;
 use tapdisk::volume;
 
 use super::create::raw;
-use super::failure::{self, Failure, Result, errno_of};
+use super::failure::{self, Failure, Result};
 use super::file::{
     ImageFile, Medium, UseError, UsedFile, cut_footer, footer_place, names_outside, table_piece, write_footers,
     write_pieces,
