@@ -166,6 +166,9 @@ impl Client {
             let message = String::from_utf8_lossy(text).into_owned();
             return Err(Error::Refused { errno: sys::errno(welcome.error), message, limits });
         }
+        if welcome.sectors > u64::MAX / 512 {
+            return Err(Error::Handshake("a disk larger than there are bytes"));
+        }
         let socket = Arc::new(socket);
         let disk = Disk {
             sectors: welcome.sectors,
@@ -212,8 +215,9 @@ fn open_queues(
         return Err(Error::Handshake("not the descriptors that belong to these queues"));
     }
     let stride = usize::try_from(welcome.queue_bytes).map_err(|_| Error::Handshake("queues too large"))?;
-    let ring_bytes = PAGE_SIZE << options.ring_page_order;
-    let used = ring_bytes + options.data_pages as usize * PAGE_SIZE;
+    let ring_pages = 1_usize.checked_shl(options.ring_page_order).ok_or(Error::Handshake("a ring too large"))?;
+    let ring_bytes = ring_pages.checked_mul(PAGE_SIZE).ok_or(Error::Handshake("a ring too large"))?;
+    let used = ring_bytes.saturating_add(options.data_pages as usize * PAGE_SIZE);
     let len = stride.checked_mul(queues).ok_or(Error::Handshake("queues too large"))?;
     if stride < used || !stride.is_multiple_of(PAGE_SIZE) {
         return Err(Error::Handshake("queues smaller than what was asked for"));
@@ -459,6 +463,15 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn a_server_whose_disk_has_more_bytes_than_there_are_is_not_believed() {
+        let huge = |hello: &Hello| Welcome { sectors: u64::MAX / 512 + 1, ..welcome(hello) };
+        let (client, server) = with_server(huge, &Options::default());
+        assert!(matches!(client, Err(Error::Handshake(_))), "{client:?}");
+        // It waits for a kick that does not come, and its client is gone.
+        drop(server);
     }
 
     #[test]

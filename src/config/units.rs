@@ -1,4 +1,5 @@
 //! Values with a range or a unit.
+#![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use std::fmt;
 use std::str::FromStr;
@@ -24,6 +25,7 @@ impl FromStr for Size {
             "" if unit.is_empty() || unit == "B" => 0,
             letter => UNITS.iter().find(|(name, _)| *name == letter).ok_or_else(wrong)?.1,
         };
+        #[expect(clippy::cast_possible_truncation, reason = "it is less than 2^53")]
         let bytes = match number.parse::<u64>() {
             Ok(whole) => whole.checked_mul(1 << shift),
             Err(_) => {

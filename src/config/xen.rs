@@ -1,4 +1,5 @@
 //! `[frontend.xen]`
+#![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use std::fmt;
 use std::path::PathBuf;
@@ -74,6 +75,7 @@ pub struct Device(pub u32);
 impl FromStr for Device {
     type Err = String;
 
+    #[expect(clippy::arithmetic_side_effects, reason = "a name has one to three letters")]
     fn from_str(text: &str) -> Result<Device, String> {
         let wrong = || {
             format!("\"{text}\" is no device; expected such as \"xvda\", \"xvdb1\", \"hda\", \"sda\", or a number")
@@ -82,7 +84,7 @@ impl FromStr for Device {
             return Ok(Device(number));
         }
         let (prefix, rest) = text.split_at_checked(if text.starts_with("xvd") { 3 } else { 2 }).ok_or_else(wrong)?;
-        let letters = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_lowercase()).len();
+        let letters = rest.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(rest.len());
         let (name, partition) = rest.split_at(letters);
         let partition: u32 = if partition.is_empty() { 0 } else { partition.parse().map_err(|_| wrong())? };
         if name.is_empty() || name.len() > 3 {

@@ -2,6 +2,7 @@
 //!
 //! A message is a u16 type, a u16 cookie (the disk's minor), padding, and at byte 8 a union whose member depends on
 //! the type. Types from 0x100 on are ours: blktap has none for what they do.
+#![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -440,9 +441,9 @@ impl Stat {
 /// Text in a fixed field, cut to leave a NUL.
 pub fn string<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [0; N];
-    let mut end = text.len().min(N - 1);
+    let mut end = text.len().min(N.saturating_sub(1));
     while !text.is_char_boundary(end) {
-        end -= 1;
+        end = end.saturating_sub(1);
     }
     field[..end].copy_from_slice(&text.as_bytes()[..end]);
     field

@@ -238,7 +238,8 @@ fn free_places(image: &Image, header: &Header, header_at: u64) -> Vec<(u64, u64)
     // Without a block, the first one that is written goes there.
     let Some(first) = image.table.allocated().map(|(_, at)| at).min() else { return Vec::new() };
     let names = header.locators.iter().filter(|locator| locator.platform().is_some());
-    let names: Vec<_> = names.map(|locator| (locator.place().0, locator.place().0 + locator.space())).collect();
+    let names: Vec<_> =
+        names.map(|locator| (locator.place().0, locator.place().0.saturating_add(locator.space()))).collect();
     let table_end = header.table_at() + Table::bytes(header.entries());
     let batmap_end = image.batmap.as_ref().map_or(0, |batmap| batmap.bits_at + batmap.bits().len() as u64);
     let least = table_end.max(batmap_end).max(header_at + HEADER_SIZE as u64).max(FOOTER_SIZE as u64);
@@ -415,4 +416,39 @@ pub fn table_piece(at: u64, table: &Table) -> Piece {
     // The entries that share the last sector with the disk's are unused.
     table.write(0, &mut bytes);
     Piece { at, bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use drivers::vhd::layout::{Layout, NewImage};
+    use drivers::vhd::{Locator, Platform, Uuid};
+
+    use super::*;
+
+    #[test]
+    fn a_locator_at_the_end_of_all_bytes_is_as_any_other() {
+        let parent = NewParent { path: "base.vhd".into(), uuid: Uuid([1; 16]), unix_seconds: 0 };
+        let new = NewImage { size: 4 << 20, room: 0, uuid: Uuid([2; 16]), unix_seconds: 0, parent: Some(parent) };
+        let Layout { footer, mut header, batmap, end, .. } = Layout::new(&new).unwrap();
+        header.locators[0] = Locator::with_space(Platform::MacX, u64::MAX - 100, 8, 512);
+        let mut table = Table::parse(&[0xff; 8], 2);
+        table.set(0, 1 << 20);
+        let image = Image {
+            footer,
+            kind: Kind::Differencing,
+            size: 4 << 20,
+            footer_at: 8 << 20,
+            metadata_end: end,
+            header: Some(header),
+            table,
+            table_room: 2,
+            batmap: Some(batmap),
+            batmap_is_stale: false,
+            parents: Vec::new(),
+            parent_time: None,
+        };
+        let places = free_places(&image, &header, FOOTER_SIZE as u64);
+        assert!(!places.is_empty());
+        assert!(places.iter().all(|(at, room)| at + room <= 1 << 20), "{places:?}");
+    }
 }

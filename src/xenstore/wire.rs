@@ -1,4 +1,5 @@
 //! The XenStore's messages, without I/O. Source: Xen's public header `io/xs_wire.h` and `docs/misc/xenstore.txt`.
+#![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use nix::errno::Errno;
 use thiserror::Error;
@@ -63,8 +64,9 @@ pub struct TooLong(pub u32);
 /// [`PAYLOAD_MAX`].
 pub fn encode(kind: Kind, id: u32, tx: u32, texts: &[&str], rest: &[u8]) -> Vec<u8> {
     let len = payload_len(texts, rest);
-    let mut bytes = Vec::with_capacity(HEADER_LEN + len);
-    bytes.extend_from_slice(Header { kind: kind.0, id, tx, len: len as u32 }.as_bytes());
+    let mut bytes = Vec::with_capacity(HEADER_LEN.saturating_add(len));
+    let len = u32::try_from(len).unwrap_or(u32::MAX);
+    bytes.extend_from_slice(Header { kind: kind.0, id, tx, len }.as_bytes());
     for text in texts {
         bytes.extend_from_slice(text.as_bytes());
         bytes.push(0);
@@ -75,7 +77,7 @@ pub fn encode(kind: Kind, id: u32, tx: u32, texts: &[&str], rest: &[u8]) -> Vec<
 
 /// The bytes of such a payload.
 pub fn payload_len(texts: &[&str], rest: &[u8]) -> usize {
-    texts.iter().map(|text| text.len() + 1).sum::<usize>() + rest.len()
+    texts.iter().fold(rest.len(), |sum, text| sum.saturating_add(text.len()).saturating_add(1))
 }
 
 /// Makes messages of a stream of bytes. Keeps no more than one incomplete message beside what was just pushed.
@@ -102,7 +104,8 @@ impl Decoder {
             return Err(TooLong(header.len));
         }
         let Some(payload) = rest.get(..len) else { return Ok(None) };
-        self.at += HEADER_LEN + len;
+        // Of the bytes that there are.
+        self.at = self.at.saturating_add(HEADER_LEN).saturating_add(len);
         Ok(Some(Message { kind: Kind(header.kind), id: header.id, tx: header.tx, payload: payload.to_vec() }))
     }
 }
@@ -198,7 +201,7 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.push(&encode(Kind::READ, 1, 0, &[], &[b'x'; PAYLOAD_MAX]));
         assert_eq!(all(&mut decoder)[0].payload.len(), PAYLOAD_MAX);
-        for len in [PAYLOAD_MAX as u32 + 1, u32::MAX] {
+        for len in [4097, u32::MAX] {
             let mut decoder = Decoder::default();
             decoder.push(Header { kind: 2, id: 1, tx: 0, len }.as_bytes());
             assert_eq!(decoder.pull(), Err(TooLong(len)));

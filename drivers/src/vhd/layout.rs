@@ -3,8 +3,8 @@
 use zerocopy::IntoBytes;
 
 use super::{
-    BLOCK_SIZE, Batmap, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, Locator, Platform, SECTORS_MAX, Table, Uuid,
-    encode_path,
+    BLOCK_SIZE, Batmap, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, Locator, NAME_MAX, Platform, SECTORS_MAX,
+    Table, Uuid, encode_path,
 };
 use crate::SECTOR_SIZE;
 
@@ -13,6 +13,9 @@ pub const DATA_ALIGN: u64 = 4096;
 
 /// The most that a table is made for, bytes of the disk: a file of whose sectors an entry can count each.
 pub const ROOM_MAX: u64 = 2 << 40;
+
+/// The most bytes of a file (off_t).
+const FILE_MAX: u64 = i64::MAX as u64;
 
 /// The platforms that a parent is named for, in the order of the locators (blktap's libvhd).
 const PLATFORMS: [Platform; 3] = [Platform::MacX, Platform::W2ku, Platform::W2ru];
@@ -189,9 +192,14 @@ pub fn name_parent(header: &mut Header, parent: &NewParent, at: u64, room: u64) 
     // Windows has no such names: what is a part of the name here would be a folder there.
     let platforms = if path.contains('\\') { &PLATFORMS[..1] } else { &PLATFORMS[..] };
     let names: Vec<_> = platforms.iter().map(|platform| (*platform, encode_path(*platform, &path))).collect();
+    // What a locator says of its place and room is the image's word.
+    let room_of = |locator: &Locator| {
+        let ((at, _), space) = (locator.place(), locator.space().min(NAME_MAX));
+        at.checked_add(space).filter(|end| *end <= FILE_MAX).map(|_| (at, space))
+    };
     let place = |platform, name: &[u8]| {
-        let fits = |locator: &&Locator| locator.platform() == Some(platform) && locator.space() >= name.len() as u64;
-        header.locators.iter().find(fits).map(|locator| (locator.place().0, locator.space()))
+        let own = header.locators.iter().filter(|locator| locator.platform() == Some(platform));
+        own.filter_map(room_of).find(|(_, space)| *space >= name.len() as u64)
     };
     let places: Vec<_> = names.iter().map(|(platform, name)| place(*platform, name)).collect();
     let needed = names.iter().map(|(_, name)| space(name)).sum();
@@ -283,6 +291,23 @@ mod tests {
         assert_eq!((at, layout.end), (512 + 1024 + 2048 + 1024 + 3 * 512, at));
         assert_eq!(layout.header.parent_name().as_deref(), Some("base.vhd"));
         assert_eq!(layout.header.parent_timestamp.get(), 5);
+    }
+
+    #[test]
+    fn what_a_locator_says_of_its_place_and_room_is_the_images_word() {
+        let parent = NewParent { path: "base.vhd".into(), uuid: Uuid([1; 16]), unix_seconds: 946_684_805 };
+        let named = |at, space| {
+            let mut header = Header::new(1536, 10, BLOCK_SIZE);
+            for (locator, platform) in header.locators.iter_mut().zip(PLATFORMS) {
+                *locator = Locator::with_space(platform, at, 8, space);
+            }
+            name_parent(&mut header, &parent, 0, 0)
+        };
+        // No more is written than a name may have.
+        assert!(named(4096, 0xffff_fe00).unwrap().iter().all(|piece| piece.bytes.len() as u64 == NAME_MAX));
+        for at in [u64::MAX, u64::MAX - 511, FILE_MAX, FILE_MAX - 511] {
+            assert!(matches!(named(at, 512), Err(LayoutError::Name { .. })), "{at}");
+        }
     }
 
     #[test]

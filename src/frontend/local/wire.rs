@@ -1,4 +1,5 @@
 //! The messages of the handshake; see [the module](super) for their order. All fields are in native byte order.
+#![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

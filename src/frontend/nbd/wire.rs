@@ -1,5 +1,6 @@
 //! Messages as bytes: section "Values" and the message layouts of the
 //! [NBD protocol](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md). All numbers are big-endian.
+#![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use nix::errno::Errno;
 use zerocopy::big_endian::{U16, U32, U64};
