@@ -91,6 +91,7 @@
 pub mod args;
 pub mod config;
 pub mod daemon;
+pub mod privileges;
 pub mod record;
 pub mod serve;
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use mio::net::{UnixListener, UnixStream};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
-use nix::unistd::{Gid, chown};
+use nix::unistd::{Gid, chown, setfsgid};
 use slog::{Logger, warn};
 
 use crate::stats::now;
@@ -49,8 +49,12 @@ impl UnixSocket {
         let fd = socket(AddressFamily::Unix, kind, flags, None)?;
         bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         // Nobody can connect before we listen, so nobody does with the mode that the umask left.
-        if group.is_some() {
-            chown(path, None, group)?;
+        if let Some(gid) = group {
+            // Who is in a group may give it a file. To be in it, of this thread, takes CAP_SETGID alone.
+            let before = setfsgid(gid);
+            let given = chown(path, None, group);
+            setfsgid(before);
+            given?;
         }
         fs::set_permissions(path, fs::Permissions::from_mode(if group.is_some() { 0o660 } else { 0o600 }))?;
         let file = fs::symlink_metadata(path)?;

@@ -15,7 +15,7 @@ use tapdisk::daemon::{self, Daemon};
 use tapdisk::event::MainLoop;
 use tapdisk::log::{Log, Sink};
 use tapdisk::text::one_line;
-use tapdisk::{event, memory, serve, sys};
+use tapdisk::{event, memory, privileges, serve, sys};
 
 fn main() -> ExitCode {
     sys::process::keep_from_others();
@@ -73,6 +73,7 @@ fn run(args: &Args, config: &Config) -> Result<ExitCode, Box<dyn Error>> {
 fn open(blocking: &Blocking, args: &Args, config: &Config) -> Result<MainLoop, Box<dyn Error>> {
     let level = Level::from_str(&config.log.level).unwrap_or(Level::Info);
     let denied = memory::announce(&config.memory);
+    privileges::give_up(config)?;
     let sink = match &config.log.file {
         Some(path) => Sink::File(path.clone()),
         None if args.in_background() => Sink::Syslog,

@@ -43,6 +43,7 @@ use crate::config::Memory;
 use crate::job;
 use crate::submit::STACK_SIZE;
 use crate::sys;
+use crate::sys::capability::{Capabilities, IPC_LOCK};
 use crate::sys::process::{set_io_flusher, share_one_arena};
 
 /// Something that takes memory.
@@ -183,10 +184,6 @@ pub fn lock_of_client(memory: &Arc<sys::memory::Memory>) {
 
 /// Whether nothing limits what this process locks: RLIMIT_MEMLOCK does not, or CAP_IPC_LOCK lifts it.
 fn may_lock_all() -> bool {
-    const CAP_IPC_LOCK: u64 = 1 << 14;
     let unlimited = getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft == RLIM_INFINITY);
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective =
-        status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
-    unlimited || effective.is_some_and(|effective| effective & CAP_IPC_LOCK != 0)
+    unlimited || Capabilities::of_thread().is_ok_and(|capabilities| capabilities.effective() & IPC_LOCK != 0)
 }

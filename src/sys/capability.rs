@@ -2,7 +2,7 @@
 
 use std::io;
 
-use nix::errno::Errno;
+use super::result;
 
 /// CAP_IPC_LOCK, as a bit: memory is locked beyond RLIMIT_MEMLOCK.
 pub const IPC_LOCK: u64 = 1 << 14;
@@ -36,7 +36,7 @@ impl Capabilities {
         let mut sets = [Half::default(); 2];
         // SAFETY: the kernel reads and writes the header, and stores the two halves that its version stands for.
         let done = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
-        Errno::result(done)?;
+        result(done)?;
         Ok(Capabilities(sets))
     }
 
@@ -46,7 +46,7 @@ impl Capabilities {
         // SAFETY: the kernel reads the header and the two halves that its version stands for, and changes nothing but the calling
         // thread's credentials.
         let done = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, self.0.as_ptr()) };
-        Errno::result(done).map(drop).map_err(Into::into)
+        result(done).map(drop).map_err(Into::into)
     }
 
     /// The effective set, a bit for each.
@@ -60,5 +60,15 @@ impl Capabilities {
         let [low, high] = self.0;
         let keep = |half: Half, kept: u32| Half { effective: half.effective & kept, ..half };
         Capabilities([keep(low, kept as u32), keep(high, (kept >> 32) as u32)])
+    }
+
+    /// Without all but those of these bits, in each of the sets; and none is for programs that are run.
+    #[must_use]
+    pub fn only(&self, kept: u64) -> Capabilities {
+        let Capabilities(halves) = self.with_effective(kept);
+        let bits = [kept as u32, (kept >> 32) as u32];
+        let keep =
+            |half: usize| Half { permitted: halves[half].permitted & bits[half], inheritable: 0, ..halves[half] };
+        Capabilities([keep(0), keep(1)])
     }
 }

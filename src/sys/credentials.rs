@@ -17,6 +17,7 @@ use nix::unistd::{Gid, Uid, getgroups, setfsgid, setfsuid};
 use serde::{Deserialize, Serialize};
 
 use super::capability::{Capabilities, IPC_LOCK};
+use super::result;
 use super::socket::peer_groups;
 
 /// A user, with all groups.
@@ -120,7 +121,7 @@ fn set_groups(groups: &[u32]) -> io::Result<()> {
     const SETGROUPS: libc::c_long = libc::SYS_setgroups;
     // SAFETY: the kernel reads that many group ids from the slice, and changes nothing but the calling thread's credentials.
     let done = unsafe { libc::syscall(SETGROUPS, groups.len(), groups.as_ptr()) };
-    Errno::result(done).map(drop).map_err(Into::into)
+    result(done).map(drop).map_err(Into::into)
 }
 
 #[cfg(test)]

@@ -3,10 +3,11 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::ForkResult;
+
+use super::result;
 
 /// This thread, and all that it starts, write memory back: the kernel's allocations on its behalf do not wait for I/O
 /// (`PR_SET_IO_FLUSHER`, prctl(2), since Linux 5.6). Needs CAP_SYS_RESOURCE.
@@ -61,7 +62,7 @@ impl Process {
     /// The one that has this id now.
     pub fn open(pid: i32) -> io::Result<Process> {
         // SAFETY: takes integers only, and gives a new descriptor or an error.
-        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        let fd = result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         // SAFETY: the kernel has just made it, and nobody else has it.
         Ok(Process(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }))
     }
@@ -73,7 +74,7 @@ impl Process {
         let done = unsafe {
             libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal as libc::c_int, nothing, 0)
         };
-        Errno::result(done).map(drop).map_err(Into::into)
+        result(done).map(drop).map_err(Into::into)
     }
 }
 

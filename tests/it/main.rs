@@ -15,6 +15,7 @@ mod log;
 mod members;
 mod metrics;
 mod nbd;
+mod privileges;
 mod process;
 mod queue;
 mod real_input;
