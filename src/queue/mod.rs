@@ -171,6 +171,8 @@ pub struct Queue {
     in_flight: usize,
     /// I/Os to be submitted.
     batch: VecDeque<Box<Io>>,
+    /// Those of a batch that the engine refuses, until they are taken in. Empty otherwise.
+    refused: VecDeque<(Box<Io>, Errno)>,
     /// With when it was queued.
     finished: VecDeque<(Finished, u64)>,
     /// The time, as of the last look at the clock, ns of [`now`].
@@ -214,6 +216,7 @@ impl Queue {
             heads: vec![NONE; engine.depth],
             in_flight: 0,
             batch: VecDeque::with_capacity(engine.depth),
+            refused: VecDeque::with_capacity(engine.depth),
             finished: VecDeque::with_capacity(size),
             time: 0,
             traffic: Vec::new(),
@@ -397,7 +400,7 @@ impl Queue {
     }
 
     fn submit_inline(&mut self) {
-        let mut refused = None;
+        let mut refused = std::mem::take(&mut self.refused);
         loop {
             let before = self.batch.len();
             submit_all(
@@ -406,12 +409,18 @@ impl Queue {
                 &self.submission.counters,
                 &mut self.batch,
                 || false,
-                |io, errno| refused = Some((io, errno)),
+                // Each of a batch can be.
+                |io, errno| refused.push_back((io, errno)),
             );
             self.report.inline += (before - self.batch.len()) as u64;
-            let Some((io, errno)) = refused.take() else { return };
-            self.complete(io, Err(errno));
+            if refused.is_empty() {
+                break;
+            }
+            while let Some((io, errno)) = refused.pop_front() {
+                self.complete(io, Err(errno));
+            }
         }
+        self.refused = refused;
     }
 
     /// When a turn is due although nothing completes, ns of [`now`]: for I/Os that are left over and nothing in flight makes

@@ -181,6 +181,24 @@ fn again_waits_for_a_completion() {
 }
 
 #[test]
+fn each_of_a_batch_can_be_refused_and_none_is_lost() {
+    for mode in [SubmitMode::Inline, SubmitMode::Thread] {
+        let mut bench = Bench::new(8, mode);
+        (0..3).for_each(|_| bench.double.refuse(Errno::EIO));
+        for at in 0..5 {
+            bench.push(IoOp::Read, 0, at * 8192, 512);
+        }
+        bench.kick();
+        let failed = bench.finished(3);
+        assert!(failed.iter().all(|(_, result)| *result == Err(Errno::EIO)), "{failed:?}");
+        bench.double.wait_seen(2);
+        bench.double.complete_all();
+        assert!(bench.finished(2).iter().all(|(_, result)| result.is_ok()));
+        assert!(bench.queue.is_idle(), "{mode:?}");
+    }
+}
+
+#[test]
 fn any_other_refusal_fails_only_the_first() {
     for mode in [SubmitMode::Thread, SubmitMode::Inline] {
         let mut bench = Bench::new(16, mode);
