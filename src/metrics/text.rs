@@ -118,7 +118,9 @@ impl Exposition<'_> {
         }
         let name = "tapdisk_oldest_request_age_seconds";
         family(out, name, "gauge", "seconds", "Age of the oldest request that is not answered; 0: there is none.")?;
-        self.each_disk(|labels, disk| sample(out, name, "", labels, Seconds { ns: disk.oldest_us * 1000 }))
+        self.each_disk(|labels, disk| {
+            sample(out, name, "", labels, Seconds { ns: disk.oldest_us.saturating_mul(1000) })
+        })
     }
 
     fn layers(&self, out: &mut Formatter) -> Result {
@@ -186,9 +188,9 @@ fn sample(out: &mut Formatter, name: &str, suffix: &str, labels: &str, value: im
 }
 
 fn histogram(out: &mut Formatter, name: &str, labels: &str, latency: &Latency) -> Result {
-    let mut count = 0;
+    let mut count = 0_u64;
     for bucket in 0..BUCKETS {
-        count += latency.buckets()[bucket];
+        count = count.saturating_add(latency.buckets()[bucket]);
         match Latency::bound_us(bucket) {
             Some(us) => writeln!(out, "{name}_bucket{{{labels},le=\"{}\"}} {count}", us as f64 / 1e6)?,
             None => writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {count}")?,

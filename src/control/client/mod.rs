@@ -27,7 +27,7 @@ pub use ours::*;
 /// How long an answer may take, where nothing else is said.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// More than any answer has, in bytes.
-const TEXT_MAX: u64 = 256 << 20;
+pub const TEXT_MAX: u64 = 64 << 20;
 
 /// Why something is refused, or not done.
 #[derive(Debug, thiserror::Error)]
@@ -118,13 +118,17 @@ impl Connection {
     }
 
     /// The text that a message has announced.
-    fn text(mut self, message: &Message) -> io::Result<String> {
+    fn text(self, message: &Message) -> io::Result<String> {
         let stat: Stat = message.member();
         if stat.length > TEXT_MAX {
             return Err(Errno::EPROTO.into());
         }
-        let mut bytes = vec![0; stat.length as usize];
-        self.stream.read_exact(&mut bytes).map_err(|error| self.explain(&error))?;
+        // It takes memory for what comes, not for what is announced.
+        let mut bytes = Vec::new();
+        (&self.stream).take(stat.length).read_to_end(&mut bytes).map_err(|error| self.explain(&error))?;
+        if bytes.len() as u64 != stat.length {
+            return Err(self.explain(&ErrorKind::UnexpectedEof.into()));
+        }
         String::from_utf8(bytes).map_err(|_| Errno::EPROTO.into())
     }
 

@@ -10,6 +10,7 @@ use tapdisk::control::proto::coalesce::{CANCEL, START};
 use tapdisk::disk::{CoalesceReport, Stage};
 use tapdisk::text::one_line;
 
+use super::show::parse;
 use super::{Coalesce, Disk};
 
 /// How often it is asked how far it is.
@@ -34,7 +35,7 @@ pub(super) fn coalesce(
     let rate = args.rate.map_or(0, |rate| rate.0);
     let ask = |flags| client::coalesce(directory, disk.pid, disk.minor, flags, rate, &image);
     let mut text = ask(flags)?;
-    let mut report: CoalesceReport = serde_json::from_str(&text)?;
+    let mut report: CoalesceReport = parse(&text)?;
     if args.wait {
         let bar = io::stderr().is_terminal();
         while matches!(report.stage, Stage::Merging | Stage::Relinking) {
@@ -43,7 +44,7 @@ pub(super) fn coalesce(
             }
             std::thread::sleep(EACH);
             text = ask(0)?;
-            report = serde_json::from_str(&text)?;
+            report = parse(&text)?;
         }
         if bar {
             eprintln!("\r{:3} %", report.percent);

@@ -14,10 +14,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use tapdisk::control::client;
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, NO_MINOR, Stat, kind};
 use tapdisk::metrics::ProcessMetrics;
+use tapdisk::text::one_line;
 use zerocopy::IntoBytes;
 
 /// More than any answer has, in bytes.
-const ANSWER_MAX: usize = 64 << 20;
+const ANSWER_MAX: usize = client::TEXT_MAX as usize;
 /// How often it is tried to ask one whose queue of connections is full.
 const RETRY_EACH: Duration = Duration::from_millis(20);
 
@@ -99,7 +100,9 @@ impl<T> Collector<T> {
             let left =
                 if fresh { (begin + patience).saturating_duration_since(Instant::now()) } else { Duration::ZERO };
             let sleep = if unasked.is_empty() { left } else { left.min(RETRY_EACH) };
-            if self.wait(sleep, &mut answers)? == 0 && left.is_zero() {
+            self.wait(sleep, &mut answers)?;
+            // Also where there is more to come: who sends a byte now and then would hold up the others.
+            if left.is_zero() {
                 break;
             }
         }
@@ -124,13 +127,13 @@ impl<T> Collector<T> {
         false
     }
 
-    /// Waits until some of the questions go on, and takes what is answered. Gives how many went on.
-    fn wait(&mut self, left: Duration, answers: &mut BTreeMap<i32, Answer<T>>) -> io::Result<usize> {
+    /// Waits until some of the questions go on, and takes what is answered.
+    fn wait(&mut self, left: Duration, answers: &mut BTreeMap<i32, Answer<T>>) -> io::Result<()> {
         let mut fds: Vec<_> =
             self.queries.values().map(|query| PollFd::new(query.stream.as_fd(), PollFlags::POLLIN)).collect();
         let timeout = PollTimeout::try_from(left.as_millis().min(60_000) as i32).unwrap_or(PollTimeout::ZERO);
         match poll(&mut fds, timeout) {
-            Err(Errno::EINTR) => return Ok(1),
+            Err(Errno::EINTR) => return Ok(()),
             count => count?,
         };
         let ready = |fd: &PollFd| fd.any().unwrap_or(false);
@@ -140,13 +143,13 @@ impl<T> Collector<T> {
             let answer = match query.advance(self.parse) {
                 Ok(None) => continue,
                 Ok(Some(answer)) => Answer::Told(answer),
-                Err(error) => Answer::Refused(error.to_string()),
+                Err(error) => Answer::Refused(one_line(&error.to_string()).into_owned()),
             };
             self.queries.remove(pid);
             self.since.remove(pid);
             answers.insert(*pid, answer);
         }
-        Ok(pids.len())
+        Ok(())
     }
 }
 
@@ -199,4 +202,31 @@ fn metrics(received: &[u8]) -> io::Result<Option<ProcessMetrics>> {
     let stat: Stat = message.member();
     let json = usize::try_from(stat.length).ok().and_then(|length| rest.get(..length));
     Ok(json.map(serde_json::from_slice).transpose()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn one_that_sends_a_byte_now_and_then_holds_up_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(client::path(folder.path(), 1)).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            while stream.write_all(&[0]).is_ok() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let begin = Instant::now();
+        let mut collector = Collector::<()>::new(folder.path(), kind::LIST, |_| Ok(None));
+        let answers = collector.ask(vec![1], Duration::from_millis(200)).unwrap();
+        assert!(matches!(answers[&1], Answer::Hangs(_)), "{answers:?}");
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        drop(collector);
+        server.join().unwrap();
+    }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 use tapdisk::control::client::{self, Committing};
+use tapdisk::text::one_line;
 
 use super::{Answer, Disk};
 
@@ -18,7 +19,7 @@ pub(super) fn commit(directory: &Path, disk: Disk, image: &str) -> io::Result<An
 pub(super) fn query(directory: &Path, disk: Disk) -> io::Result<Answer> {
     let committing = client::query(directory, disk.pid, disk.minor)?;
     let Committing { status, current, total } = &committing;
-    Ok(Answer::new(format!("Commit status '{status}' ({current}/{total})"), json!(committing)))
+    Ok(Answer::new(format!("Commit status '{}' ({current}/{total})", one_line(status)), json!(committing)))
 }
 
 /// Ends it.

@@ -6,6 +6,8 @@ use tapdisk::control::proto::{EngineChange, engine};
 use tapdisk::disk::EngineReport;
 use tapdisk::engine::fault::FaultsReport;
 
+use super::show::{parse, verbatim};
+
 /// An engine's number.
 pub(super) fn name(text: &str) -> Result<u32, String> {
     number(text, &engine::NAMES.map(|name| name.name()))
@@ -44,10 +46,9 @@ pub(super) fn change(
 /// The engine in force.
 pub(super) fn show(out: &mut impl Write, text: &str, json: bool) -> io::Result<()> {
     if json {
-        return writeln!(out, "{text}");
+        return verbatim(out, text, json);
     }
-    let report: EngineReport = serde_json::from_str(text)?;
-    line(out, &report)
+    line(out, &parse(text)?)
 }
 
 /// The same, as a line.
@@ -66,9 +67,9 @@ pub(super) fn line(out: &mut impl Write, report: &EngineReport) -> io::Result<()
 /// The faults and what they have hit.
 pub(super) fn show_faults(out: &mut impl Write, text: &str, json: bool) -> io::Result<()> {
     if json {
-        return writeln!(out, "{text}");
+        return verbatim(out, text, json);
     }
-    faults(out, &serde_json::from_str(text)?)
+    faults(out, &parse(text)?)
 }
 
 /// The same, for debug-queue too.

@@ -16,11 +16,8 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     if error.kind() == io::ErrorKind::BrokenPipe {
         return ExitCode::SUCCESS;
     }
-    let number = if is_exact(error) { Errno::EPERM as i32 } else { number(error) };
-    let known = strerror(number);
-    // What a tapdisk says that does not start has lines.
-    let escaped = |words: String| words.lines().map(one_line).collect::<Vec<_>>().join("\n");
-    let words = words(error).map(escaped);
+    let number = exit_code(error);
+    let (known, words) = (strerror(number), words(error));
     if args.json {
         print_json(number, words.as_ref().unwrap_or(&known));
     }
@@ -33,6 +30,16 @@ pub(super) fn report(args: &Args, error: &io::Error) -> ExitCode {
     ExitCode::from(u8::try_from(number).unwrap_or(1))
 }
 
+/// The exit code of an error, and what it says: its own words, or its errno's.
+pub(super) fn told(error: &io::Error) -> (i32, String) {
+    let number = exit_code(error);
+    (number, words(error).unwrap_or_else(|| strerror(number)))
+}
+
+fn exit_code(error: &io::Error) -> i32 {
+    if is_exact(error) { Errno::EPERM as i32 } else { number(error) }
+}
+
 /// An error as the one value on standard output.
 pub(super) fn print_json(number: i32, text: &str) {
     #[expect(clippy::disallowed_methods, reason = "an exit code that is no errno has the name of none")]
@@ -42,9 +49,10 @@ pub(super) fn print_json(number: i32, text: &str) {
     let _ = writeln!(io::stdout(), "{}", plain_json(&value.to_string()));
 }
 
-/// What an error says beyond its errno.
+/// What an error says beyond its errno. What a tapdisk says that does not start has lines.
 fn words(error: &io::Error) -> Option<String> {
-    error.raw_os_error().is_none().then(|| error.to_string())
+    let escaped = |words: &str| words.lines().map(one_line).collect::<Vec<_>>().join("\n");
+    error.raw_os_error().is_none().then(|| escaped(&error.to_string()))
 }
 
 /// The errno, or the exit code of a tapdisk that did not start, whatever that means.

@@ -148,6 +148,9 @@ fn in_directory(args: &Args, error: &io::Error) -> io::Error {
     refused(client::errno(error), text)
 }
 
+/// Disks that an error names.
+const NAMED: usize = 20;
+
 /// The disk that is meant.
 pub(super) fn find(args: &Args, which: &Which) -> io::Result<Disk> {
     if let (Some(pid), Some(minor)) = (which.pid, which.minor) {
@@ -156,7 +159,7 @@ pub(super) fn find(args: &Args, which: &Which) -> io::Result<Disk> {
     let processes = processes(&args.directory, which.pid).map_err(|error| in_directory(args, &error))?;
     let disks = processes.into_iter().flat_map(|(pid, answer)| {
         let disks = if let Answer::Told(disks) = answer { disks } else { Vec::new() };
-        disks.into_iter().map(move |disk| Disk { pid, minor: disk.minor as u16 })
+        disks.into_iter().filter_map(move |disk| Some(Disk { pid, minor: disk.minor.try_into().ok()? }))
     });
     let found: Vec<_> = disks.filter(|disk| which.minor.is_none_or(|minor| disk.minor == minor)).collect();
     match found.as_slice() {
@@ -166,8 +169,11 @@ pub(super) fn find(args: &Args, which: &Which) -> io::Result<Disk> {
             Err(in_directory(args, &refused(Errno::ENOENT, text.into())))
         }
         many => {
-            let names: Vec<_> = many.iter().map(|disk| format!("-p {} -m {}", disk.pid, disk.minor)).collect();
-            Err(refused(Errno::EINVAL, format!("there are several disks: say which ({})", names.join(", "))))
+            let names = many.iter().take(NAMED).map(|disk| format!("-p {} -m {}", disk.pid, disk.minor));
+            let more = many.len().saturating_sub(NAMED);
+            let more = (more > 0).then(|| format!("and {more} more"));
+            let names = names.chain(more).collect::<Vec<_>>().join(", ");
+            Err(refused(Errno::EINVAL, format!("there are several disks: say which ({names})")))
         }
     }
 }

@@ -17,7 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(super) fn metrics(out: &mut impl Write, directory: &Path, json: bool) -> io::Result<()> {
     let answers = Collector::of_metrics(directory).round(PATIENCE)?;
     let processes = answers.into_iter().filter_map(|(pid, answer)| match answer {
-        Answer::Told(process) => Some(process),
+        // Whatever it says its id is.
+        Answer::Told(process) => Some(ProcessMetrics { pid, ..process }),
         Answer::Hangs(_) => Some(ProcessMetrics { pid, ..ProcessMetrics::default() }),
         Answer::Refused(why) => {
             eprintln!("process {pid}: {}", one_line(&why));

@@ -7,6 +7,8 @@ mod collect;
 mod commit;
 mod engine;
 mod failure;
+#[cfg(test)]
+mod hostile_tests;
 mod life;
 mod list;
 mod metrics;
@@ -26,6 +28,7 @@ use tapdisk::control::proto::{fault, kind};
 use tapdisk::text::Plain;
 
 pub use args::*;
+pub use top::Top;
 
 /// Does what this process' command line says.
 pub fn main() -> ExitCode {
@@ -70,14 +73,23 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 /// Does what the command line says.
 pub fn run(args: &Args) -> ExitCode {
-    match command(args) {
+    match command(args, &mut io::stdout().lock()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::report(args, &error),
     }
 }
 
-fn command(args: &Args) -> io::Result<()> {
-    let out = &mut Plain(io::stdout().lock());
+/// Does the same, with `out` as standard output; the exit code, and what is said of an error, are the error.
+pub fn run_to(args: &Args, out: &mut impl Write) -> Result<(), (i32, String)> {
+    command(args, out).map_err(|error| failure::told(&error))
+}
+
+fn command(args: &Args, out: &mut impl Write) -> io::Result<()> {
+    // It steers the terminal, and takes care of the rest itself.
+    if let Command::Top(options) = &args.command {
+        return top::top(out, &args.directory, options, args.json);
+    }
+    let out = &mut Plain(out);
     let (directory, json) = (args.directory.as_path(), args.json);
     let find = |which: &Which| list::find(args, which);
     let answer = match &args.command {
@@ -97,9 +109,9 @@ fn command(args: &Args) -> io::Result<()> {
             let opening = Opening { image: &image, secondary, log: log.as_deref(), ..Opening::default() };
             life::unpause(directory, find(disk)?, &opening)?
         }
-        Command::Stats { disk } => return writeln!(out, "{}", text(args, disk, kind::STATS)?),
+        Command::Stats { disk } => return show::verbatim(out, &text(args, disk, kind::STATS)?, json),
         Command::Metrics => return metrics::metrics(out, directory, json),
-        Command::Top(options) => return top::top(&mut out.0, directory, options, json),
+        Command::Top(_) => unreachable!("it is done above"),
         Command::Commit { disk, image } => commit::commit(directory, find(disk)?, &absolute_name(image)?)?,
         Command::Query { disk } => commit::query(directory, find(disk)?)?,
         Command::Cancel { disk, wait } => commit::cancel(directory, find(disk)?, *wait)?,

@@ -2,18 +2,49 @@
 
 use std::io::{self, Write};
 
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tapdisk::disk::{DebugQueue, RequestReport, Stage};
 use tapdisk::polling::Settings;
 use tapdisk::text::one_line;
 
 use super::{coalesce, engine};
 
+/// Prints what a tapdisk says; with --json only if it is JSON, because that is what our output is then, on a line.
+pub(super) fn verbatim(out: &mut impl Write, text: &str, json: bool) -> io::Result<()> {
+    if json {
+        return writeln!(out, "{}", serde_json::from_str::<Value>(text)?);
+    }
+    writeln!(out, "{text}")
+}
+
+/// What a tapdisk says in JSON, for people: none of its texts makes two lines.
+pub(super) fn parse<T: DeserializeOwned>(text: &str) -> io::Result<T> {
+    fn plain(value: &mut Value) {
+        match value {
+            Value::String(text) => *text = one_line(text).into_owned(),
+            Value::Array(values) => values.iter_mut().for_each(plain),
+            Value::Object(values) => {
+                *values = std::mem::take(values)
+                    .into_iter()
+                    .map(|(name, value)| (one_line(&name).into_owned(), value))
+                    .collect();
+                values.values_mut().for_each(plain);
+            }
+            _ => {}
+        }
+    }
+    let mut value = serde_json::from_str(text)?;
+    plain(&mut value);
+    Ok(serde_json::from_value(value)?)
+}
+
 /// `debug-queue`.
 pub(super) fn debug_queue(out: &mut impl Write, text: &str, json: bool) -> io::Result<()> {
     if json {
-        return writeln!(out, "{text}");
+        return verbatim(out, text, json);
     }
-    let disk: &DebugQueue = &serde_json::from_str(text)?;
+    let disk: &DebugQueue = &parse(text)?;
     let writable = if disk.read_only { "read-only" } else { "writable" };
     writeln!(
         out,

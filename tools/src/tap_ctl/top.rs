@@ -16,7 +16,7 @@ use crossterm::{cursor, execute, queue};
 use serde::Serialize;
 use tapdisk::metrics::{DiskMetrics, ProcessMetrics};
 use tapdisk::stats::latency::Latency;
-use tapdisk::text::{one_line, plain_json};
+use tapdisk::text::{Plain, one_line};
 
 use super::collect::{Answer, Collector};
 
@@ -28,10 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Top {
     /// Seconds between two looks, 0.1 to 3600
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
-    interval: Duration,
+    pub interval: Duration,
     /// Ends after so many looks. Not given: q or Ctrl-C ends it
     #[arg(long)]
-    count: Option<u64>,
+    pub count: Option<u64>,
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
@@ -84,7 +84,8 @@ pub(super) fn top(out: &mut impl Write, directory: &Path, options: &Top, json: b
         }
         shown = rows(collector.round(PATIENCE)?, &mut seen);
         if json {
-            shown.iter().try_for_each(|row| writeln!(out, "{}", plain_json(&serde_json::to_string(row)?)))?;
+            let plain = &mut Plain(&mut *out);
+            shown.iter().try_for_each(|row| writeln!(plain, "{}", serde_json::to_string(row)?))?;
         } else if screen.is_some() {
             draw(out, &shown)?;
         } else {
@@ -102,7 +103,8 @@ fn rows(answers: BTreeMap<i32, Answer<ProcessMetrics>>, seen: &mut BTreeMap<i32,
     let mut rows = Vec::new();
     for (pid, answer) in answers {
         match answer {
-            Answer::Told(process) => rows.extend(of_process(process, seen)),
+            // Whatever it says its id is.
+            Answer::Told(process) => rows.extend(of_process(ProcessMetrics { pid, ..process }, seen)),
             Answer::Hangs(since) => rows.extend(unknown(pid, seen, "hangs", since)),
             Answer::Refused(why) => {
                 let image = format!("({why})");
@@ -141,7 +143,7 @@ fn of_process(process: ProcessMetrics, seen: &mut BTreeMap<i32, Seen>) -> Vec<Ro
             state: disk.state.clone(),
             reads_per_s: reads as f64 / seconds,
             writes_per_s: writes as f64 / seconds,
-            mb_per_s: (bytes_read + bytes_written) as f64 / seconds / 1e6,
+            mb_per_s: bytes_read.saturating_add(bytes_written) as f64 / seconds / 1e6,
             outstanding: disk.outstanding,
             read_us,
             write_us,
@@ -189,10 +191,10 @@ fn line(row: &Row, width: usize) -> String {
         "{pid:>7} {minor:>5} {state:<8} {reads:>6} {writes:>6} {mb_per_s:>6.1} {outstanding:>4} {read:>6} {write:>6} \
          {oldest:>6} "
     );
-    // A file's name can have any character, and some steer a terminal.
-    let shown = one_line(&row.image);
+    // A file's name can have any character, and so can what a tapdisk says; some steer a terminal.
+    let (columns, shown) = (one_line(&columns).into_owned(), one_line(&row.image));
     let image = shown.chars();
-    let (room, length) = (width.saturating_sub(columns.len()), shown.chars().count());
+    let (room, length) = (width.saturating_sub(columns.chars().count()), shown.chars().count());
     if length <= room {
         columns + &image.collect::<String>()
     } else {
