@@ -26,6 +26,8 @@ const SECTOR: u64 = 512;
 const SYNC_EACH: u64 = 32 << 20;
 /// How much of a part is done where only bitmaps are left.
 const DATA_SHARE: f64 = 0.99;
+/// Bytes that are copied at a time.
+const PIECE: usize = 1 << 20;
 /// Bytes of the disk that a part has.
 const PART: u64 = 256 << 20;
 
@@ -351,16 +353,19 @@ impl<'a> Target<'a> {
     ) -> io::Result<u64> {
         let marks = self.image.as_ref().is_some_and(|image| image.kind != Kind::Fixed);
         let share = if marks { DATA_SHARE } else { 1.0 };
-        let (mut sectors, mut buffer) = (0, Vec::new());
+        let (mut sectors, mut buffer) = (0, vec![0; PIECE]);
         // What was merged, by block.
         let mut merged: Vec<Vec<(u64, u64)>> = Vec::with_capacity(blocks.len());
         for (i, block) in blocks.iter().enumerate() {
             told.tell(of_all(share * i as f64 / blocks.len() as f64))?;
             let mut runs = Vec::new();
             from.each(*block, &mut |disk, len| {
-                buffer.resize(len as usize, 0);
-                from.read(disk, &mut buffer)?;
-                self.write(disk, &buffer)?;
+                // A block can have 256 MiB.
+                for at in (0..len).step_by(PIECE) {
+                    let piece = &mut buffer[..(len - at).min(PIECE as u64) as usize];
+                    from.read(disk + at, piece)?;
+                    self.write(disk + at, piece)?;
+                }
                 runs.push((disk, len));
                 sectors += len / SECTOR;
                 told.data += len;

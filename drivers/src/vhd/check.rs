@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::image::{Image, Problem, ReadError, Source};
+use super::image::{Image, Problem, ReadError, Source, read};
 use super::{Corrupt, Header, Kind, Table, bitmap, unix_seconds};
 use crate::SECTOR_SIZE;
 
@@ -13,6 +13,12 @@ const CLOCK_SLACK: u64 = 1800;
 const TAP: [u8; 4] = *b"tap\0";
 /// Its version from which on all images have a batmap.
 const BATMAP_SINCE: u32 = 0x0001_0002;
+
+/// Problems of a kind that are told of: an image can have millions of blocks, each with its own.
+const TOLD_MAX: usize = 1000;
+
+/// Sectors of data that are looked at together: a block can have half a million.
+const LOOKED_AT: u32 = 2048;
 
 impl Image {
     /// All that is wrong with an image, at a time in seconds of Unix. Of its blocks only the places are looked at.
@@ -44,6 +50,10 @@ impl Image {
         let Some(header) = &image.header else { return Ok(Vec::new()) };
         let sectors = (u64::from(header.block_size()) / SECTOR_SIZE) as u32;
         for (block, at) in image.table.allocated() {
+            if found.len() >= TOLD_MAX {
+                found.push(Corrupt::More { what: "bitmaps" });
+                break;
+            }
             let bits = read(source, at, header.bitmap_size())?;
             let own = bitmap::own_sectors(image.size, header.block_size().into(), block);
             if image.batmap.as_ref().is_some_and(|batmap| batmap.is_full(block)) && !bitmap::is_full(&bits, own) {
@@ -60,13 +70,6 @@ impl Image {
         }
         Ok(found.into_iter().map(|what| Problem { what, fatal: false }).collect())
     }
-}
-
-fn read(source: &dyn Source, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {
-    let mut bytes = vec![0; len as usize];
-    let done = source.read_at(at, &mut bytes);
-    done.map_err(|source| ReadError::Io { at, len: bytes.len(), source })?;
-    Ok(bytes)
 }
 
 fn future(what: &'static str, timestamp: u32, now: u64) -> Option<Corrupt> {
@@ -127,18 +130,24 @@ fn check_unused(source: &dyn Source, image: &Image, header: &Header) -> Result<V
         return Ok(Vec::new());
     }
     let rest = Table::parse(&read(source, at, len)?, entries - blocks);
+    let rest = rest.map_err(|_| ReadError::memory(at, len as usize))?;
     // Zeros are what a shrunk disk leaves; nothing can be there.
-    let used = rest.allocated().filter(|(_, at)| *at != 0);
-    Ok(used.map(|(block, at)| Corrupt::BlockBeyond { block: blocks + block, at }).collect())
+    let mut used = rest.allocated().filter(|(_, at)| *at != 0);
+    let told = used.by_ref().take(TOLD_MAX).map(|(block, at)| Corrupt::BlockBeyond { block: blocks + block, at });
+    let mut told: Vec<_> = told.collect();
+    told.extend(used.next().map(|_| Corrupt::More { what: "places of blocks beyond the disk's end" }));
+    Ok(told)
 }
 
 /// The first sector of a block that is not zero although its bit is not set.
 fn hidden_data(source: &dyn Source, at: u64, bits: &[u8], sectors: u32) -> Result<Option<u32>, ReadError> {
     for (_, run) in bitmap::runs(bits, 0..sectors).filter(|(set, _)| !set) {
-        let len = u64::from(run.end - run.start) * SECTOR_SIZE;
-        let data = read(source, at + u64::from(run.start) * SECTOR_SIZE, len)?;
-        if let Some(byte) = data.iter().position(|byte| *byte != 0) {
-            return Ok(Some(run.start + (byte as u64 / SECTOR_SIZE) as u32));
+        for start in run.clone().step_by(LOOKED_AT as usize) {
+            let len = u64::from(LOOKED_AT.min(run.end - start)) * SECTOR_SIZE;
+            let data = read(source, at + u64::from(start) * SECTOR_SIZE, len)?;
+            if let Some(byte) = data.iter().position(|byte| *byte != 0) {
+                return Ok(Some(start + (byte as u64 / SECTOR_SIZE) as u32));
+            }
         }
     }
     Ok(None)

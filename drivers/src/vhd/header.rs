@@ -14,7 +14,7 @@ pub const BLOCK_SIZE: u32 = 2 << 20;
 const COOKIE: [u8; 8] = *b"cxsparse";
 const VERSION: u32 = 0x0001_0000;
 /// Blocks of an image, at most: 4 TiB of the usual size. Each takes four bytes of memory.
-const ENTRIES_MAX: u64 = 2 << 20;
+pub(super) const ENTRIES_MAX: u64 = 2 << 20;
 /// Bytes that a block may have.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 4096..=256 << 20;
 /// In which way a locator names the parent.

@@ -58,6 +58,23 @@ pub enum ReadError {
     Corrupt(#[from] Corrupt),
 }
 
+impl ReadError {
+    /// There is no memory for `len` bytes of metadata.
+    pub(super) fn memory(at: u64, len: usize) -> ReadError {
+        // ENOMEM.
+        ReadError::Io { at, len, source: io::Error::from_raw_os_error(12) }
+    }
+}
+
+/// Reads `len` bytes at byte `at`. How many there are, an image says: where there is no memory for them, nobody else may suffer for it.
+pub(super) fn read(source: &dyn Source, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {
+    let (mut bytes, len) = (Vec::new(), len as usize);
+    bytes.try_reserve_exact(len).map_err(|_| ReadError::memory(at, len))?;
+    bytes.resize(len, 0);
+    source.read_at(at, &mut bytes).map_err(|source| ReadError::Io { at, len, source })?;
+    Ok(bytes)
+}
+
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -238,7 +255,9 @@ impl Reader<'_> {
         footer_at: Option<u64>,
     ) -> Result<(), ReadError> {
         // A table may have more entries than the disk has blocks, and the file need not have those.
-        let table = Table::parse(&self.bytes("table", header.table_at(), 4 * blocks)?, blocks as u32);
+        let bytes = self.bytes("table", header.table_at(), 4 * blocks)?;
+        let memory = |_| ReadError::memory(header.table_at(), bytes.len());
+        let table = Table::parse(&bytes, blocks as u32).map_err(memory)?;
         // It is written sector by sector.
         let own = Region { at: header.table_at(), len: Table::bytes(blocks as u32) };
         if !own.at.is_multiple_of(SECTOR_SIZE) || taken.iter().any(|region| region.meets(own)) {
@@ -272,10 +291,7 @@ impl Reader<'_> {
         if at.checked_add(len).is_none_or(|end| end > file) {
             return Err(Corrupt::Place { what, at, len, file }.into());
         }
-        let mut bytes = vec![0; len as usize];
-        let read = self.source.read_at(at, &mut bytes);
-        read.map_err(|source| ReadError::Io { at, len: bytes.len(), source })?;
-        Ok(bytes)
+        read(self.source, at, len)
     }
 
     fn minor(&mut self, what: Corrupt) {

@@ -2,6 +2,7 @@
 
 use zerocopy::IntoBytes;
 
+use super::header::ENTRIES_MAX;
 use super::{
     BLOCK_SIZE, Batmap, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Kind, Locator, NAME_MAX, Platform, SECTORS_MAX,
     Table, Uuid, encode_path,
@@ -172,7 +173,7 @@ pub fn size_max(end: u64, header: &Header) -> u64 {
     let first = block_place(end, header) / SECTOR_SIZE;
     let stride = header.block_len().next_multiple_of(DATA_ALIGN) / SECTOR_SIZE;
     let blocks = (SECTORS_MAX - 1).saturating_sub(first) / stride + 1;
-    blocks * u64::from(header.block_size())
+    blocks.min(ENTRIES_MAX) * u64::from(header.block_size())
 }
 
 /// Names the parent in the header, and gives the names as they go to the file. They take the places of those that were there; where one of

@@ -267,4 +267,10 @@ pub enum Corrupt {
         /// The first that is so, counted from the block's first.
         sector: u32,
     },
+    /// Not all of it is told.
+    #[error("there is more to say of its {what}")]
+    More {
+        /// Of what.
+        what: &'static str,
+    },
 }

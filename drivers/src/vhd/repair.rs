@@ -49,6 +49,11 @@ impl Repair {
                 | Corrupt::Odd { what: "batmap", .. }
                 | Corrupt::NotFull { .. }
                 | Corrupt::AbsentFull { .. } => batmap = true,
+                // What is not told may be of the batmap.
+                Corrupt::More { what: "bitmaps" } => {
+                    batmap = true;
+                    repair.left.push(problem);
+                }
                 _ => repair.left.push(problem),
             }
         }

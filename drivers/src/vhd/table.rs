@@ -1,10 +1,12 @@
 //! The block allocation table (specification, "Block Allocation Table and Data Blocks"), and blktap's map of full blocks.
 
+use std::collections::TryReserveError;
+
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Corrupt;
-use super::image::Region;
+use super::image::{ReadError, Region};
 use crate::SECTOR_SIZE;
 
 /// An entry of a block that is not there.
@@ -19,9 +21,12 @@ pub struct Table(Vec<u32>);
 
 impl Table {
     /// Reads one from its bytes, which may be more than those of its entries.
-    pub fn parse(bytes: &[u8], blocks: u32) -> Table {
+    pub fn parse(bytes: &[u8], blocks: u32) -> Result<Table, TryReserveError> {
         let entries = bytes.chunks_exact(4).map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]));
-        Table(entries.take(blocks as usize).collect())
+        let mut table = Vec::new();
+        table.try_reserve_exact(entries.len().min(blocks as usize))?;
+        table.extend(entries.take(blocks as usize));
+        Ok(Table(table))
     }
 
     /// One of which no block is there.
@@ -81,19 +86,21 @@ impl Table {
 
     /// Looks whether each block, of `len` bytes with its bitmap, ends before byte `end` of the file, and overlaps no other and
     /// nothing of what is `taken`.
-    pub(super) fn check(&self, len: u64, taken: &[Region], end: u64) -> Result<(), Corrupt> {
+    pub(super) fn check(&self, len: u64, taken: &[Region], end: u64) -> Result<(), ReadError> {
         let mut places = Vec::new();
+        let (count, at) = (self.allocated().count(), taken.last().map_or(0, |region| region.at));
+        places.try_reserve_exact(count).map_err(|_| ReadError::memory(at, count * size_of::<(u64, u32)>()))?;
         for (block, at) in self.allocated() {
             let own = Region { at, len };
             if at + len > end || taken.iter().any(|region| region.meets(own)) {
-                return Err(Corrupt::BlockPlace { block, at, len, end });
+                return Err(Corrupt::BlockPlace { block, at, len, end }.into());
             }
             places.push((at, block));
         }
         places.sort_unstable();
         let overlap = places.windows(2).find(|pair| pair[1].0 - pair[0].0 < len);
         match overlap {
-            Some(pair) => Err(Corrupt::BlocksOverlap { one: pair[0].1, other: pair[1].1, at: pair[1].0 }),
+            Some(pair) => Err(Corrupt::BlocksOverlap { one: pair[0].1, other: pair[1].1, at: pair[1].0 }.into()),
             None => Ok(()),
         }
     }
@@ -306,7 +313,7 @@ mod tests {
         assert!(grown.blocks() == 1000 && grown.allocated().eq(table.allocated()));
         let mut bytes = vec![0; Table::bytes(200) as usize];
         table.write(0, &mut bytes);
-        assert_eq!(Table::parse(&bytes, 200), table);
+        assert_eq!(Table::parse(&bytes, 200).as_ref(), Ok(&table));
         let mut sector = [0; 512];
         table.write(128, &mut sector);
         assert_eq!(sector, bytes[512..]);

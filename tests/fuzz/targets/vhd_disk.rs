@@ -207,7 +207,7 @@ impl Use {
         let first = meta.at.wrapping_sub(self.header().table_at()) / 4;
         let blocks = u64::from(self.image.table.blocks());
         assert!(first < blocks, "{meta:?} is neither a block's nor the table's");
-        for (block, at) in Table::parse(bytes, (blocks - first).min(128) as u32).allocated() {
+        for (block, at) in Table::parse(bytes, (blocks - first).min(128) as u32).unwrap().allocated() {
             self.claim(first as u32 + block, at);
         }
     }

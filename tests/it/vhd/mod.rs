@@ -2,6 +2,7 @@
 
 mod chain;
 mod change;
+mod claims;
 mod interop;
 mod open;
 mod repair;

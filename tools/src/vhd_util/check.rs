@@ -1,11 +1,10 @@
 //! `check`: says whether an image is good, and all that is not.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use drivers::vhd::{Corrupt, Parts, Problem, Uuid};
+use drivers::vhd::{Corrupt, Image, Parts, Problem, Uuid};
 use nix::errno::Errno;
 use tapdisk::chain::{self, Error, Layer, Rules};
 
@@ -99,11 +98,20 @@ fn without(path: &Path, error: &Error) -> String {
     text.strip_prefix(&format!("{}: ", path.display())).map_or(text.clone(), str::to_owned)
 }
 
-/// Sectors of a part of the disk: blocks of two images may differ in size.
-const PART: u64 = 4096;
+/// Sectors of the disk that are counted together, so that a large one takes no more memory than a small one.
+const WINDOW: u64 = 1 << 17;
 
-/// The sectors that are held, a bit for each, of each part of which some may be.
-type Held = BTreeMap<u64, Vec<u8>>;
+/// An image whose sectors are counted, and what was counted.
+struct Counted {
+    file: std::fs::File,
+    layer: Layer,
+    /// The bitmap of a window.
+    held: Vec<u8>,
+    /// Sectors that it holds; of those, the ones that the image above does not, and that none above does.
+    own: u64,
+    not_one: u64,
+    not_all: u64,
+}
 
 /// How many sectors the images hold, and how many of them their children do not.
 fn stats(check: &Check, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> {
@@ -112,59 +120,90 @@ fn stats(check: &Check, parents: &[PathBuf], out: &mut dyn Write) -> Result<()> 
     } else {
         vec![chain::layer(&check.name)?]
     };
-    let share = |part: u64, of: u64| if of == 0 { 0.0 } else { part as f64 / of as f64 * 100.0 };
-    // The sectors of the image above, and of all that are above.
-    let mut above: Option<(Held, Held)> = None;
-    for layer in layers.iter().filter(|layer| layer.image.is_some()) {
-        let (allocated, held) = sectors(layer)?;
-        let name = layer.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let own = count(&held, &Held::new());
-        let part = share(own, allocated);
-        let mut line = format!("{name}: secs allocated: {allocated:#x} secs written: {own:#x} ({part:.2}%)");
-        if let Some((one, all)) = &above {
-            let (not_one, not_all) = (count(&held, one), count(&held, all));
-            let (one, all) = (share(not_one, own), share(not_all, own));
-            line += &format!(" secs not in parent: {not_one:#x} ({one:.2}%)");
-            line += &format!(" secs not in ancestors: {not_all:#x} ({all:.2}%)");
+    let layers = layers.into_iter().filter(|layer| layer.image.is_some());
+    let mut counted: Vec<_> = layers.map(Counted::new).collect::<Result<_>>()?;
+    let size = counted.iter().filter_map(|counted| counted.image()).map(|image| image.size).max().unwrap_or(0);
+    for first in (0..size / 512).step_by(WINDOW as usize) {
+        let (mut one, mut all): (Option<&[u8]>, Option<Vec<u8>>) = (None, None);
+        for counted in &mut counted {
+            if counted.look(first)? {
+                let held = &counted.held;
+                counted.own += count(held, None);
+                counted.not_one += count(held, one);
+                counted.not_all += count(held, all.as_deref());
+                match &mut all {
+                    Some(all) => all.iter_mut().zip(held).for_each(|(all, bits)| *all |= bits),
+                    None => all = Some(held.clone()),
+                }
+                one = Some(&counted.held);
+            } else {
+                one = None;
+            }
         }
-        print_line(out, &line)?;
-        let mut all = above.map_or_else(Held::new, |(_, all)| all);
-        for (part, bits) in &held {
-            let all = all.entry(*part).or_insert_with(|| vec![0; bits.len()]);
-            all.iter_mut().zip(bits).for_each(|(all, bits)| *all |= bits);
-        }
-        above = Some((held, all));
+    }
+    for (depth, counted) in counted.iter().enumerate() {
+        print_line(out, &counted.told(depth > 0))?;
     }
     Ok(())
 }
 
 /// Bits that are set, and are not in `but`.
-fn count(held: &Held, but: &Held) -> u64 {
-    let of_part = |(part, bits): (&u64, &Vec<u8>)| {
-        let but = but.get(part).map_or(&[][..], Vec::as_slice).iter().copied().chain(std::iter::repeat(0));
-        bits.iter().zip(but).map(|(bit, but)| u64::from((bit & !but).count_ones())).sum::<u64>()
-    };
-    held.iter().map(of_part).sum()
+fn count(held: &[u8], but: Option<&[u8]>) -> u64 {
+    let but = but.unwrap_or_default().iter().copied().chain(std::iter::repeat(0));
+    held.iter().zip(but).map(|(bits, but)| u64::from((bits & !but).count_ones())).sum()
 }
 
-/// How many sectors an image has room for in its blocks, and those that it holds.
-fn sectors(layer: &Layer) -> Result<(u64, Held)> {
-    let image = layer.image.as_ref();
-    let Some((image, header)) = image.and_then(|image| Some((image, image.header.as_ref()?))) else {
-        return Ok((0, Held::new()));
-    };
-    let file = std::fs::File::open(&layer.path).map_err(Failure::io(&layer.path, "open it"))?;
-    let of_block = u64::from(header.block_size()) / 512;
-    let (mut held, mut allocated) = (Held::new(), 0);
-    let mut bits = vec![0; (of_block / 8) as usize];
-    for (block, at) in image.table.allocated() {
-        file.read_exact_at(&mut bits, at).map_err(Failure::io(&layer.path, "read it"))?;
-        allocated += of_block;
-        for (i, byte) in bits.iter().enumerate() {
-            let sector = u64::from(block) * of_block + 8 * i as u64;
-            let part = held.entry(sector / PART).or_insert_with(|| vec![0; (PART / 8) as usize]);
-            part[(sector % PART / 8) as usize] = *byte;
-        }
+impl Counted {
+    fn new(layer: Layer) -> Result<Counted> {
+        let file = std::fs::File::open(&layer.path).map_err(Failure::io(&layer.path, "open it"))?;
+        Ok(Counted { file, layer, held: Vec::new(), own: 0, not_one: 0, not_all: 0 })
     }
-    Ok((allocated, held))
+
+    fn image(&self) -> Option<&Image> {
+        self.layer.image.as_ref()
+    }
+
+    /// Reads which sectors of a window it holds. False: it has none of its blocks.
+    fn look(&mut self, first: u64) -> Result<bool> {
+        let Some((image, header)) = self.layer.image.as_ref().and_then(|image| Some((image, image.header.as_ref()?)))
+        else {
+            return Ok(false);
+        };
+        let of_block = u64::from(header.block_size()) / 512;
+        let (mut sector, end, mut any) = (first, first + WINDOW, false);
+        while sector < end {
+            let (block, within) = (sector / of_block, sector % of_block);
+            let now = (of_block - within).min(end - sector);
+            if let Some(at) = u32::try_from(block).ok().and_then(|block| image.table.get(block)) {
+                if !any {
+                    self.held.clear();
+                    self.held.resize((WINDOW / 8) as usize, 0);
+                    any = true;
+                }
+                // All of them are whole bytes: the smallest block has eight sectors.
+                let place = ((sector - first) / 8) as usize;
+                let bits = &mut self.held[place..place + (now / 8) as usize];
+                let read = self.file.read_exact_at(bits, at + within / 8);
+                read.map_err(Failure::io(&self.layer.path, "read it"))?;
+            }
+            sector += now;
+        }
+        Ok(any)
+    }
+
+    fn told(&self, child: bool) -> String {
+        let share = |part: u64, of: u64| if of == 0 { 0.0 } else { part as f64 / of as f64 * 100.0 };
+        let Counted { own, not_one, not_all, .. } = *self;
+        let of_block = |image: &Image| image.header.as_ref().map_or(0, |header| u64::from(header.block_size()) / 512);
+        let allocated = self.image().map_or(0, |image| image.table.allocated().count() as u64 * of_block(image));
+        let name = self.layer.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let part = share(own, allocated);
+        let mut line = format!("{name}: secs allocated: {allocated:#x} secs written: {own:#x} ({part:.2}%)");
+        if child {
+            let (one, all) = (share(not_one, own), share(not_all, own));
+            line += &format!(" secs not in parent: {not_one:#x} ({one:.2}%)");
+            line += &format!(" secs not in ancestors: {not_all:#x} ({all:.2}%)");
+        }
+        line
+    }
 }

@@ -18,6 +18,7 @@
 use std::io;
 
 use drivers::vhd::{FOOTER_SIZE, Footer, Source, Uuid};
+use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
 use super::file::Medium;
@@ -63,6 +64,10 @@ impl Journal {
     /// Takes what is at some places.
     pub(super) fn take(of: &dyn Source, uuid: Uuid, ranges: &[(u64, u64)]) -> io::Result<Journal> {
         let mut saved = Vec::new();
+        // Where its metadata ends, an image says.
+        if ranges.iter().fold(0, |sum: u64, (_, len)| sum.saturating_add(*len)) > SAVED_MAX {
+            return Err(Errno::EFBIG.into());
+        }
         for (at, len) in ranges {
             let mut bytes = vec![0; *len as usize];
             of.read_at(*at, &mut bytes)?;
@@ -178,7 +183,8 @@ impl Journal {
         let mut saved = Vec::new();
         for _ in 0..count.min(RANGES_MAX) {
             let (place, len) = (next(), next());
-            if len > SAVED_MAX || at + len > from.size() {
+            let end = at.checked_add(len).filter(|end| *end - HEADER <= SAVED_MAX && *end <= from.size());
+            if end.is_none() {
                 return Ok(State::Foreign);
             }
             let mut bytes = vec![0; len as usize];

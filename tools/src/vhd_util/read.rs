@@ -6,7 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use drivers::SECTOR_SIZE;
-use drivers::vhd::{Footer, Header, Image, Kind, Locator, Parts, Platform, bitmap, decode_path, unix_seconds};
+use drivers::vhd::{
+    Footer, Header, Image, Kind, Locator, NAME_MAX, Parts, Platform, bitmap, decode_path, unix_seconds,
+};
 use nix::errno::Errno;
 use tapdisk::chain;
 use tapdisk::text::one_line;
@@ -254,15 +256,17 @@ impl Reader<'_> {
     /// The data of some blocks.
     fn data(&mut self, first: u32) -> Result<()> {
         let (bitmap, len) = (self.header()?.bitmap_size(), self.header()?.block_size());
-        let mut data = vec![0; len as usize];
+        let mut buffer = vec![0; PIECE];
         for block in self.range(first)? {
-            match self.image.table.get(block) {
-                None => self.line(&format!("block {} not allocated", self.number(block)))?,
-                Some(at) => {
-                    let done = self.file.read_exact_at(&mut data, at + bitmap);
-                    done.map_err(Failure::io(&self.args.name, "read it"))?;
-                    self.out.write_all(&data).map_err(Failure::output)?;
-                }
+            let Some(at) = self.image.table.get(block) else {
+                self.line(&format!("block {} not allocated", self.number(block)))?;
+                continue;
+            };
+            for done in (0..u64::from(len)).step_by(PIECE) {
+                let piece = &mut buffer[..(u64::from(len) - done).min(PIECE as u64) as usize];
+                let read = self.file.read_exact_at(piece, at + bitmap + done);
+                read.map_err(Failure::io(&self.args.name, "read it"))?;
+                self.out.write_all(piece).map_err(Failure::output)?;
             }
         }
         Ok(())
@@ -405,7 +409,8 @@ impl Reader<'_> {
     fn name(&self, locator: &Locator) -> Option<String> {
         let platform: Platform = locator.platform()?;
         let (at, len) = locator.place();
-        let mut bytes = vec![0; usize::try_from(len.min(locator.space())).ok()?];
+        let mut bytes =
+            vec![0; usize::try_from(len.min(locator.space())).ok().filter(|len| *len as u64 <= NAME_MAX)?];
         self.file.read_exact_at(&mut bytes, at).ok()?;
         decode_path(platform, &bytes)
     }

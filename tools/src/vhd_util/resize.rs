@@ -22,6 +22,9 @@ use super::journal::{Journal, State};
 use super::set::open;
 use super::{Resize, Revert};
 
+/// Bytes that are moved at a time: a block can have 256 MiB.
+const PIECE: usize = 1 << 20;
+
 /// Makes the disk larger.
 pub(super) fn resize(args: &Resize) -> Result<()> {
     let path = &args.name;
@@ -348,10 +351,13 @@ impl Plan {
             file.zero(at, len)?;
         }
         if let Some(header) = &self.image.header {
-            let mut block = vec![0; header.block_len() as usize];
+            let mut buffer = vec![0; PIECE];
             for (_, from, to) in &self.moved {
-                file.read_at(*from, &mut block)?;
-                file.write_at(*to, &block)?;
+                for at in (0..header.block_len()).step_by(PIECE) {
+                    let piece = &mut buffer[..(header.block_len() - at).min(PIECE as u64) as usize];
+                    file.read_at(from + at, piece)?;
+                    file.write_at(to + at, piece)?;
+                }
             }
         }
         write_pieces(file, &self.pieces)?;
