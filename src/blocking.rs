@@ -8,6 +8,8 @@ use std::io;
 use std::marker::PhantomData;
 use std::thread::{Builder, JoinHandle};
 
+use crate::sys::reserve::room_for_thread;
+
 /// Leave to wait. It belongs to one thread: neither `Send` nor `Sync` nor `Clone`.
 ///
 /// ```compile_fail
@@ -39,12 +41,14 @@ pub enum Caller<'a> {
 }
 
 /// Starts a thread with a stack of so many bytes. It has the signal mask, the CPUs and the priority of the thread that calls. Waits
-/// where the system has no memory for it (clone(2)). Errors are the system's: EAGAIN where it has no more threads for us.
+/// where the system has no memory for it (clone(2)). Errors are the system's: EAGAIN where it has no more threads for us,
+/// ENOMEM where it has no memory.
 pub fn spawn(
     _: &Blocking,
     name: &str,
     stack_size: usize,
     run: impl FnOnce(&Blocking) + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
+    room_for_thread(stack_size)?;
     Builder::new().name(name.to_owned()).stack_size(stack_size).spawn(move || run(&Blocking::of_thread()))
 }

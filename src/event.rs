@@ -19,6 +19,7 @@ use crate::control::Control;
 use crate::disk::Turn;
 use crate::job;
 use crate::log::Log;
+use crate::memory;
 use crate::metrics::text::Exposition;
 use crate::metrics::{self, ProcessMetrics};
 use crate::minors::{Minor, Minors};
@@ -233,9 +234,13 @@ impl MainLoop {
     }
 }
 
-/// The metrics of this process.
-fn exposition(minors: &Minors) -> String {
-    Exposition(&[ProcessMetrics::here(minors.iter().filter_map(Minor::with_disk))]).to_string()
+/// Bytes that a disk's part of the metrics takes at most while they are made.
+const METRICS_OF_EACH: usize = 64 << 10;
+
+/// The metrics of this process. An error: there is no memory for them.
+fn exposition(minors: &Minors) -> io::Result<String> {
+    memory::room(METRICS_OF_EACH * minors.iter().len().max(1))?;
+    Ok(Exposition(&[ProcessMetrics::here(minors.iter().filter_map(Minor::with_disk))]).to_string())
 }
 
 /// Looking at memory for a while before sleeping, where events come so often that a sleep and a wake-up cost more.

@@ -14,8 +14,13 @@ use tapdisk::control::client::errno;
 use tapdisk::daemon::{self, Daemon};
 use tapdisk::event::MainLoop;
 use tapdisk::log::{Log, Sink};
+use tapdisk::sys::reserve::Reserve;
 use tapdisk::text::one_line;
 use tapdisk::{event, memory, privileges, serve, sys};
+
+/// Where memory ends, it is no client's fault and no disk's end.
+#[global_allocator]
+static ALLOCATOR: Reserve = Reserve;
 
 fn main() -> ExitCode {
     sys::process::keep_from_others();

@@ -22,6 +22,13 @@
 //! minimum. None of them is needed for requests to go on. With buffered images (`direct = "off"`, or a file system without
 //! O_DIRECT) the kernel's page cache is in the way, which takes memory: the promise holds only with O_DIRECT.
 //!
+//! # Memory that ends
+//!
+//! Where the system gives no more (RLIMIT_AS, RLIMIT_DATA, the limit of what a host commits), whoever comes is refused with ENOMEM, and all
+//! others go on. What is large is asked for in a way that fails: payload memory, mappings, an image's tables. For all else 512 KiB are kept
+//! ([`reserve`](crate::sys::reserve)): once they are spent, nobody is let in until they can be had again ([`admit`], [`room`]). A memory cgroup refuses
+//! nothing: it takes from others, or kills.
+//!
 //! # What a disk takes
 //!
 //! [`Budget`] adds it up; it is logged at the start and shown by `tap-ctl stats` under `memory`. With the defaults, in KiB:
@@ -45,6 +52,7 @@ use crate::submit::STACK_SIZE;
 use crate::sys;
 use crate::sys::capability::{Capabilities, IPC_LOCK};
 use crate::sys::process::{set_io_flusher, share_one_arena};
+use crate::sys::reserve;
 
 /// Something that takes memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,9 +142,23 @@ impl Denied {
 const RESOURCE: &str = "give CAP_SYS_RESOURCE, as root has it, or say in [memory] that it is not wanted: io_flusher = false, \
                         oom_score_adj = 0";
 
+/// Whether somebody may be let in, or something begun, for whom as many bytes are made in ways that can't fail, beside the few that the
+/// reserve is for. Where it says no, that one is refused: those who are there go on. It asks for memory, and gives it back at once.
+pub fn room(bytes: usize) -> std::io::Result<()> {
+    reserve::room(bytes)
+}
+
+/// Lets in whom `make` makes: if there is memory, and still is afterwards.
+pub fn admit<T>(make: impl FnOnce() -> std::io::Result<T>) -> std::io::Result<T> {
+    room(0)?;
+    let made = make()?;
+    room(0).map(|()| made)
+}
+
 /// Tells the kernel what kind of process this is. Before the first thread starts, since threads inherit it.
 pub fn announce(config: &Memory) -> Vec<Denied> {
     share_one_arena();
+    reserve::keep();
     let mut denied = Vec::new();
     if config.io_flusher
         && let Err(error) = set_io_flusher()

@@ -96,6 +96,9 @@ pub fn wait(
     Ok(main_loop)
 }
 
+/// Bytes that a disk with the defaults takes, but for its clients, and more.
+const OF_DISK: usize = 4 << 20;
+
 /// A disk with an image that is open, and its frontends. Its memory is not locked.
 pub fn disk(
     config: Arc<Config>,
@@ -104,6 +107,7 @@ pub fn disk(
     record: Option<record::Place>,
     log: &Logger,
 ) -> Result<Disk, io::Error> {
+    memory::room(OF_DISK)?;
     let requests = config.requests as usize;
     // A raw image makes one transfer of each request; others, which may take its place, cut it where their blocks end, and
     // have some of their own.

@@ -3,16 +3,20 @@
 use nix::errno::Errno;
 use serde::Serialize;
 use serde_json::json;
-use slog::{Logger, info};
+use slog::{Logger, info, warn};
 use zerocopy::IntoBytes;
 
 use super::peer::Peer;
 use super::proto::{List, Message, MinorList, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
 use super::{blkif, engine, life, pause};
 use crate::disk::{Disk, ResizeError};
+use crate::log::Limiter;
+use crate::memory;
 use crate::metrics::ProcessMetrics;
 use crate::minors::{Minor, MinorError, Minors};
 use crate::polling::Polling;
+use crate::stats::now;
+use crate::sys;
 
 /// What a disk, with that minor, does not do at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +70,39 @@ impl Late {
             _ => pause::cancelled(minor, disk),
         }
     }
+}
+
+/// Bytes that a disk's part of an answer takes at most while it is made: of all disks, and of one with its requests.
+const OF_EACH: usize = 64 << 10;
+const OF_ONE: usize = 4 << 20;
+/// Bytes that a disk takes that is opened, or gets another engine, but for what can fail.
+const OF_OPENING: usize = 4 << 20;
+
+/// Bytes that a request takes, but for what can fail. None: it gives memory back, and is done even where there is none.
+fn takes(request: &Message, minors: &Minors) -> Option<usize> {
+    Some(match request.kind {
+        kind::CLOSE | kind::FORCE_SHUTDOWN | kind::DETACH | kind::EXIT | kind::XENBLKIF_DISCONNECT => return None,
+        kind::OPEN | kind::RESUME | kind::ENGINE | kind::COALESCE | kind::COMMIT => OF_OPENING,
+        kind::DEBUG_QUEUE => OF_ONE,
+        kind::STATS | kind::METRICS | kind::LIST => OF_EACH * minors.iter().len().max(1),
+        _ => 0,
+    })
+}
+
+/// The answer to a request for which there is no memory. None: there is.
+pub(super) fn without_room(
+    request: &Message,
+    minors: &Minors,
+    limiter: &mut Limiter,
+    log: &Logger,
+) -> Option<Vec<u8>> {
+    let error = memory::room(takes(request, minors)?).err()?;
+    if let Some(suppressed) = limiter.allow(now()) {
+        warn!(log, "a control message is refused"; "type" => request.kind, "error" => %error, "suppressed_before" => suppressed);
+    }
+    let errno = error.raw_os_error().map_or(Errno::ENOMEM, sys::errno);
+    let text = "there is no memory for that: raise the limit of the tapdisk's memory, or try again later";
+    Some(refused(request.cookie, &MinorError::new(errno, text)))
 }
 
 /// The whole answer to a request; or what it waits for.

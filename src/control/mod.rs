@@ -22,6 +22,7 @@ use nix::unistd::{Gid, Group};
 use slog::{Logger, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::answer::without_room;
 pub use self::answer::{Late, respond};
 pub use self::peer::Peer;
 use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, Params, kind, open};
@@ -90,7 +91,7 @@ pub struct Control {
     connections: Vec<Option<Box<Connection>>>,
     /// Some may wait for a disk.
     waiting: bool,
-    /// For those who may not connect.
+    /// For those who are refused.
     limiter: Limiter,
     log: Logger,
 }
@@ -133,7 +134,9 @@ impl Control {
             let index = self.place();
             let token = Token(self.base + 1 + index);
             if let Err(error) = self.registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE) {
-                warn!(self.log, "cannot watch a control connection"; "error" => %error);
+                if let Some(suppressed) = self.limiter.allow(now()) {
+                    warn!(self.log, "cannot watch a control connection"; "error" => %error, "suppressed_before" => suppressed);
+                }
                 continue;
             }
             // SO_PEERCRED, unix(7): the file's mode is not all that there is.
@@ -164,6 +167,9 @@ impl Control {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
         let (log, limiter) = (&self.log, &mut self.limiter);
         let goes_on = connection.advance(|request, peer| {
+            if let Some(refusal) = without_room(request, minors, limiter, log) {
+                return Ok(refusal);
+            }
             if let (Err(error), Peer::Member(member)) = (peer.check(request), peer)
                 && let Some(suppressed) = limiter.allow(now())
             {

@@ -16,6 +16,7 @@ use super::{Chain, Error};
 use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
+use crate::memory;
 use crate::stack::Layer;
 use crate::sys::file::{Backing, CHANGE, forget_cached, geometry, lock_changes, same_file, unlock_changes};
 use crate::vhd::file::names_outside;
@@ -148,6 +149,8 @@ fn blocks(
             "{what}; it can be served with read_only = true, or be given its parent anew by vhd-util modify -p"
         )));
     }
+    // Its table, once more: the image says how large it is.
+    memory::room(size_of::<u32>() * image.table.blocks() as usize).map_err(explain("have memory for its table"))?;
     // One that was in use when the host stopped has none, and on a device its place is the end all the same.
     let footer_at = image.footer_at.min(opened.geometry.size.saturating_sub(FOOTER_SIZE as u64));
     if device && writable && image.end() > footer_at {

@@ -12,6 +12,8 @@ use slog::{Logger, info, warn};
 
 use super::text::CONTENT_TYPE;
 use crate::listen::UnixSocket;
+use crate::log::Limiter;
+use crate::memory;
 use crate::stats::now;
 
 /// Connections at a time.
@@ -37,6 +39,8 @@ pub struct Server {
     registry: Registry,
     base: usize,
     connections: Vec<Option<Connection>>,
+    /// For those who are refused.
+    limiter: Limiter,
     log: Logger,
 }
 
@@ -52,24 +56,27 @@ impl Server {
         registry.register(socket.source(), Token(base), Interest::READABLE)?;
         info!(log, "metrics"; "socket" => %path.display());
         let connections = std::iter::repeat_with(|| None).take(CONNECTIONS_MAX).collect();
-        Ok(Server { socket, registry, base, connections, log })
+        Ok(Server { socket, registry, base, connections, limiter: Limiter::default(), log })
     }
 
     /// An event for token `base + index`. `text` makes what is asked for.
-    pub fn event(&mut self, index: usize, text: impl Fn() -> String) {
+    pub fn event(&mut self, index: usize, text: impl Fn() -> io::Result<String>) {
         match index.checked_sub(1) {
             None => self.accept(text),
             Some(index) => self.advance(index, &text),
         }
     }
 
-    fn accept(&mut self, text: impl Fn() -> String) {
+    fn accept(&mut self, text: impl Fn() -> io::Result<String>) {
         for mut socket in self.socket.accept_some(&self.log) {
             // One too many is closed at once: it can try again.
             let Some(index) = self.connections.iter().position(Option::is_none) else { continue };
             let token = Token(self.base + 1 + index);
-            if let Err(error) = self.registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE) {
-                warn!(self.log, "cannot watch a client of metrics"; "error" => %error);
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            if let Err(error) = memory::admit(|| self.registry.register(&mut socket, token, interest)) {
+                if let Some(suppressed) = self.limiter.allow(now()) {
+                    warn!(self.log, "a client of metrics is refused"; "error" => %error, "suppressed_before" => suppressed);
+                }
                 continue;
             }
             let (request, response, until) = (Vec::new(), Vec::new(), now() + TIMEOUT);
@@ -78,7 +85,7 @@ impl Server {
         }
     }
 
-    fn advance(&mut self, index: usize, text: &impl Fn() -> String) {
+    fn advance(&mut self, index: usize, text: &impl Fn() -> io::Result<String>) {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
         match connection.advance(text) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
@@ -93,7 +100,7 @@ impl Server {
     }
 
     /// Lets in those who wait for that, and lets go of those whose time is over.
-    pub fn pass_time(&mut self, text: impl Fn() -> String) {
+    pub fn pass_time(&mut self, text: impl Fn() -> io::Result<String>) {
         let now = now();
         if self.socket.due().is_some_and(|due| due <= now) {
             self.accept(text);
@@ -106,7 +113,7 @@ impl Server {
 
 impl Connection {
     /// Does what can be done without waiting. Ok: it is over.
-    fn advance(&mut self, text: &impl Fn() -> String) -> io::Result<()> {
+    fn advance(&mut self, text: &impl Fn() -> io::Result<String>) -> io::Result<()> {
         while self.response.is_empty() {
             let mut bytes = [0; 1024];
             match self.socket.read(&mut bytes) {
@@ -131,7 +138,7 @@ impl Connection {
 }
 
 /// The answer to a request, as soon as all of its head is there.
-fn respond(request: &[u8], text: impl Fn() -> String) -> Option<Vec<u8>> {
+fn respond(request: &[u8], text: impl Fn() -> io::Result<String>) -> Option<Vec<u8>> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut parsed = httparse::Request::new(&mut headers);
     let status = parsed.parse(request);
@@ -142,7 +149,10 @@ fn respond(request: &[u8], text: impl Fn() -> String) -> Option<Vec<u8>> {
         (Ok(Status::Partial), ..) if request.len() >= REQUEST_MAX => plain("431 Request Header Fields Too Large", ""),
         (Ok(Status::Partial), ..) => return None,
         (Err(_), ..) => plain("400 Bad Request", ""),
-        (Ok(_), "GET", "/metrics") => response("200 OK", "", CONTENT_TYPE, &text()),
+        (Ok(_), "GET", "/metrics") => match text() {
+            Ok(text) => response("200 OK", "", CONTENT_TYPE, &text),
+            Err(_) => plain("503 Service Unavailable", ""),
+        },
         (Ok(_), _, "/metrics") => plain("405 Method Not Allowed", "Allow: GET\r\n"),
         (Ok(_), ..) => plain("404 Not Found", ""),
     })
@@ -167,7 +177,7 @@ mod tests {
 
     /// The status and the body of an answer; none as long as there is none.
     fn answer(request: &[u8]) -> Option<(u16, String)> {
-        let response = String::from_utf8(respond(request, || "text".to_owned())?).unwrap();
+        let response = String::from_utf8(respond(request, || Ok("text".to_owned()))?).unwrap();
         let (head, body) = response.split_once("\r\n\r\n").unwrap();
         assert!(
             head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())) && head.ends_with("Connection: close")

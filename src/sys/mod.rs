@@ -19,6 +19,7 @@ pub mod gntdev;
 pub mod io;
 pub mod memory;
 pub mod process;
+pub mod reserve;
 pub mod socket;
 pub mod uring;
 

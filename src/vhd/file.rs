@@ -431,7 +431,7 @@ mod tests {
         let new = NewImage { size: 4 << 20, room: 0, uuid: Uuid([2; 16]), unix_seconds: 0, parent: Some(parent) };
         let Layout { footer, mut header, batmap, end, .. } = Layout::new(&new).unwrap();
         header.locators[0] = Locator::with_space(Platform::MacX, u64::MAX - 100, 8, 512);
-        let mut table = Table::parse(&[0xff; 8], 2);
+        let mut table = Table::parse(&[0xff; 8], 2).unwrap();
         table.set(0, 1 << 20);
         let image = Image {
             footer,

@@ -79,11 +79,17 @@ pub(super) struct Client {
     /// Until when it must have said hello; none once it has.
     hello_until: Option<u64>,
     queues: Vec<Queue>,
+    connected: bool,
 }
 
 impl Client {
     pub(super) fn new(number: u64, socket: OwnedFd, token: usize, hello_until: u64) -> Client {
-        Client { number, socket, token, hello_until: Some(hello_until), queues: Vec::new() }
+        Client { number, socket, token, hello_until: Some(hello_until), queues: Vec::new(), connected: false }
+    }
+
+    /// Whether it has its rings.
+    pub(super) fn is_connected(&self) -> bool {
+        self.connected
     }
 
     /// The socket has something. An error is the connection's end.
@@ -147,6 +153,7 @@ impl Client {
             let errno = sys::errno_of(&error);
             (errno, format!("cannot set the rings up: {error}"))
         };
+        memory::room(0).map_err(failed)?;
         let queue_bytes = ((1usize << ring_page_order) + data_pages as usize) * PAGE_SIZE;
         let (memfd, memory) = share(queue_bytes * queues as usize).map_err(failed)?;
         if config.lock_memory {
@@ -163,9 +170,13 @@ impl Client {
             self.queues.push(queue);
             self.watch(self.queues.len() - 1, registry).map_err(failed)?;
         }
+        // What was made for it may have been the last that there was.
+        memory::room(0).map_err(failed)?;
         let doorbells = self.queues.iter().flat_map(|queue| [queue.kick.as_fd(), queue.call.as_fd()]);
         let fds: Vec<BorrowedFd> = std::iter::once(memfd.as_fd()).chain(doorbells).collect();
-        Welcome::new(config, disk, queue_bytes as u64).send(&self.socket, &fds).map_err(failed)
+        Welcome::new(config, disk, queue_bytes as u64).send(&self.socket, &fds).map_err(failed)?;
+        self.connected = true;
+        Ok(())
     }
 
     fn watch(&self, queue: usize, registry: &Registry) -> io::Result<()> {

@@ -31,7 +31,7 @@ use super::seats::{Full, Seats};
 use super::{DiskInfo, Frontend, Intake};
 use crate::listen::UnixSocket;
 use crate::log::Limiter;
-use crate::memory::Part;
+use crate::memory::{self, Part};
 use crate::request::Request;
 use crate::stats::now;
 use crate::sys::memory::PAGE_SIZE;
@@ -78,6 +78,8 @@ pub struct Local {
     turned_away: u64,
     /// For what clients do.
     limiter: Limiter,
+    /// For those who are not let in: of them there must be a line, whatever the others do.
+    refusals: Limiter,
 }
 
 impl Local {
@@ -101,6 +103,7 @@ impl Local {
             connections: 0,
             turned_away: 0,
             limiter: Limiter::default(),
+            refusals: Limiter::default(),
         })
     }
 
@@ -120,7 +123,7 @@ impl Local {
         self.acceptable = false;
         for socket in listener.accept_at_most(most, &self.log) {
             if let Err(error) = self.admit(socket.into())
-                && let Some(suppressed) = self.limiter.allow(now())
+                && let Some(suppressed) = self.refusals.allow(now())
             {
                 warn!(self.log, "cannot admit a ring client"; "error" => %error, "suppressed_before" => suppressed);
             }
@@ -134,6 +137,12 @@ impl Local {
     }
 
     fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
+        if let Err(error) = memory::room(0) {
+            // It may have hung up; then there is nobody to tell.
+            let _ =
+                wire::Welcome::refusal(Errno::ENOMEM, "there is no memory for one more client").send(&socket, &[]);
+            return Err(error);
+        }
         let Some(index) = self.clients.first_free() else {
             self.turned_away += 1;
             let message = format!("there are {} clients already, the limit max_clients", self.clients.count());
@@ -154,7 +163,8 @@ impl Local {
         if let Some((registry, _)) = &self.registry {
             client.deregister(registry);
         }
-        if let Some(suppressed) = self.limiter.allow(now()) {
+        let limiter = if client.is_connected() { &mut self.limiter } else { &mut self.refusals };
+        if let Some(suppressed) = limiter.allow(now()) {
             info!(self.log, "ring client gone"; "client" => client.number, "why" => why,
                 "in_flight" => client.in_flight(), "suppressed_before" => suppressed);
         }

@@ -78,6 +78,8 @@ pub struct Nbd {
     refused: u64,
     /// For what clients do.
     limiter: Limiter,
+    /// For those who are not let in: of them there must be a line, whatever the others do.
+    refusals: Limiter,
 }
 
 /// A request's mark: the seat of its client, and the part.
@@ -121,6 +123,7 @@ impl Nbd {
             accepted: 0,
             refused: 0,
             limiter: Limiter::default(),
+            refusals: Limiter::default(),
         })
     }
 
@@ -158,7 +161,10 @@ impl Nbd {
                     // This client is gone already.
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
                     _ => {
-                        warn!(self.log, "NBD clients can't be accepted for now"; "error" => %error);
+                        if let Some(suppressed) = self.refusals.allow(now()) {
+                            warn!(self.log, "NBD clients can't be accepted for now"; "error" => %error,
+                                "suppressed_before" => suppressed);
+                        }
                         self.accept_at = now() + ACCEPT_AGAIN;
                         return true;
                     }
@@ -173,27 +179,30 @@ impl Nbd {
         let Some((registry, base)) = &self.registry else { return };
         let Some(index) = self.seats.first_free() else {
             self.refused += 1;
-            if let Some(suppressed) = self.limiter.allow(now()) {
+            if let Some(suppressed) = self.refusals.allow(now()) {
                 warn!(self.log, "an NBD client is refused, there are too many"; "refused" => self.refused,
                     "suppressed_before" => suppressed);
             }
             return;
         };
         let token = Token(base + LISTENERS + index);
-        let connection = Connection::new(socket, style, token, tag(index, 0), &self.export);
-        let connection = connection.and_then(|mut connection| connection.register(registry).map(|()| connection));
+        let connection = memory::admit(|| {
+            let mut connection = Box::new(Connection::new(socket, style, token, tag(index, 0), &self.export)?);
+            connection.register(registry)?;
+            Ok(connection)
+        });
         match connection {
             Ok(connection) => {
                 if self.lock_memory {
                     memory::lock_of_client(connection.memory());
                 }
-                self.seats.seat(index, Box::new(connection));
+                self.seats.seat(index, connection);
                 self.accepted += 1;
                 debug!(self.log, "an NBD client connects"; "client" => index);
             }
             Err(error) => {
                 self.refused += 1;
-                if let Some(suppressed) = self.limiter.allow(now()) {
+                if let Some(suppressed) = self.refusals.allow(now()) {
                     warn!(self.log, "an NBD client is refused"; "error" => %error, "suppressed_before" => suppressed);
                 }
             }

@@ -34,8 +34,8 @@ pub enum ConnectError {
         /// What the system says.
         error: io::Error,
     },
-    /// There is no memory for the guest's data.
-    #[error("no memory for the guest's data: {0}")]
+    /// There is no memory for the guest's rings and data.
+    #[error("no memory for the guest's rings and data: {0}")]
     Memory(io::Error),
     /// The guest has not granted what it says, or not to this domain.
     #[error("cannot map the ring, grant references {grefs:?}: {error}")]

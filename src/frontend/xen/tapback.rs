@@ -150,6 +150,8 @@ impl Tapback {
         let number = self.guests.iter().position(Option::is_none).ok_or(GuestError::TooMany)?;
         let limits = limits(self.settings.requests, abi.entries(at.ring.grefs.len().ilog2()) as usize);
         let log = self.log.new(o!("domain" => domain, "device" => device));
+        // All but the buffers, which can fail.
+        memory::room(limits.bytes() - limits.buffers).map_err(ConnectError::Memory)?;
         let mut vbd = Vbd::new(limits, sector_size, log.clone())?;
         vbd.show_statistics(Place { directory: self.settings.statistics.clone(), device });
         if self.settings.lock_memory {
@@ -164,6 +166,8 @@ impl Tapback {
             registry.register(&mut SourceFd(&fd), token, Interest::READABLE).map_err(GuestError::Events)?;
         }
         info!(log, "guest connected"; "ring_pages" => at.ring.grefs.len(), "abi" => ?abi, "buffers" => limits.buffers);
+        // What was made for it may have been the last that there was.
+        memory::room(0).map_err(ConnectError::Memory)?;
         let pool = at.pool.clone();
         self.guests[number] = Some(Guest { domain, device, pool, limits, vbd, leaving: false, broken: None });
         Ok(())

@@ -19,6 +19,7 @@ use crate::frontend::blkif::wire::{
 use crate::frontend::blkif::{Command, parse, response_operation, status};
 use crate::frontend::{Intake, gathered};
 use crate::log::Limiter;
+use crate::memory;
 use crate::payload::{Arena, Run};
 use crate::request::{Op, Request};
 use crate::stats::now;
@@ -245,6 +246,7 @@ impl Vbd {
     pub fn connect(&mut self, connection: &Connection) -> Result<(), ConnectError> {
         self.disconnect();
         self.broken = None;
+        memory::room(0).map_err(ConnectError::Memory)?;
         let domain = connection.domain;
         let connect = |at: &RingAt| GuestRing::connect(&self.gntdev, &self.evtchn, domain, connection.abi, at);
         let rings = connection.rings.iter().map(connect).collect::<Result<Vec<_>, _>>()?;

@@ -1,0 +1,126 @@
+//! Memory that is kept for when there is no more: where the system gives none (RLIMIT_AS, RLIMIT_DATA, the host's limit of what is
+//! committed), a small allocation takes it from there, instead of being the end of the process and of all its disks.
+//!
+//! Rust's collections end the process where an allocation fails. What a client brings is made in many small ones: tables, names, lines
+//! of the log, answers. Each could be asked for in a way that fails, but for those of the standard library and of other crates, such as
+//! JSON's. So what is small takes from the reserve, and what is large is asked for in a way that fails ([`room`], `try_reserve`, `mmap`).
+//! As long as the reserve is spent, nobody is let in: [`room`] says so. So what is left of it is for those who are.
+//!
+//! It is a mapping of its own, and spent as a whole: the allocator finds the addresses free then, and takes as it needs. A program has it by
+//! naming [`Reserve`] as its `global_allocator`, and calling [`keep`].
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use libc::c_void;
+use nix::errno::Errno;
+
+/// Bytes that are kept. The C library takes 132 KiB at least when it takes any.
+const BYTES: usize = 512 << 10;
+/// What is larger does not take from it.
+const SMALL: usize = BYTES / 4;
+
+/// Whether it is to be there.
+static WANTED: AtomicBool = AtomicBool::new(false);
+/// Where it is. Null: it is spent, or was never there.
+static KEPT: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// The system's allocator, with the reserve behind it.
+#[derive(Debug)]
+pub struct Reserve;
+
+// SAFETY: all is done by the system's allocator, which is asked once more at most.
+unsafe impl GlobalAlloc for Reserve {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: what the caller promises is what the system's allocator asks for.
+        or_spend(layout.size(), || unsafe { System.alloc(layout) })
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as above.
+        or_spend(layout.size(), || unsafe { System.alloc_zeroed(layout) })
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as above; all blocks are the system's.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as above; a block that could not grow is as it was, so that it can be tried again.
+        or_spend(size, || unsafe { System.realloc(block, layout, size) })
+    }
+}
+
+/// Asks; where there is nothing, spends the reserve, and asks again. Another thread may have spent it meanwhile.
+fn or_spend(size: usize, ask: impl Fn() -> *mut u8) -> *mut u8 {
+    let block = ask();
+    if !block.is_null() || size > SMALL || !WANTED.load(Ordering::Relaxed) {
+        return block;
+    }
+    let kept = KEPT.swap(ptr::null_mut(), Ordering::AcqRel);
+    if !kept.is_null() {
+        unmap(kept, BYTES);
+    }
+    ask()
+}
+
+fn map(len: usize) -> io::Result<*mut c_void> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping, which overlaps nothing.
+    let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(at) }
+}
+
+/// Of a mapping that [`map`] has made, and nobody has a pointer into.
+fn unmap(at: *mut c_void, len: usize) {
+    // SAFETY: as above. It can't fail for a whole mapping.
+    unsafe { libc::munmap(at, len) };
+}
+
+/// Keeps the reserve, from now on; again, where it was spent. False: there is no memory for it.
+pub fn keep() -> bool {
+    WANTED.store(true, Ordering::Relaxed);
+    is_kept() || restore()
+}
+
+/// Whether it is there, or nobody wants it.
+pub fn is_kept() -> bool {
+    !WANTED.load(Ordering::Relaxed) || !KEPT.load(Ordering::Acquire).is_null()
+}
+
+fn restore() -> bool {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer only. What was freed goes back to the system, which gives it to the reserve.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+    let Ok(at) = map(BYTES) else { return false };
+    if KEPT.compare_exchange(ptr::null_mut(), at, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        // Another thread was quicker.
+        unmap(at, BYTES);
+    }
+    true
+}
+
+/// Whether somebody may be let in, or something begun, that takes so many bytes beyond what is asked for in a way that fails: the reserve is
+/// there, and so much memory beside it, now.
+pub fn room(bytes: usize) -> io::Result<()> {
+    if !is_kept() && !restore() {
+        return Err(Errno::ENOMEM.into());
+    }
+    if bytes > 0 && WANTED.load(Ordering::Relaxed) {
+        unmap(map(bytes)?, bytes);
+    }
+    Ok(())
+}
+
+/// Bytes that a thread takes beside its stack: what guards that, and the stack of its signals.
+const BESIDE_STACK: usize = 64 << 10;
+
+/// Whether a thread with so much stack can be started. One that can't have the stack of its signals would be the end of the process.
+pub fn room_for_thread(stack: usize) -> io::Result<()> {
+    room(stack + BESIDE_STACK)
+}
