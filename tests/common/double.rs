@@ -96,6 +96,12 @@ impl Double {
         self.shared.state.lock().unwrap().submissions
     }
 
+    /// I/Os that are accepted and not completed.
+    #[allow(dead_code)] // fuzzing uses it
+    pub fn held(&self) -> usize {
+        self.shared.state.lock().unwrap().held.len()
+    }
+
     /// Completes the oldest I/O; `None`: wholly. Reads are filled with 0xab.
     pub fn complete(&self, result: Option<Result<u64, Errno>>) {
         let mut state = self.shared.state.lock().unwrap();

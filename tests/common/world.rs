@@ -97,17 +97,27 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
     let limits = Limits { indirect_segments: 32, sector_size };
     let queue = Arc::new(Mutex::new(RingQueue::new(BackRing::attach(shared), limits)));
     let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)) };
+    World { disk: disk(Box::new(ring), info(sector_size, read_only), engine), front, queue, memory }
+}
+
+/// What clients are told of such a disk.
+pub fn info(sector_size: u32, read_only: bool) -> DiskInfo {
+    DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() }
+}
+
+/// A disk on `engine` with another frontend.
+pub fn disk(frontend: Box<dyn Frontend>, info: DiskInfo, engine: Engine) -> Disk {
+    let sector_size = info.sector_size;
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
     let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None, cached: false };
-    let info = DiskInfo { size: SIZE, sector_size, physical_sector_size: 4096, read_only, name: "test:image".into() };
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let submission = Submission::start(&Blocking::before_main_loop(), engine, SubmitMode::Auto).unwrap();
     let queue_of_disk = Queue::new(submission.into(), SubmitMode::Auto, limits);
     let slots = Slots::new(16, 32, 0);
     let log = Logger::root(Discard, o!());
-    let disk = Disk::new(Parts {
+    Disk::new(Parts {
         info,
-        frontends: vec![Box::new(ring)],
+        frontends: vec![frontend],
         slots,
         stack: Stack::new(vec![layer].into(), 16, 0).unwrap(),
         queue: queue_of_disk,
@@ -117,6 +127,5 @@ pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> Wor
         reopen: None,
         watchdog: Watchdog::default(),
         log,
-    });
-    World { disk, front, queue, memory }
+    })
 }

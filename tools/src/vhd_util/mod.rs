@@ -69,6 +69,11 @@ pub fn run(args: &Args) -> ExitCode {
     ExitCode::from(u8::try_from(failure.errno as i32).unwrap_or(1))
 }
 
+/// Does the same, with `out` as standard output; what standard error would say of it, and the exit code's errno, are the error.
+pub fn run_to(args: &Args, out: &mut dyn Write) -> std::result::Result<(), (Errno, String)> {
+    command(args, out).map_err(|failure| (failure.errno, one_line(&failure.text).into_owned()))
+}
+
 fn command(args: &Args, out: &mut dyn Write) -> Result<()> {
     let parents = args.folders.as_slice();
     match &args.command {
