@@ -4,7 +4,7 @@
 //! `incompat_features` exist so that others can. Where they are not what we know, `io_getevents(2)` serves instead.
 //!
 //! An I/O's address goes through the kernel as an integer, `aio_data`: it is exposed in [`Context::submit`], and the only
-//! place that makes a pointer of one is [`Completions::complete`].
+//! place that makes a pointer of one is `Completions::complete`.
 
 use std::collections::VecDeque;
 use std::io;

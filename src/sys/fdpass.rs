@@ -10,12 +10,6 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 /// which they are.
 const MAX_FDS: usize = 253;
 
-/// Takes over a descriptor that the kernel has just installed.
-fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the caller has it from the kernel, and nobody else has seen its number.
-    unsafe { OwnedFd::from_raw_fd(fd) }
-}
-
 /// Sends one message with `fds`; never blocks.
 pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[BorrowedFd]) -> io::Result<usize> {
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -33,7 +27,8 @@ pub fn receive(socket: BorrowedFd, bytes: &mut [u8], flags: MsgFlags) -> io::Res
     let mut fds = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
-            fds.extend(raw.into_iter().map(own));
+            // SAFETY: the kernel has just installed them with this message, and nobody else has seen their numbers.
+            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
     Ok((message.bytes, fds))

@@ -1,8 +1,8 @@
 //! Mapped memory that the kernel, a client or a guest may write at any time.
 //!
-//! No reference to its bytes is ever made (only atomics for ring indices): what is in it is copied out once, with the [copies](super::copy)
-//! that bear that others write meanwhile, and the copy is checked. Offsets and lengths are in bytes; an access beyond the mapping panics, so callers check
-//! what a client chose before they come here.
+//! No reference to its bytes is ever made (only atomics for ring indices): what is in it is copied out once, by `sys::copy`, which
+//! bears that others write meanwhile, and the copy is checked. Offsets and lengths are in bytes; an access beyond the mapping
+//! panics, so callers check what a client chose before they come here.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -143,12 +143,31 @@ impl Memory {
         assert!(offset.is_multiple_of(4));
         let from = self.at(offset, N).cast::<u32>();
         let mut copy = [0; N];
+        if N.is_multiple_of(8) && offset.is_multiple_of(8) {
+            for (i, word) in copy.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                // SAFETY: as below; mappings are aligned to pages, and so are words of eight bytes.
+                *word =
+                    unsafe { AtomicU64::from_ptr(from.cast::<u64>().add(i)) }.load(Ordering::Relaxed).to_ne_bytes();
+            }
+            return copy;
+        }
         for (i, word) in copy.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             // SAFETY: in bounds and aligned; others access it as atomic words, or are not of this program. The compiler makes
             // no second load of an atomic one.
             *word = unsafe { AtomicU32::from_ptr(from.add(i)) }.load(Ordering::Relaxed).to_ne_bytes();
         }
         copy
+    }
+
+    /// Copies `N` bytes (a multiple of 4) to `offset` (too), writing each word exactly once and whole.
+    pub fn write_once<const N: usize>(&self, offset: usize, from: [u8; N]) {
+        const { assert!(N.is_multiple_of(4)) };
+        assert!(offset.is_multiple_of(4));
+        let to = self.at(offset, N).cast::<u32>();
+        for (i, word) in from.as_chunks::<4>().0.iter().enumerate() {
+            // SAFETY: as in `read_once`.
+            unsafe { AtomicU32::from_ptr(to.add(i)) }.store(u32::from_ne_bytes(*word), Ordering::Relaxed);
+        }
     }
 
     /// Copies `to.len()` bytes at `offset` out.
@@ -214,6 +233,9 @@ mod tests {
         assert_eq!(memory.len(), PAGE_SIZE);
         memory.write(4090, &[1, 2, 3, 4, 5, 6]);
         assert_eq!(memory.read_once::<8>(4088), [0, 0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(memory.read_once::<8>(4084), [0, 0, 0, 0, 0, 0, 1, 2]);
+        memory.write_once(4, [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(memory.read_once::<16>(0), [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0]);
         memory.zero(4091, 4);
         let mut tail = [9; 6];
         memory.read(4090, &mut tail);

@@ -264,11 +264,14 @@ pub struct Response {
 impl Response {
     /// Writes it into the ring, its padding as zeros: what was there before is no client's business (XSA-216).
     pub fn write(&self, abi: Abi, memory: &Memory, offset: usize) {
-        let mut bytes = [0; 16];
+        let mut bytes = [0; 12];
         bytes[..8].copy_from_slice(&self.id.to_ne_bytes());
         bytes[8] = self.operation;
-        bytes[10..12].copy_from_slice(&self.status.to_ne_bytes());
-        memory.write(offset, &bytes[..abi.response_size()]);
+        bytes[10..].copy_from_slice(&self.status.to_ne_bytes());
+        memory.write_once(offset, bytes);
+        if abi.response_size() > bytes.len() {
+            memory.write_once(offset + bytes.len(), [0; 4]);
+        }
     }
 
     /// Copies it out of the ring.
