@@ -14,10 +14,11 @@ use nix::sys::eventfd::EventFd;
 
 use crate::blocking::{Blocking, spawn};
 use crate::stats::now;
-use crate::submit;
 
 /// Stack of a job's thread, bytes.
 const STACK_SIZE: usize = 256 << 10;
+/// The maker's, which is there all the time, and resident.
+pub const MAKER_STACK_SIZE: usize = 64 << 10;
 /// How long the maker waits before it tries again to make a thread that the system did not have.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -40,7 +41,7 @@ pub fn start_maker(blocking: &Blocking) -> io::Result<()> {
     if MAKER.get().is_none() {
         let (sender, receiver) = channel();
         // Two of them are one too many, and the second one ends at once: nobody sends it anything.
-        spawn(blocking, "job maker", submit::STACK_SIZE, move |blocking| make_threads(blocking, &receiver))?;
+        spawn(blocking, "job maker", MAKER_STACK_SIZE, move |blocking| make_threads(blocking, &receiver))?;
         MAKER.get_or_init(|| sender);
     }
     Ok(())

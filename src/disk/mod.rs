@@ -34,7 +34,7 @@ pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
 use crate::image::Lock;
-use crate::job::{Apart, Job};
+use crate::job::{self, Apart, Job};
 use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
@@ -658,6 +658,7 @@ impl Disk {
             Part::fixed("statistics", self.stats.bytes()),
             Part::fixed("image", self.stack.bytes()),
             Part::threads("log", 1),
+            Part::fixed("job maker", job::MAKER_STACK_SIZE),
         ];
         parts.extend(self.queue.memory());
         parts.extend(self.frontends.iter().flat_map(|frontend| frontend.memory()));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use slog::info;
 
-use super::Disk;
+use super::{Disk, State};
 use crate::job::Job;
 use crate::sys;
 use crate::sys::file::geometry;
@@ -23,8 +23,8 @@ pub enum ResizeError {
     /// The system says no.
     #[error("cannot see its size: {0}")]
     Io(Arc<io::Error>),
-    /// It was closed meanwhile.
-    #[error("it was closed")]
+    /// There is no time for it.
+    #[error("it is being closed")]
     Closed,
     /// The image does not go with that size.
     #[error("{0}")]
@@ -59,6 +59,9 @@ impl Disk {
     pub fn resize(&mut self) -> Result<(), ResizeError> {
         if self.is_paused() || self.is_pausing() {
             return Err(ResizeError::Paused);
+        }
+        if self.state != State::Running {
+            return Err(ResizeError::Closed);
         }
         if self.locks.is_empty() {
             return Err(ResizeError::NoFile);
