@@ -36,3 +36,35 @@ fn the_reference_says_the_defaults() {
         assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
     }
 }
+
+/// The functions of a source that are tests, after `#[test]` and what else is said of them.
+fn tests_in(folder: &Path, found: &mut Vec<String>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            tests_in(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let tests = text.split("#[test]").skip(1).filter_map(|test| test.split_once("fn ")?.1.split_once('('));
+            found.extend(tests.map(|(name, _)| name.to_owned()));
+        }
+    }
+}
+
+#[test]
+fn each_promise_of_the_page_on_security_has_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut there = Vec::new();
+    for folder in ["src", "tests/it", "tests/alone", "drivers/src", "drivers/tests"] {
+        tests_in(&root.join(folder), &mut there);
+    }
+    let page = std::fs::read_to_string(root.join("docs/security.md")).unwrap();
+    let (promises, _) = page.split_once("## What is not promised").unwrap();
+    let mut count = 0;
+    // Names in back quotes that no key or program could have.
+    for name in promises.split('`').filter(|name| name.matches('_').count() > 2 && !name.contains([' ', '|'])) {
+        assert!(there.iter().any(|test| test == name), "there is no test {name}");
+        count += 1;
+    }
+    assert!(count > 40, "only {count}");
+}
