@@ -35,6 +35,10 @@ fn kept(config: &Config) -> u64 {
 /// Gives up all others, for good, of this thread and those that it starts; and whatever program should be run, it gets none
 /// (PR_SET_NO_NEW_PRIVS, prctl(2)).
 pub fn give_up(config: &Config) -> io::Result<()> {
-    set_no_new_privs()?;
-    Capabilities::of_thread()?.only(kept(config)).set()
+    let given_up = set_no_new_privs().map_err(io::Error::from);
+    given_up.and_then(|()| Capabilities::of_thread()?.only(kept(config)).set()).map_err(|error| {
+        let text =
+            format!("cannot give up capabilities: {error}; does a seccomp filter forbid capset(2) or prctl(2)?");
+        io::Error::new(error.kind(), text)
+    })
 }

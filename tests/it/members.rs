@@ -201,6 +201,27 @@ fn without_folders_members_name_no_image_and_root_names_any() {
 }
 
 #[test]
+fn a_tapdisk_that_can_not_be_the_member_opens_nothing_for_a_member() {
+    if !needs::root() {
+        return;
+    }
+    let world = World::new(CONFIGURED, members_configured);
+    let mut command = Command::new("setpriv");
+    command.arg("--bounding-set=-setuid").arg(tool("tapdisk").get_program());
+    let folders = format!("folders = ['{}']", world.path("images").display());
+    let control = format!("[control]\ndirectory = '{{s}}'\ngroup = 'nogroup'\n{folders}\n");
+    let image = format!("path = '{}'\nlock = false", world.path("images/configured").display());
+    let served = Served::start_by(command, "", &image, &control);
+    mode(served.sockets(), 0o755);
+    let world = World { folder: world.folder, served };
+    raw(&world.path("images/own/mine"), b'm', NOBODY, 0o600);
+    let image = name("aio", &world.path("images/own/mine"));
+    world.may(&["pause"]);
+    world.may_not(&["unpause", "-a", &image], libc::EACCES, "with the rights of user 65534");
+    assert_eq!(ctl(&world.served, &["unpause", "-a", &image]).code, 0);
+}
+
+#[test]
 fn what_concerns_all_disks_or_a_guest_is_for_root_alone() {
     if !needs::root() {
         return;
