@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Gid, geteuid};
 
 use super::proto::{EngineChange, FaultChange, Message, Poll, kind};
@@ -25,12 +26,15 @@ pub enum Peer {
 impl Peer {
     /// Who is at the other end. None: nobody who may say something.
     pub(super) fn of(socket: impl AsFd, group: Option<Gid>, folders: &[PathBuf]) -> Option<Peer> {
-        let credentials = Credentials::of_peer(socket).ok()?;
-        if credentials.uid == 0 || credentials.uid == geteuid().as_raw() {
+        let uid = getsockopt(&socket, sockopt::PeerCredentials).ok()?.uid();
+        if uid == 0 || uid == geteuid().as_raw() {
             return Some(Peer::Owner);
         }
-        let member = group.is_some_and(|group| credentials.is_in(group.as_raw()));
-        member.then(|| Peer::Member(Arc::new(Member { credentials, folders: folders.to_vec() })))
+        let group = group?;
+        let credentials = Credentials::of_peer(socket).ok()?;
+        let member =
+            || Peer::Member(Arc::new(Member { credentials: credentials.clone(), folders: folders.to_vec() }));
+        credentials.is_in(group.as_raw()).then(member)
     }
 
     /// The member, with whose rights images are opened and changed. None: with those of the tapdisk.
