@@ -302,6 +302,19 @@ fn a_tapdisk_that_has_got_the_id_of_one_that_was_killed_is_left_alone() {
 }
 
 #[test]
+fn a_tapdisk_whose_image_is_another_one_by_now_ends_all_the_same() {
+    let xen = Xen::new();
+    let backend = xen.make(1, 51712, &xen.image("disk.img"), "w");
+    xen.add(&backend);
+    let (pid, minor) = (xen.get(&backend, "pid"), xen.get(&backend, "minor"));
+    let snapshot = format!("aio:{}", xen.image("snapshot.img"));
+    xen.host.done(&["pause", "-p", &pid, "-m", &minor]);
+    xen.host.done(&["unpause", "-p", &pid, "-m", &minor, "-a", &snapshot]);
+    xen.remove(&backend);
+    xen.wait_empty();
+}
+
+#[test]
 fn many_at_once_do_not_disturb_each_other() {
     let xen = Xen::new();
     let shared = xen.image("shared.img");
