@@ -497,3 +497,20 @@ fn a_guest_that_always_has_more_does_not_take_every_slot() {
     let greed = &served.debug_queue()["frontends"][0]["clients"][0]["queues"][0]["counters"]["requests"];
     assert!(greed.as_u64().unwrap() < 100 * 500, "{greed} requests of the greedy guest for 100 of the honest one");
 }
+
+#[test]
+fn a_client_that_sends_its_own_end_does_not_keep_its_place() {
+    let (_folder, mut served) = serve("");
+    let socket = client::open_socket(&served.ring()).unwrap();
+    let hello = Hello { magic: MAGIC, abi: 0, ring_page_order: 0, queues: 1, data_pages: 1 };
+    // As long as the second is not received, the end that is in it is open, whoever has closed it.
+    for _ in 0..2 {
+        fdpass::send(socket.as_fd(), hello.as_bytes(), &[socket.as_fd()]).unwrap();
+    }
+    drop(socket);
+    wait_for(|| {
+        let seen = &served.debug_queue()["frontends"][0];
+        (seen["connections"] == 1 && seen["clients"].as_array().unwrap().is_empty()).then_some(())
+    });
+    still_serves(&mut served);
+}

@@ -191,16 +191,20 @@ impl Frontend for Local {
         if doorbell > 0 {
             return client.kicked(doorbell - 1);
         }
-        match client.receive(&self.config, &self.disk, registry) {
-            Ok(None) => {}
-            Ok(Some(hello)) => {
-                if let Some(suppressed) = self.limiter.allow(now()) {
-                    info!(self.log, "ring client connected"; "client" => client.number, "queues" => hello.queues,
-                        "ring_page_order" => hello.ring_page_order, "abi" => hello.abi, "data_pages" => hello.data_pages,
-                        "suppressed_before" => suppressed);
+        // Until nothing is left: of that there is no other event. What is behind its hello may hold the client's own end, which would not be
+        // closed then when it leaves.
+        loop {
+            match client.receive(&self.config, &self.disk, registry) {
+                Ok(None) => return,
+                Ok(Some(hello)) => {
+                    if let Some(suppressed) = self.limiter.allow(now()) {
+                        info!(self.log, "ring client connected"; "client" => client.number, "queues" => hello.queues,
+                            "ring_page_order" => hello.ring_page_order, "abi" => hello.abi,
+                            "data_pages" => hello.data_pages, "suppressed_before" => suppressed);
+                    }
                 }
+                Err(error) => return self.drop_client(index, &error.to_string()),
             }
-            Err(error) => self.drop_client(index, &error.to_string()),
         }
     }
 

@@ -188,7 +188,7 @@ impl Client {
             _ => {
                 let fds: Vec<BorrowedFd> = vec![self.socket.as_fd(); usize::from(how >> 3) * 8];
                 let _ = fdpass::send(self.socket.as_fd(), hello.as_bytes(), &fds);
-                self.hello = Some(hello);
+                self.hello.get_or_insert(hello);
                 return;
             }
         }
