@@ -42,6 +42,9 @@ const IDLE: usize = 1 + CONNECTIONS as usize / 16;
 /// The most connections of one input.
 const CONNECTIONS: u64 = 100;
 
+/// The most refusals of the engine: it is asked again after a while, and what is left at the end must come to its end in some turns.
+const REFUSALS: usize = 100;
+
 /// A connection that was let in.
 struct Rings {
     memory: Arc<Memory>,
@@ -73,6 +76,7 @@ struct World {
     socket: PathBuf,
     clients: [Option<Client>; CLIENTS],
     connections: u64,
+    refusals: usize,
 }
 
 thread_local! {
@@ -105,6 +109,7 @@ fn world(setup: u8) -> World {
         socket,
         clients: [const { None }; CLIENTS],
         connections: 0,
+        refusals: 0,
     }
 }
 
@@ -326,7 +331,11 @@ fuzz_target!(|data: &[u8]| {
                 let how = input.byte();
                 world.complete(usize::from(how & 31), how >> 5);
             }
-            3 => world.double.refuse(if action & 16 == 0 { Errno::EAGAIN } else { Errno::EIO }),
+            3 if world.refusals < REFUSALS => {
+                world.refusals += 1;
+                world.double.refuse(if action & 16 == 0 { Errno::EAGAIN } else { Errno::EIO });
+            }
+            3 => {}
             4 => world.double.accept(usize::from(input.byte() & 7).max(1)),
             5 if action & 16 == 0 => drop(world.disk.pause_for_client()),
             5 => drop(world.disk.resume(None)),
