@@ -26,7 +26,7 @@
 //!
 //! Where the system gives no more (RLIMIT_AS, RLIMIT_DATA, the limit of what a host commits), whoever comes is refused with ENOMEM, and all
 //! others go on. What is large is asked for in a way that fails: payload memory, mappings, an image's tables. For all else 512 KiB are kept
-//! ([`reserve`](crate::sys::reserve)): once they are spent, nobody is let in until they can be had again ([`admit`], [`room`]). A memory cgroup refuses
+//! ([`reserve`]): once they are spent, nobody is let in until they can be had again ([`admit`], [`room`]). A memory cgroup refuses
 //! nothing: it takes from others, or kills.
 //!
 //! # What a disk takes
