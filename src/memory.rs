@@ -193,6 +193,7 @@ pub fn lock(_: &Blocking, log: &Logger) {
         let remedy = "raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity) or give CAP_IPC_LOCK";
         Denied { what, error: errno.into(), remedy }.log(log);
     }
+    reserve::stay_empty();
 }
 
 /// Keeps a client's memory resident, too, as soon as it is: nobody waits for that.

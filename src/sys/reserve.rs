@@ -80,6 +80,33 @@ fn unmap(at: *mut c_void, len: usize) {
     unsafe { libc::munmap(at, len) };
 }
 
+/// Gives the pages of such a mapping back, which it has where all memory is locked. What the reserve keeps is what the system counts and limits,
+/// and that is the mapping.
+fn give_pages_back(at: *mut c_void, len: usize) {
+    // SAFETY: the mapping is ours, and nobody has a pointer into it. Where it can't be, the pages stay.
+    unsafe {
+        if libc::munlock(at, len) == 0 {
+            libc::madvise(at, len, libc::MADV_DONTNEED);
+        }
+    }
+}
+
+/// The reserve takes no pages: after all memory was locked, to be said again. For that moment nobody can spend it.
+pub fn stay_empty() {
+    let kept = KEPT.swap(ptr::null_mut(), Ordering::AcqRel);
+    if !kept.is_null() {
+        give_pages_back(kept, BYTES);
+        publish(kept);
+    }
+}
+
+/// Makes a mapping the reserve, unless another thread was quicker.
+fn publish(at: *mut c_void) {
+    if KEPT.compare_exchange(ptr::null_mut(), at, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        unmap(at, BYTES);
+    }
+}
+
 /// Keeps the reserve, from now on; again, where it was spent. False: there is no memory for it.
 pub fn keep() -> bool {
     WANTED.store(true, Ordering::Relaxed);
@@ -98,10 +125,8 @@ fn restore() -> bool {
         libc::malloc_trim(0);
     }
     let Ok(at) = map(BYTES) else { return false };
-    if KEPT.compare_exchange(ptr::null_mut(), at, Ordering::AcqRel, Ordering::Acquire).is_err() {
-        // Another thread was quicker.
-        unmap(at, BYTES);
-    }
+    give_pages_back(at, BYTES);
+    publish(at);
     true
 }
 
@@ -123,4 +148,31 @@ const BESIDE_STACK: usize = 64 << 10;
 /// Whether a thread with so much stack can be started. One that can't have the stack of its signals would be the end of the process.
 pub fn room_for_thread(stack: usize) -> io::Result<()> {
     room(stack + BESIDE_STACK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resident(at: *mut c_void, len: usize) -> usize {
+        let mut pages = vec![0_u8; len / 4096];
+        // SAFETY: there is a byte for each page of the mapping.
+        let done = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+        pages.iter().filter(|page| **page & 1 != 0).count()
+    }
+
+    #[test]
+    fn the_reserve_takes_no_pages_though_all_memory_is_locked() {
+        let at = map(BYTES).unwrap();
+        // SAFETY: the mapping is writable, and nobody else's; what is locked has its pages. Where a limit forbids it, they come by the write.
+        unsafe {
+            let _ = libc::mlock(at, BYTES);
+            at.cast::<u8>().write_bytes(1, BYTES);
+        }
+        assert_eq!(resident(at, BYTES), BYTES / 4096);
+        give_pages_back(at, BYTES);
+        assert_eq!(resident(at, BYTES), 0);
+        unmap(at, BYTES);
+    }
 }
