@@ -194,7 +194,10 @@ impl Disk {
             return self.image_closed(Ok(()));
         }
         if let (Some(opener), Some(reopen)) = (&self.opener, &mut self.reopen) {
-            opener.keep_in(Arc::make_mut(&mut reopen.config));
+            let config = Arc::make_mut(&mut reopen.config);
+            opener.keep_in(config);
+            // The next one starts a thread for it, if it takes one.
+            config.engine.submit = self.queue.mode();
         }
         // Files that nobody has open can be taken apart by whoever paused the disk.
         let submission = self.exchange(self.queue.submission().idle().into());

@@ -530,3 +530,20 @@ fn the_engine_that_was_set_stays() {
     assert_eq!((&shown["name"], &shown["submit"]), (&"threads".into(), &"inline".into()), "{shown}");
     assert_eq!((&shown["pool"]["min"], &shown["pool"]["max"]), (&2.into(), &5.into()), "{shown}");
 }
+
+#[test]
+fn who_submits_stays_and_has_a_thread_for_it_where_the_configuration_names_none() {
+    let (served, _path, _folder) = vhd("[engine]\nsubmit = 'inline'\n");
+    let threads = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", served.pid())).unwrap();
+        let name =
+            |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.ok()?.path().join("comm")).ok();
+        tasks.filter_map(name).filter(|name| name.trim() == "submit").count()
+    };
+    assert_eq!(threads(), 0);
+    run(served.tap_ctl().args(["engine", "--submit", "thread"]));
+    assert_eq!(threads(), 1);
+    pause(&served);
+    unpause(&served);
+    assert_eq!(threads(), 1, "the main loop submits, and waits");
+}
