@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Deref;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use crate::chain::is_below;
 use crate::config::{Direct, Image, Member, Size};
 use crate::sys::file::{
     Geometry, check_storage, direct_alignment, geometry, is_read_only, lock_as_reader, lock_holder, open_storage,
+    same_file,
 };
 
 /// A file that is open for an engine.
@@ -164,8 +166,19 @@ pub fn check_place(file: &File, path: &Path, member: Option<&Member>) -> Result<
         Some(member) if !is_below(file, &member.folders) => {
             Err(Error::Outside { path: path.to_owned(), none: member.folders.is_empty() })
         }
-        _ => Ok(()),
+        Some(_) => {
+            let refused = |source| Error::Io { path: path.to_owned(), action: "open it by its own name", source };
+            is_there(file).map_err(refused)
+        }
+        None => Ok(()),
     }
+}
+
+/// Whether this thread gets to an open file through the folders that it is in. A link of /proc/self/fd leads to what this process has open, past
+/// all folders (proc(5)).
+fn is_there(file: &File) -> io::Result<()> {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    if same_file(&name.metadata()?, file) { Ok(()) } else { Err(Errno::ESTALE.into()) }
 }
 
 /// Says why O_DIRECT is no good, if it is not.

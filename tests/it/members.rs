@@ -179,6 +179,33 @@ fn members_open_what_they_could_open_themselves_below_the_folders() {
     world.secret_is_whole();
 }
 
+/// What a tapdisk has open is behind links in /proc that lead past all folders.
+#[test]
+fn no_descriptor_of_the_tapdisks_leads_a_member_past_a_folder() {
+    if !needs::root() {
+        return;
+    }
+    let image = "type = 'aio'\npath = '{f}/images/private/roots'\ndirect = 'off'\nread_only = true";
+    let world = World::new(image, |folder| {
+        let private = folder.join("images/private");
+        std::fs::create_dir(&private).unwrap();
+        mode(&private, 0o700);
+        raw(&private.join("roots"), b'r', 0, 0o644);
+    });
+    let minor = world.attach();
+    let roots = world.path("images/private/roots");
+    let open = std::fs::read_dir(format!("/proc/{}/fd", world.served.pid())).unwrap();
+    let open: Vec<_> = open.map(|entry| entry.unwrap().path()).collect();
+    let open: Vec<_> = open.iter().filter(|link| link.read_link().is_ok_and(|name| name == roots)).collect();
+    assert!(!open.is_empty());
+    for link in open {
+        let image = format!("aio:/proc/self/fd/{}", link.file_name().unwrap().display());
+        let said = world.open(&minor, &image, &["-R"]);
+        let text = "cannot open it by its own name: Permission denied";
+        assert!(said.code == libc::EACCES && said.err.contains(text), "{image}: {}, {}", said.code, said.err);
+    }
+}
+
 #[test]
 fn without_folders_members_name_no_image_and_root_names_any() {
     if !needs::root() {
