@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use drivers::{Extent, Fail, Format, LastWrite, OpenError, Plan, Ticket};
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 
 use self::meta::MetaMemory;
 use crate::blocking::Blocking;
+use crate::image::Lock;
 use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
@@ -41,6 +43,8 @@ pub struct Layer {
     pub plain: Option<File>,
     /// The engine's file is read and written through the page cache.
     pub cached: bool,
+    /// Whoever is to write the image's end has its lock until that is done; none if nothing is written, or nobody else can have it.
+    pub locks: Option<Arc<[Lock]>>,
 }
 
 /// What is to be written so that others find an image whole.
@@ -49,6 +53,8 @@ struct Closing {
     writes: Vec<LastWrite>,
     /// Bytes that the file is to have; none: as it is.
     size: Option<u64>,
+    /// Let go of when it is written.
+    _locks: Option<Arc<[Lock]>>,
 }
 
 impl Closing {
@@ -84,7 +90,7 @@ impl Layer {
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let mut writes = Vec::new();
         let size = self.format.close(time, &mut |write| writes.push(write));
-        Some(Closing { file, writes, size })
+        Some(Closing { file, writes, size, _locks: self.locks.take() })
     }
 }
 
@@ -544,7 +550,8 @@ mod tests {
         let submission = crate::queue::Submission::start(&blocking, engine, SubmitMode::Inline).unwrap();
         let mut queue = Queue::new(submission.into(), SubmitMode::Inline, limits);
         let mut stack = Stack::new(
-            vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false }].into(),
+            vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false, locks: None }]
+                .into(),
             1,
             0,
         )
@@ -582,7 +589,7 @@ mod tests {
     fn a_read_that_met_the_end_of_the_file_just_before_it_grew_has_lost_nothing() {
         let raw = drivers::Raw::new(4097, 512, drivers::OddSize::RoundUp).unwrap();
         let mut stack = Stack::new(
-            vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false }].into(),
+            vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false, locks: None }].into(),
             2,
             0,
         )

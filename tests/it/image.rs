@@ -4,13 +4,20 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use crate::common::guest::Guest;
-use crate::common::live::BOTH;
+use crate::common::live::{BOTH, locked, wait_for};
 use crate::common::served::{Served, folder, output, run, tool};
 use crate::common::small_fs::{Loop, SmallFs};
+use crate::common::vhd::good;
 use nix::libc;
 use nix::sys::signal::Signal;
+use slog::Logger;
+use tapdisk::blocking::Blocking;
+use tapdisk::config::Config;
+use tapdisk::job::start_maker;
+use tapdisk::sys::file::{lock_changes, unlock_changes};
 use tempfile::TempDir;
 
 const LOCAL: &str = "[frontend.local]\nsocket = '{s}/ring'\n";
@@ -335,7 +342,7 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
         guest.queue.ring.push(&entry);
     }
     guest.queue.publish().unwrap();
-    assert!(guest.try_response(std::time::Duration::from_millis(1200)).is_none(), "the file system is not frozen");
+    assert!(guest.try_response(Duration::from_millis(1200)).is_none(), "the file system is not frozen");
     let queue = served.debug_queue();
     served.signal(Signal::SIGUSR1);
     served.wait_log("debug-queue");
@@ -355,4 +362,27 @@ fn a_stuck_disk_can_be_looked_at_and_goes_on_afterwards() {
     }
     drop(guest);
     assert_eq!(served.stop().0, Some(0));
+}
+
+/// What was opened and is not wanted is dropped in parts, by several threads.
+#[test]
+fn an_image_that_is_not_wanted_keeps_its_lock_until_its_end_is_written() {
+    let blocking = Blocking::before_main_loop();
+    start_maker(&blocking).unwrap();
+    let folder = folder();
+    let path = folder.path().join("image.vhd");
+    good("create -n {} -s 16", &[&path]);
+    let text = format!("[image]\ntype = 'vhd'\npath = '{}'\n{LOCAL}", path.display());
+    let config = Config::parse(&text, &folder.path().join("disk.toml")).unwrap();
+    let log = Logger::root(slog::Discard, slog::o!());
+    let image = tapdisk::image::open(&blocking, &config, None, &log).unwrap();
+    // Somebody changes its metadata meanwhile: the end waits for that.
+    let other = File::options().read(true).write(true).open(&path).unwrap();
+    lock_changes(&other, Duration::ZERO).unwrap();
+    drop(image);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(locked(&path), "another program writes it, and then its footer comes");
+    unlock_changes(&other).unwrap();
+    wait_for(|| (!locked(&path)).then_some(()));
+    good("check -n {}", &[&path]);
 }
