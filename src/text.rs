@@ -7,7 +7,8 @@ use std::io::{self, Write};
 /// has beside them, and what turns the direction of writing, so that what is seen is not what is there.
 fn is_obeyed(shown: char) -> bool {
     let separates = matches!(shown, '\u{2028}' | '\u{2029}');
-    let turns = matches!(shown, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let turns =
+        matches!(shown, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     shown.is_control() || separates || turns
 }
 
@@ -62,6 +63,7 @@ mod tests {
         }
         assert_eq!(one_line("a\nvhd=b\r\t\x1b[2J\u{85}\0ü"), "a\\nvhd=b\\r\\t\\u{1b}[2J\\u{85}\\u{0}ü");
         assert_eq!(one_line("a\u{2028}b\u{202e}c\u{2066}"), "a\\u{2028}b\\u{202e}c\\u{2066}");
+        assert_eq!(one_line("\u{61c}\u{200f}"), "\\u{61c}\\u{200f}");
     }
 
     #[test]
