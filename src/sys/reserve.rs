@@ -67,11 +67,24 @@ fn or_spend(size: usize, ask: impl Fn() -> *mut u8) -> *mut u8 {
     ask()
 }
 
+/// A mapping that counts, and has no page: where all memory to come is locked (MCL_FUTURE, mlockall(2)), the kernel would find the pages at once, and the
+/// main loop wait for them.
 fn map(len: usize) -> io::Result<*mut c_void> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping, which overlaps nothing.
-    let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-    if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(at) }
+    let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the mapping just made, which nobody else knows of. Where it is not locked, munlock(2) changes nothing.
+    let writable =
+        unsafe { libc::munlock(at, len) == 0 && libc::mprotect(at, len, libc::PROT_READ | libc::PROT_WRITE) == 0 };
+    if writable {
+        return Ok(at);
+    }
+    let error = io::Error::last_os_error();
+    unmap(at, len);
+    Err(error)
 }
 
 /// Of a mapping that [`map`] has made, and nobody has a pointer into.
@@ -125,7 +138,6 @@ fn restore() -> bool {
         libc::malloc_trim(0);
     }
     let Ok(at) = map(BYTES) else { return false };
-    give_pages_back(at, BYTES);
     publish(at);
     true
 }
@@ -152,7 +164,26 @@ pub fn room_for_thread(stack: usize) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
+
     use super::*;
+
+    /// In a process of its own, as nextest has it.
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri locks no memory")]
+    fn to_look_for_room_waits_for_no_page() {
+        const LEN: usize = 16 << 20;
+        if mlockall(MlockAllFlags::MCL_FUTURE).is_err() {
+            return;
+        }
+        let resident = || crate::memory::of_process().0;
+        let was = resident();
+        let at = map(LEN).unwrap();
+        let is = resident();
+        unmap(at, LEN);
+        munlockall().unwrap();
+        assert!(is < was + LEN as u64 / 4, "{was} {is}");
+    }
 
     fn resident(at: *mut c_void, len: usize) -> usize {
         let mut pages = vec![0_u8; len / 4096];
