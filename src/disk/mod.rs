@@ -592,7 +592,7 @@ impl Disk {
 
     /// The jobs that have the image's files while it is served, as [`Job::under_way`] has it.
     fn file_jobs(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        [self.opening_engine(), self.asking_for_size(), self.checking_chain()].into_iter().flatten()
+        [self.changing_engine(), self.asking_for_size(), self.checking_chain()].into_iter().flatten()
     }
 
     /// Whether a turn would find something, as far as memory shows.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use slog::{info, warn};
 
 use super::Disk;
+use crate::blocking::Blocking;
 use crate::config::{EngineName, THREADS_MAX};
 use crate::engine::Opener;
 use crate::engine::pool::{Pool, PoolReport};
@@ -100,6 +101,8 @@ pub(super) enum Switching {
         /// When it is called off, ns of [`now`].
         until: u64,
     },
+    /// It has taken that place, and the other one, which has the image's files too, is being ended.
+    Ending(Job<()>),
     /// It is over.
     Over(Result<(), SwitchError>),
 }
@@ -136,14 +139,18 @@ impl Disk {
         Ok(())
     }
 
-    /// The new engine is being opened, with the image's files.
-    pub(super) fn opening_engine(&self) -> Option<(&'static str, u64)> {
-        if let Some(Switching::Opening(job)) = &self.switching { Some(job.under_way()) } else { None }
+    /// The new engine is being opened, or the old one ended, with the image's files.
+    pub(super) fn changing_engine(&self) -> Option<(&'static str, u64)> {
+        match &self.switching {
+            Some(Switching::Opening(job)) => Some(job.under_way()),
+            Some(Switching::Ending(job)) => Some(job.under_way()),
+            _ => None,
+        }
     }
 
     /// Whether a change is under way.
     pub(super) fn is_switching(&self) -> bool {
-        matches!(self.switching, Some(Switching::Opening(_) | Switching::Draining { .. }))
+        matches!(self.switching, Some(Switching::Opening(_) | Switching::Draining { .. } | Switching::Ending(_)))
     }
 
     /// How the last change ended. None: it is under way.
@@ -160,18 +167,24 @@ impl Disk {
         match self.switching.take() {
             Some(Switching::Draining { name, mode, next, .. }) if self.queue.is_drained() => {
                 info!(self.log, "engine changed"; "engine" => next.engine().name, "submit" => ?mode);
-                // A thread that may wait ends the old one.
-                drop(self.queue.switch(next, mode));
+                let old = self.queue.switch(next, mode);
                 if let Some(opener) = &mut self.opener {
                     opener.name = name;
                 }
-                self.end_switch(Ok(()));
+                self.queue.unplug(&self.slots);
+                let end = move |blocking: &Blocking| old.take(blocking).close(blocking);
+                self.switching = Some(Switching::Ending(Job::insist("engine", self.wake(), end)));
                 true
             }
             Some(Switching::Draining { until, .. }) if now() >= until => {
                 let in_flight = self.queue.in_flight();
                 warn!(self.log, "engine not changed: I/O in flight does not finish"; "in_flight" => in_flight);
-                self.end_switch(Err(SwitchError::Stuck(in_flight)));
+                self.queue.unplug(&self.slots);
+                self.switching = Some(Switching::Over(Err(SwitchError::Stuck(in_flight))));
+                true
+            }
+            Some(Switching::Ending(job)) if job.outcome().is_some() => {
+                self.switching = Some(Switching::Over(Ok(())));
                 true
             }
             other => {
@@ -193,11 +206,6 @@ impl Disk {
             }
         });
         true
-    }
-
-    fn end_switch(&mut self, outcome: Result<(), SwitchError>) {
-        self.queue.unplug(&self.slots);
-        self.switching = Some(Switching::Over(outcome));
     }
 
     /// Sets how many threads the engine's pool has at least and at most; what is not given stays.

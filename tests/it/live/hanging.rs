@@ -1,5 +1,6 @@
 //! Two disks in one process: whatever operation of the first one's files hangs, the other disk and the control socket go on.
 
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::common::guest::Guest;
@@ -238,4 +239,44 @@ fn where_the_system_has_no_thread_whoever_asks_is_told_and_what_has_to_be_done_i
     good("check -n {}", &[&leaf]);
     run(served.tap_ctl().args(["unpause", "-m", "0"]));
     assert!(served.alive());
+}
+
+/// strace of the job maker alone, of whose threads some can't be made.
+fn without_threads(served: &Served, which: &str) -> Child {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", served.pid())).unwrap();
+    let tasks: Vec<_> = tasks.map(|task| task.unwrap().path()).collect();
+    let is_maker =
+        |task: &&PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "job maker\n");
+    let maker = tasks.iter().find(is_maker).unwrap();
+    let mut strace = Command::new("strace");
+    strace.args(["-e", "trace=clone3", "-e", &format!("inject=clone3:error=EAGAIN:when={which}")]);
+    strace.arg("-p").arg(maker.file_name().unwrap()).args(["-o", "/dev/null"]);
+    let strace = strace.stderr(Stdio::null()).spawn().unwrap();
+    let traced = format!("TracerPid:\t{}", strace.id());
+    wait_for(|| std::fs::read_to_string(maker.join("status")).unwrap().contains(&traced).then_some(()));
+    strace
+}
+
+fn end(mut strace: Child) {
+    kill(Pid::from_raw(strace.id() as i32), Signal::SIGTERM).unwrap();
+    strace.wait().unwrap();
+}
+
+fn aio(name: &str) -> (TempDir, PathBuf) {
+    let folder = folder();
+    let path = folder.path().join(name);
+    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    (folder, path)
+}
+
+#[test]
+fn no_file_is_open_in_a_pause_though_an_engine_that_was_changed_ends_late() {
+    let (folder, path) = aio("disk.img");
+    let served = Served::start(&format!("path = '{}'\n", path.display()), FRONTENDS);
+    // The first makes the new engine, and the second ends the old one, or tries to.
+    let strace = without_threads(&served, "2+2");
+    run(served.tap_ctl().args(["engine", "-m", "0", "--name", "threads"]));
+    assert_eq!(ask(&served, kind::PAUSE).errno(), 0);
+    assert_eq!(open_files(&served, folder.path()), [] as [PathBuf; 0]);
+    end(strace);
 }
