@@ -8,7 +8,7 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
@@ -49,18 +49,29 @@ pub fn start_maker(blocking: &Blocking) -> io::Result<()> {
 
 fn make_threads(blocking: &Blocking, works: &Receiver<Work>) {
     let mut late = VecDeque::new();
+    // However much comes meanwhile.
+    let mut due = Instant::now();
     loop {
         let next = match late.is_empty() {
             true => works.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            false => works.recv_timeout(RETRY),
+            false => works.recv_timeout(due.saturating_duration_since(Instant::now())),
         };
         match next {
-            Ok(work) => late.extend(begin(blocking, work)),
-            Err(RecvTimeoutError::Disconnected) => return,
-            Err(RecvTimeoutError::Timeout) => {
-                let again = std::mem::take(&mut late);
-                late.extend(again.into_iter().filter_map(|work| begin(blocking, work)));
+            Ok(work) => {
+                if let Some(work) = begin(blocking, work) {
+                    if late.is_empty() {
+                        due = Instant::now() + RETRY;
+                    }
+                    late.push_back(work);
+                }
             }
+            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if !late.is_empty() && Instant::now() >= due {
+            let again = std::mem::take(&mut late);
+            late.extend(again.into_iter().filter_map(|work| begin(blocking, work)));
+            due = Instant::now() + RETRY;
         }
     }
 }

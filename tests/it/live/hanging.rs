@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::common::guest::Guest;
 use crate::common::hanging_fs::{ALL, HangingFs, Operation, until};
@@ -11,6 +12,7 @@ use crate::common::vhd::good;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tapdisk::control::client;
 use tapdisk::control::proto::kind;
 use tempfile::TempDir;
 
@@ -278,5 +280,28 @@ fn no_file_is_open_in_a_pause_though_an_engine_that_was_changed_ends_late() {
     run(served.tap_ctl().args(["engine", "-m", "0", "--name", "threads"]));
     assert_eq!(ask(&served, kind::PAUSE).errno(), 0);
     assert_eq!(open_files(&served, folder.path()), [] as [PathBuf; 0]);
+    end(strace);
+}
+
+#[test]
+fn what_waits_for_a_thread_does_not_wait_for_others_to_ask_for_none() {
+    let (_folder, path) = aio("disk.img");
+    let (_other_folder, other) = aio("other.img");
+    let served = Served::start(&format!("path = '{}'\n", path.display()), FRONTENDS);
+    run(served.tap_ctl().arg("allocate"));
+    run(served.tap_ctl().args(["attach", "-m", "1", "-p", &served.pid().to_string()]));
+    let pid = served.pid().to_string();
+    run(served.tap_ctl().args(["open", "-m", "1", "-p", &pid, "-a", &name("aio", &other)]));
+    let strace = without_threads(&served, "1");
+    let pausing = ask(&served, kind::PAUSE);
+    // Its job is the one that gets no thread, and is tried again later than this.
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(pausing.waits());
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(1) {
+        client::resize(served.sockets(), served.pid(), 1).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(!pausing.waits(), "the image is not closed as long as others have jobs");
     end(strace);
 }
