@@ -283,6 +283,8 @@ impl Minors {
         let mut config = (*self.settings).clone();
         let image = &mut config.image;
         (image.kind, image.path) = (wanted.image.0, Some(wanted.image.1.clone()));
+        // That is of the configured one: whoever names another one means one that there is.
+        image.create = None;
         image.by.clone_from(&wanted.by);
         image.read_only |= wanted.read_only;
         if wanted.buffered {

@@ -305,3 +305,15 @@ fn what_waits_for_a_thread_does_not_wait_for_others_to_ask_for_none() {
     assert!(!pausing.waits(), "the image is not closed as long as others have jobs");
     end(strace);
 }
+
+#[test]
+fn an_image_that_is_opened_is_not_made_whatever_the_configured_one_is() {
+    let (folder, path) = aio("disk.img");
+    let served = Served::start(&format!("path = '{}'\ncreate = '1 MiB'\n", path.display()), FRONTENDS);
+    run(served.tap_ctl().arg("allocate"));
+    let pid = served.pid().to_string();
+    run(served.tap_ctl().args(["attach", "-m", "1", "-p", &pid]));
+    let wrong = folder.path().join("wrong.img");
+    refused(&served, &["open", "-m", "1", "-p", &pid, "-a", &name("aio", &wrong)], libc::ENOENT, "cannot open it");
+    assert!(!wrong.exists());
+}
