@@ -10,7 +10,7 @@ use super::marker;
 use crate::control::client;
 use crate::control::proto::state;
 use crate::image::{Error, Image};
-use crate::sys::file::{lock_holder, same_file};
+use crate::sys::file::{lock_holder, lock_holders, same_file};
 
 /// Whether the image right below is one that the process of that minor has open, whatever its name is by now. It waits for that process.
 pub(super) fn check(image: &Image, directory: &Path, minor: u16) -> Result<(), Error> {
@@ -33,7 +33,8 @@ pub(super) fn check(image: &Image, directory: &Path, minor: u16) -> Result<(), E
 fn has_open(pid: i32, wanted: &File) -> bool {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let mut opened = descriptors.filter_map(|descriptor| descriptor.path().metadata().ok());
-    opened.any(|opened| same_file(&opened, wanted))
+    // What one has open that has a capability more than this process, nobody shows (ptrace(2)). Its lock is everybody's to see.
+    opened.any(|opened| same_file(&opened, wanted)) || lock_holders(wanted).contains(&pid)
 }
 
 /// The process of a minor, and the name and the state of its image. ENODEV: no tapdisk of this host has it, or there is no image.

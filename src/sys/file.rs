@@ -172,14 +172,20 @@ fn neither() -> io::Error {
 
 /// The process that holds the file's lock (flock(2)), from /proc/locks (proc(5)). 0 and -1 are those that this one cannot see. None: nobody does.
 pub fn lock_holder(file: &File) -> Option<i32> {
-    let meta = file.metadata().ok()?;
+    lock_holders(file).first().copied()
+}
+
+/// All processes that hold it, or wait for it.
+pub fn lock_holders(file: &File) -> Vec<i32> {
+    let Ok(meta) = file.metadata() else { return Vec::new() };
     let wanted = format!("{:02x}:{:02x}:{}", major(meta.dev()), minor(meta.dev()), meta.ino());
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    locks.lines().find_map(|line| {
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    let holder = |line: &str| {
         let fields: Vec<_> = line.split_whitespace().filter(|field| *field != "->").collect();
         let of_file = fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&wanted.as_str());
         fields.get(4).filter(|_| of_file)?.parse().ok()
-    })
+    };
+    locks.lines().filter_map(holder).collect()
 }
 
 /// What tells a file from all others, whatever its name is: device and inode; of a block device, which may have several inodes, its number.

@@ -8,6 +8,7 @@ use crate::common::host::Host;
 use crate::common::live::name;
 use crate::common::needs::{self, skipped};
 use crate::common::served::{Served, folder, output, run, tool};
+use crate::common::vhd::good;
 
 const RAM: &str = "type = 'ram'\nsize = '1 MiB'";
 const UNITS: [&str; 2] = ["tapdisk@.service", "tapdisk-vbd@.service"];
@@ -54,6 +55,27 @@ fn each_thread_has_the_capabilities_that_it_needs_and_no_others() {
     // What is asked for and takes one more.
     let served = Served::start(RAM, "[engine]\nsqpoll = true\n");
     threads(served.pid(), KEPT | 1 << 23);
+}
+
+/// To see what a process has open takes its capabilities (ptrace(2)), and one of before an upgrade has all.
+#[test]
+fn a_parent_of_a_tapdisk_with_more_capabilities_is_known_too() {
+    if !needs::root() {
+        return;
+    }
+    let folder = folder();
+    let [base, leaf] = ["base.vhd", "leaf.vhd"].map(|name| folder.path().join(name));
+    good("create -n {} -s 16", &[&base]);
+    good("snapshot -n {} -p {} -e", &[&leaf, &base]);
+    let image = format!("type = 'vhd'\npath = '{}'\nread_only = true", base.display());
+    let served = Served::start(&image, "[engine]\nsqpoll = true\n");
+    let word = |words: &[&str]| run(served.tap_ctl().args(words)).trim().rsplit('-').next().unwrap().to_owned();
+    let (minor, pid) = (word(&["allocate"]), word(&["spawn"]));
+    run(served.tap_ctl().args(["attach", "-m", &minor, "-p", &pid]));
+    run(served.tap_ctl().args(["open", "-m", &minor, "-p", &pid, "-a", &name("vhd", &leaf), "-e", "0"]));
+    for step in ["close", "detach"] {
+        run(served.tap_ctl().args([step, "-m", &minor, "-p", &pid]));
+    }
 }
 
 /// A command that goes on with the unit's capabilities, and gets none by running a program.
