@@ -338,7 +338,7 @@ fuzz_target!(|data: &[u8]| {
             3 => {}
             4 => world.double.accept(usize::from(input.byte() & 7).max(1)),
             5 if action & 16 == 0 => drop(world.disk.pause_for_client()),
-            5 => drop(world.disk.resume(None)),
+            5 => drop(world.disk.resume(None, None)),
             action @ 6..=8 => {
                 if world.clients[place].is_none() {
                     world.connect(place);
@@ -362,6 +362,6 @@ fuzz_target!(|data: &[u8]| {
             }
         }
     }
-    drop(world.disk.resume(None));
+    drop(world.disk.resume(None, None));
     world.end();
 });
