@@ -8,6 +8,7 @@ use nix::syslog::{Severity, syslog};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, pipe, setsid};
 
 use crate::sys::process::fork;
+use crate::text::one_line;
 
 /// A panic of any thread ends the process, by SIGABRT: whoever waits for that thread would wait for ever. What it was goes to standard error, and
 /// to the system's log, since nobody reads the former in the background.
@@ -16,7 +17,7 @@ pub fn end_on_panic() {
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
         // Nothing can be done where not even that is possible.
-        let _ = syslog(Severity::LOG_CRIT, panic.to_string().as_str());
+        let _ = syslog(Severity::LOG_CRIT, &*one_line(&panic.to_string()));
         std::process::abort();
     }));
 }

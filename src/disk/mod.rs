@@ -566,7 +566,7 @@ impl Disk {
     /// Finishes what has not reached the engine with ECANCELED, but for the last flush: without it, all would have been in vain. An
     /// image that is being opened is not waited for.
     pub fn cancel(&mut self) {
-        self.resuming = None;
+        self.resuming.take_if(|resuming| !resuming.is_closing());
         self.cancel_recording();
         if self.state == State::Flushing {
             return;

@@ -120,6 +120,11 @@ pub(super) struct Resuming {
 }
 
 impl Resuming {
+    /// It is not wanted, and open: it is being closed.
+    pub(super) fn is_closing(&self) -> bool {
+        self.opening.is_closing()
+    }
+
     pub(super) fn under_way(&self) -> (&'static str, u64) {
         self.opening.under_way()
     }

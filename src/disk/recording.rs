@@ -80,13 +80,16 @@ impl Disk {
         }
     }
 
-    /// Nobody waits any more for what is being recorded, which may be on storage that hangs.
+    /// Nobody waits any more for what is being recorded, which may be on storage that hangs; but for an image that is being closed.
     pub(super) fn cancel_recording(&mut self) {
-        if let Some(Recording::Resume { next, .. }) = self.recording.take() {
-            self.close_unwanted(next.0);
+        match self.recording.take() {
+            Some(Recording::Resume { next, .. }) => self.close_unwanted(next.0),
+            Some(Recording::Close(job)) => self.recording = Some(Recording::Close(job)),
+            Some(Recording::Pause(_)) | None => {}
         }
     }
 
+    /// Closes an image that is not wanted.
     fn close_unwanted(&mut self, image: Image) {
         let job = Job::insist("close", self.wake(), move |blocking| image.close(blocking));
         self.recording = Some(Recording::Close(job));

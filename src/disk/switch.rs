@@ -101,8 +101,8 @@ pub(super) enum Switching {
         /// When it is called off, ns of [`now`].
         until: u64,
     },
-    /// It has taken that place, and the other one, which has the image's files too, is being ended.
-    Ending(Job<()>),
+    /// The one that is not needed any more, which has the image's files too, is being ended; and how the change went.
+    Ending(Job<()>, Result<(), SwitchError>),
     /// It is over.
     Over(Result<(), SwitchError>),
 }
@@ -143,14 +143,14 @@ impl Disk {
     pub(super) fn changing_engine(&self) -> Option<(&'static str, u64)> {
         match &self.switching {
             Some(Switching::Opening(job)) => Some(job.under_way()),
-            Some(Switching::Ending(job)) => Some(job.under_way()),
+            Some(Switching::Ending(job, _)) => Some(job.under_way()),
             _ => None,
         }
     }
 
     /// Whether a change is under way.
     pub(super) fn is_switching(&self) -> bool {
-        matches!(self.switching, Some(Switching::Opening(_) | Switching::Draining { .. } | Switching::Ending(_)))
+        matches!(self.switching, Some(Switching::Opening(_) | Switching::Draining { .. } | Switching::Ending(..)))
     }
 
     /// How the last change ended. None: it is under way.
@@ -171,20 +171,17 @@ impl Disk {
                 if let Some(opener) = &mut self.opener {
                     opener.name = name;
                 }
-                self.queue.unplug(&self.slots);
-                let end = move |blocking: &Blocking| old.take(blocking).close(blocking);
-                self.switching = Some(Switching::Ending(Job::insist("engine", self.wake(), end)));
+                self.end_switch(old, Ok(()));
                 true
             }
-            Some(Switching::Draining { until, .. }) if now() >= until => {
+            Some(Switching::Draining { next, until, .. }) if now() >= until => {
                 let in_flight = self.queue.in_flight();
                 warn!(self.log, "engine not changed: I/O in flight does not finish"; "in_flight" => in_flight);
-                self.queue.unplug(&self.slots);
-                self.switching = Some(Switching::Over(Err(SwitchError::Stuck(in_flight))));
+                self.end_switch(next, Err(SwitchError::Stuck(in_flight)));
                 true
             }
-            Some(Switching::Ending(job)) if job.outcome().is_some() => {
-                self.switching = Some(Switching::Over(Ok(())));
+            Some(Switching::Ending(job, outcome)) if job.outcome().is_some() => {
+                self.switching = Some(Switching::Over(outcome));
                 true
             }
             other => {
@@ -206,6 +203,13 @@ impl Disk {
             }
         });
         true
+    }
+
+    /// Goes on, and has the engine ended that is not needed any more.
+    fn end_switch(&mut self, engine: Apart<Submission>, outcome: Result<(), SwitchError>) {
+        self.queue.unplug(&self.slots);
+        let end = move |blocking: &Blocking| engine.take(blocking).close(blocking);
+        self.switching = Some(Switching::Ending(Job::insist("engine", self.wake(), end), outcome));
     }
 
     /// Sets how many threads the engine's pool has at least and at most; what is not given stays.

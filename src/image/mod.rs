@@ -145,7 +145,7 @@ impl Image {
     fn in_memory(info: DiskInfo, path: PathBuf, submission: Submission) -> Result<Image, Error> {
         let raw = Raw::new(info.size, info.sector_size.into(), drivers::OddSize::Refuse)
             .map_err(|source| Error::Format { path: path.clone(), source })?;
-        let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false, locks: None }];
+        let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false, held: None }];
         Ok(Image {
             info,
             layers: layers.into(),
@@ -280,7 +280,7 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
         read_only: image.read_only,
         name: format!("aio:{}", path.display()),
     };
-    let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None, cached: !direct, locks: None };
+    let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None, cached: !direct, held: None };
     Ok(Chain { info, layers: vec![layer], files, locks: vec![lock], tickets: 0 })
 }
 
@@ -303,7 +303,7 @@ fn with_engine(
     let Chain { info, mut layers, files, locks, tickets } = chain;
     let locks: Arc<[Lock]> = locks.into();
     let written = layers.iter_mut().filter(|layer| layer.plain.is_some());
-    written.for_each(|layer| layer.locks = Some(Arc::clone(&locks)));
+    written.for_each(|layer| layer.held = Some(Arc::new(Arc::clone(&locks))));
     let path = &layers[0].path;
     let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let (direct, block_device) = (files[0].direct, files[0].block_device);

@@ -51,6 +51,11 @@ impl<E: From<Error>> Opening<E> {
         self.closing.as_ref().map_or_else(|| self.job.under_way(), Job::under_way)
     }
 
+    /// Whether it is being closed again.
+    pub fn is_closing(&self) -> bool {
+        self.closing.is_some()
+    }
+
     /// It is not wanted any more.
     pub fn refuse(&mut self, why: E) {
         self.refused.get_or_insert(why);

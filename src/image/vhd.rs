@@ -108,12 +108,12 @@ fn layer(
         Some(image) => match Fixed::new(image) {
             Some(fixed) => {
                 let plain = (tickets > 0).then(|| plain_file(opened, &path)).transpose()?;
-                return Ok(Layer { format: Box::new(fixed), path, plain, cached: !opened.direct, locks: None });
+                return Ok(Layer { format: Box::new(fixed), path, plain, cached: !opened.direct, held: None });
             }
             None => return blocks(config, &path, image, &found.problems, opened, tickets, depth),
         },
     };
-    Ok(Layer { format, path, plain: None, cached: !opened.direct, locks: None })
+    Ok(Layer { format, path, plain: None, cached: !opened.direct, held: None })
 }
 
 /// The same file once more, for what is written through the page cache.
@@ -184,7 +184,7 @@ fn blocks(
     if writable && image.footer_at == opened.geometry.size {
         disk.was_in_use();
     }
-    Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain, cached: !opened.direct, locks: None })
+    Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain, cached: !opened.direct, held: None })
 }
 
 /// From here on the copy of the footer counts, as long as the image is in use and if the host stops. What is behind the image in

@@ -6,6 +6,7 @@
 
 mod meta;
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -19,7 +20,6 @@ use nix::errno::Errno;
 
 use self::meta::MetaMemory;
 use crate::blocking::Blocking;
-use crate::image::Lock;
 use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
@@ -33,6 +33,9 @@ pub const METAS: usize = 32;
 /// The frontend of the stack's own requests.
 pub const OWN: u16 = u16::MAX - 1;
 
+/// Something that lives at least as long as this.
+pub type Held = Arc<dyn Any + Send + Sync>;
+
 /// One image of the chain.
 pub struct Layer {
     /// What says where data is.
@@ -43,8 +46,8 @@ pub struct Layer {
     pub plain: Option<File>,
     /// The engine's file is read and written through the page cache.
     pub cached: bool,
-    /// Whoever is to write the image's end has its lock until that is done; none if nothing is written, or nobody else can have it.
-    pub locks: Option<Arc<[Lock]>>,
+    /// What is to be held until the image's end is written, its locks; none if nothing is written.
+    pub held: Option<Held>,
 }
 
 /// What is to be written so that others find an image whole.
@@ -54,7 +57,7 @@ struct Closing {
     /// Bytes that the file is to have; none: as it is.
     size: Option<u64>,
     /// Let go of when it is written.
-    _locks: Option<Arc<[Lock]>>,
+    _held: Option<Held>,
 }
 
 impl Closing {
@@ -90,7 +93,7 @@ impl Layer {
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let mut writes = Vec::new();
         let size = self.format.close(time, &mut |write| writes.push(write));
-        Some(Closing { file, writes, size, _locks: self.locks.take() })
+        Some(Closing { file, writes, size, _held: self.held.take() })
     }
 }
 
@@ -550,8 +553,7 @@ mod tests {
         let submission = crate::queue::Submission::start(&blocking, engine, SubmitMode::Inline).unwrap();
         let mut queue = Queue::new(submission.into(), SubmitMode::Inline, limits);
         let mut stack = Stack::new(
-            vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false, locks: None }]
-                .into(),
+            vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false, held: None }].into(),
             1,
             0,
         )
@@ -589,7 +591,7 @@ mod tests {
     fn a_read_that_met_the_end_of_the_file_just_before_it_grew_has_lost_nothing() {
         let raw = drivers::Raw::new(4097, 512, drivers::OddSize::RoundUp).unwrap();
         let mut stack = Stack::new(
-            vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false, locks: None }].into(),
+            vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false, held: None }].into(),
             2,
             0,
         )

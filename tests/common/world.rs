@@ -109,7 +109,7 @@ pub fn info(sector_size: u32, read_only: bool) -> DiskInfo {
 pub fn disk(frontend: Box<dyn Frontend>, info: DiskInfo, engine: Engine) -> Disk {
     let sector_size = info.sector_size;
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
-    let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None, cached: false, locks: None };
+    let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None, cached: false, held: None };
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let submission = Submission::start(&Blocking::before_main_loop(), engine, SubmitMode::Auto).unwrap();
     let queue_of_disk = Queue::new(submission.into(), SubmitMode::Auto, limits);
