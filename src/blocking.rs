@@ -41,14 +41,25 @@ pub enum Caller<'a> {
 }
 
 /// Starts a thread with a stack of so many bytes. It has the signal mask, the CPUs and the priority of the thread that calls. Waits
-/// where the system has no memory for it (clone(2)). Errors are the system's: EAGAIN where it has no more threads for us,
-/// ENOMEM where it has no memory.
+/// where the system has no memory for it (clone(2)). Errors are the system's: EAGAIN where it has no more threads for us, ENOMEM where it
+/// has no memory.
 pub fn spawn(
-    _: &Blocking,
+    blocking: &Blocking,
     name: &str,
     stack_size: usize,
     run: impl FnOnce(&Blocking) + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
-    room_for_thread(stack_size)?;
+    spawn_if(blocking, false, name, stack_size, run)
+}
+
+/// The same; where memory is short, `at_any_price` takes of what others would need, and of luck.
+pub(crate) fn spawn_if(
+    _: &Blocking,
+    at_any_price: bool,
+    name: &str,
+    stack_size: usize,
+    run: impl FnOnce(&Blocking) + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    room_for_thread(stack_size, at_any_price)?;
     Builder::new().name(name.to_owned()).stack_size(stack_size).spawn(move || run(&Blocking::of_thread()))
 }

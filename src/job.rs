@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
-use crate::blocking::{Blocking, spawn};
+use crate::blocking::{Blocking, spawn, spawn_if};
 use crate::stats::now;
 
 /// Stack of a job's thread, bytes.
@@ -58,7 +58,7 @@ fn make_threads(blocking: &Blocking, works: &Receiver<Work>) {
         };
         match next {
             Ok(work) => {
-                if let Some(work) = begin(blocking, work) {
+                if let Some(work) = begin(blocking, work, false) {
                     if late.is_empty() {
                         due = Instant::now() + RETRY;
                     }
@@ -70,20 +70,20 @@ fn make_threads(blocking: &Blocking, works: &Receiver<Work>) {
         }
         if !late.is_empty() && Instant::now() >= due {
             let again = std::mem::take(&mut late);
-            late.extend(again.into_iter().filter_map(|work| begin(blocking, work)));
+            late.extend(again.into_iter().filter_map(|work| begin(blocking, work, true)));
             due = Instant::now() + RETRY;
         }
     }
 }
 
-/// Starts its thread. Gives it back if the system has none now, and it has to be done.
-fn begin(blocking: &Blocking, work: Work) -> Option<Work> {
+/// Starts its thread; one that was late, at any price. Gives it back if the system has none now, and it has to be done.
+fn begin(blocking: &Blocking, work: Work, late: bool) -> Option<Work> {
     let (name, must) = (work.name, work.must);
     // What is handed to a thread that can't be made is lost.
     let place = Arc::new(Mutex::new(Some(work)));
     let take = |place: &Mutex<Option<Work>>| place.lock().unwrap_or_else(PoisonError::into_inner).take();
     let theirs = Arc::clone(&place);
-    let made = spawn(blocking, name, STACK_SIZE, move |blocking| {
+    let made = spawn_if(blocking, late, name, STACK_SIZE, move |blocking| {
         if let Some(work) = take(&theirs) {
             (work.run)(Ok(blocking));
         }
@@ -108,8 +108,17 @@ fn hand_over(work: Work) {
 /// Has something done that nobody waits for. Where the system has no thread for it now, it is done later. A program without a main
 /// loop does it at once.
 pub fn aside(name: &'static str, run: impl FnOnce(&Blocking) + Send + 'static) {
+    in_thread(name, true, run);
+}
+
+/// The same; where the system has no thread for it, it is not done.
+pub fn aside_if_possible(name: &'static str, run: impl FnOnce(&Blocking) + Send + 'static) {
+    in_thread(name, false, run);
+}
+
+fn in_thread(name: &'static str, must: bool, run: impl FnOnce(&Blocking) + Send + 'static) {
     let run = move |thread: Result<&Blocking, io::Error>| drop(thread.map(run));
-    hand_over(Work { name, run: Box::new(run), must: true });
+    hand_over(Work { name, run: Box::new(run), must });
 }
 
 /// Work under way, whose outcome somebody asks for. If this is dropped the work goes on, and nobody is told what came of it.

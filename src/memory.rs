@@ -199,8 +199,8 @@ pub fn lock(_: &Blocking, log: &Logger) {
 /// Keeps a client's memory resident, too, as soon as it is: nobody waits for that.
 pub fn lock_of_client(memory: &Arc<sys::memory::Memory>) {
     let memory = Arc::downgrade(memory);
-    job::aside("memory", move |blocking| {
-        // Where a limit does not let it, the log says so from the start.
+    job::aside_if_possible("memory", move |blocking| {
+        // Where a limit does not let it, the log says so from the start. Where there is no thread, there is no memory to lock either.
         let _ = memory.upgrade().map(|memory| memory.lock(blocking));
     });
 }

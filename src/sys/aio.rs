@@ -284,7 +284,7 @@ impl Drop for Context {
     fn drop(&mut self) {
         let id = self.id;
         let thread = std::thread::Builder::new().name("io_destroy".into()).stack_size(STACK_SIZE);
-        let room = super::reserve::room_for_thread(STACK_SIZE).is_ok();
+        let room = super::reserve::room_for_thread(STACK_SIZE, false).is_ok();
         if *self.in_flight.get_mut() > 0 || !room || thread.spawn(move || destroy(id)).is_err() {
             destroy(id);
         }

@@ -156,10 +156,13 @@ pub fn room(bytes: usize) -> io::Result<()> {
 
 /// Bytes that a thread takes beside its stack: what guards that, and the stack of its signals.
 const BESIDE_STACK: usize = 64 << 10;
+/// Bytes that others, such as clients that connect, may take between the question and the thread's first moment.
+const OF_OTHERS: usize = 16 << 20;
 
-/// Whether a thread with so much stack can be started. One that can't have the stack of its signals would be the end of the process.
-pub fn room_for_thread(stack: usize) -> io::Result<()> {
-    room(stack + BESIDE_STACK)
+/// Whether a thread with so much stack can be started. One that can't have the stack of its signals would be the end of the process: the
+/// standard library panics. So there has to be more, unless the thread is to be had `at_any_price`.
+pub fn room_for_thread(stack: usize, at_any_price: bool) -> io::Result<()> {
+    room(stack + BESIDE_STACK + if at_any_price { 0 } else { OF_OTHERS })
 }
 
 #[cfg(test)]
