@@ -253,7 +253,8 @@ fn asleep_when_idle(rest: &str) {
     let switches = || -> u64 {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", served.pid())).unwrap();
         tasks
-            .map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())
+            // A job's thread may have ended meanwhile.
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
             .flat_map(|text| {
                 let counts = text.lines().filter(|line| line.contains("voluntary_ctxt_switches"));
                 counts.map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).collect::<Vec<_>>()
@@ -265,7 +266,7 @@ fn asleep_when_idle(rest: &str) {
     loop {
         let before = switches();
         std::thread::sleep(Duration::from_secs(2));
-        let woken = switches() - before;
+        let woken = switches().abs_diff(before);
         if woken == 0 {
             return;
         }
