@@ -196,6 +196,12 @@ pub fn lock(_: &Blocking, log: &Logger) {
     reserve::stay_empty();
 }
 
+/// The same by a job: nobody waits for that.
+pub fn lock_aside(log: &Logger) {
+    let log = log.clone();
+    job::aside("memory", move |blocking| lock(blocking, &log));
+}
+
 /// Keeps a client's memory resident, too, as soon as it is: nobody waits for that.
 pub fn lock_of_client(memory: &Arc<sys::memory::Memory>) {
     let memory = Arc::downgrade(memory);

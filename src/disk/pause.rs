@@ -12,7 +12,7 @@ use super::{Disk, State};
 use crate::config::{Config, ImageType, Member};
 use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Lock, Opening};
-use crate::job::{self, Apart, Job};
+use crate::job::{Apart, Job};
 use crate::memory;
 use crate::queue::Submission;
 use crate::record;
@@ -362,8 +362,7 @@ impl Disk {
         self.count_layers(old.layers());
         (self.opener, self.locks, self.file_ids, self.info) = (image.opener, image.locks, image.file_ids, image.info);
         if config.memory.lock {
-            let log = self.log.clone();
-            job::aside("memory", move |blocking| memory::lock(blocking, &log));
+            memory::lock_aside(&self.log);
         }
         if let Some(reopen) = &mut self.reopen {
             reopen.config = config;

@@ -19,7 +19,7 @@ pub use self::opening::Opening;
 use crate::blocking::Blocking;
 use crate::chain;
 use crate::config::{self, Config, ImageType, Member, OddSize, Size};
-use crate::engine::{self, Opener};
+use crate::engine::{self, Engine, Opener};
 use crate::frontend::DiskInfo;
 use crate::job::Apart;
 use crate::queue::Submission;
@@ -142,7 +142,16 @@ pub struct Image {
 
 impl Image {
     /// One without a file.
-    fn in_memory(info: DiskInfo, path: PathBuf, submission: Submission) -> Result<Image, Error> {
+    fn in_memory(
+        blocking: &Blocking,
+        config: &Config,
+        info: DiskInfo,
+        path: PathBuf,
+        engine: io::Result<Engine>,
+    ) -> Result<Image, Error> {
+        let submission = engine.and_then(|engine| Submission::start(blocking, engine, config.engine.submit));
+        let submission =
+            submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
         let raw = Raw::new(info.size, info.sector_size.into(), drivers::OddSize::Refuse)
             .map_err(|source| Error::Format { path: path.clone(), source })?;
         let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false, held: None }];
@@ -201,9 +210,6 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
         [] => Ok(engine),
         faults => engine::fault::wrap(blocking, engine, faults),
     });
-    let submission = engine.and_then(|engine| Submission::start(blocking, engine, config.engine.submit));
-    let submission =
-        submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
     let sector_size = image.sector_size.unwrap_or(512);
     let info = DiskInfo {
         size,
@@ -212,7 +218,7 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
         read_only: image.read_only,
         name: format!("{name}:{}", Size(size)),
     };
-    Image::in_memory(info, path, submission)
+    Image::in_memory(blocking, config, info, path, engine)
 }
 
 /// This thread opens files with a member's rights, if there is one, as long as the guard lives.
@@ -239,9 +245,6 @@ pub fn closed(blocking: &Blocking, config: &Config, size: u64, sector_size: u32)
     let path = config.image.path.clone().unwrap_or_default();
     let kind = if config.image.kind == ImageType::Vhd { "vhd" } else { "aio" };
     let engine = engine::memory::null(config.engine.depth as usize);
-    let submission = engine.and_then(|engine| Submission::start(blocking, engine, config.engine.submit));
-    let submission =
-        submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
     let info = DiskInfo {
         size,
         sector_size,
@@ -249,7 +252,7 @@ pub fn closed(blocking: &Blocking, config: &Config, size: u64, sector_size: u32)
         read_only: config.image.read_only,
         name: format!("{kind}:{}", path.display()),
     };
-    Image::in_memory(info, path, submission)
+    Image::in_memory(blocking, config, info, path, engine)
 }
 
 fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {

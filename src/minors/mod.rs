@@ -22,7 +22,6 @@ use crate::control::client;
 use crate::disk::{Disk, Turn};
 use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Opening};
-use crate::job;
 use crate::memory;
 use crate::serve;
 
@@ -334,13 +333,12 @@ impl Minors {
                 continue;
             };
             worked = true;
-            let log_of_memory = log.clone();
             let disk = outcome.and_then(|image| {
                 serve::disk(config, image, frontends, None, &log).map_err(|error| of_io(&error, "cannot serve it"))
             });
             let outcome = disk.and_then(|disk| self.put_in(index, disk));
             if self.settings.memory.lock {
-                job::aside("memory", move |blocking| memory::lock(blocking, &log_of_memory));
+                memory::lock_aside(&log);
             }
             if let Err(error) = &outcome {
                 error!(log, "not opened"; "error" => %error);
