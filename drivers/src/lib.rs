@@ -8,9 +8,11 @@
 
 #![forbid(unsafe_code)]
 
+mod origin;
 mod raw;
 pub mod vhd;
 
+pub use origin::Origin;
 pub use raw::{OddSize, Raw};
 
 /// Bytes in a sector, the unit of every offset on the ring and in XenStore, whatever the logical sector size.
