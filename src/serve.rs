@@ -128,7 +128,7 @@ pub fn disk(
         info: image.info,
         frontends,
         slots,
-        stack: Stack::new(image.layers, requests, image.tickets)?,
+        stack: Stack::new(image.layers, requests)?,
         queue,
         locks: image.locks,
         file_ids: image.file_ids,

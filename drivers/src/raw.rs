@@ -1,6 +1,6 @@
 //! Raw: byte n of the disk is byte n of the file.
 
-use crate::{Extent, Format, Op, OpenError, Plan};
+use crate::{Ask, Layer, LayerFile, OpenError, Plan};
 
 /// What to do where a file's size is no multiple of the logical sector.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,25 +48,26 @@ impl Raw {
     }
 }
 
-impl Format for Raw {
+impl Layer for Raw {
     fn name(&self) -> &'static str {
         "aio"
     }
 
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> Option<u64> {
+        Some(self.size)
     }
 
-    fn plan(&mut self, _op: Op, extent: Extent) -> Plan {
-        debug_assert!(extent.len > 0 && extent.offset + extent.len <= self.size);
-        Plan::Data { at: extent.offset, count: extent.len, ticket: None }
+    fn plan(&mut self, ask: &Ask) -> Plan {
+        let extent = ask.extent;
+        debug_assert!(extent.offset + extent.len <= self.size);
+        Plan::Data { file: LayerFile(0), at: extent.offset, count: extent.len, ticket: None }
     }
 
-    fn zeros_from(&self) -> u64 {
+    fn zeros_from(&self, _file: LayerFile) -> u64 {
         self.file_size
     }
 
-    fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
+    fn file_grown(&mut self, _file: LayerFile, file_size: u64) -> Result<u64, OpenError> {
         if file_size < self.file_size {
             return Err(OpenError::Shrunk { size: file_size, before: self.file_size });
         }
@@ -78,22 +79,25 @@ impl Format for Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Op;
+
+    const FILE: LayerFile = LayerFile(0);
 
     #[test]
     fn a_whole_file_is_itself() {
         let mut raw = Raw::new(8192, 512, OddSize::Refuse).unwrap();
-        assert_eq!(raw.size(), 8192);
-        let plan = raw.plan(Op::Write, Extent { offset: 512, len: 7680 });
-        assert_eq!(plan, Plan::Data { at: 512, count: 7680, ticket: None });
+        assert_eq!(raw.size(), Some(8192));
+        let plan = raw.plan(&Ask::of(Op::Write, 512, 7680));
+        assert_eq!(plan, Plan::Data { file: FILE, at: 512, count: 7680, ticket: None });
     }
 
     #[test]
     fn an_odd_size_is_refused_or_rounded() {
         let odd = |how| Raw::new(4097, 4096, how);
         assert_eq!(odd(OddSize::Refuse).unwrap_err(), OpenError::OddSize { size: 4097, sector_size: 4096 });
-        assert_eq!(odd(OddSize::RoundDown).unwrap().size(), 4096);
+        assert_eq!(odd(OddSize::RoundDown).unwrap().size(), Some(4096));
         let up = odd(OddSize::RoundUp).unwrap();
-        assert_eq!((up.size(), up.zeros_from()), (8192, 4097));
+        assert_eq!((up.size(), up.zeros_from(FILE)), (Some(8192), 4097));
         let message = odd(OddSize::Refuse).unwrap_err().to_string();
         assert!(message.contains("missing 4095 bytes") && message.contains("last 1 bytes"), "{message}");
     }
@@ -101,19 +105,19 @@ mod tests {
     #[test]
     fn it_grows_by_the_rules_it_was_opened_by_and_never_shrinks() {
         let mut raw = Raw::new(8192, 4096, OddSize::Refuse).unwrap();
-        assert_eq!(raw.file_grown(8192), Ok(8192));
-        assert_eq!(raw.file_grown(12289), Err(OpenError::OddSize { size: 12289, sector_size: 4096 }));
-        assert_eq!(raw.file_grown(8191), Err(OpenError::Shrunk { size: 8191, before: 8192 }));
-        assert_eq!(raw.file_grown(u64::MAX), Err(OpenError::TooLarge { size: u64::MAX }));
-        assert_eq!((raw.size(), raw.zeros_from()), (8192, 8192), "errors change nothing");
-        assert_eq!(raw.file_grown(12288), Ok(12288));
-        assert_eq!((raw.size(), raw.zeros_from()), (12288, 12288));
+        assert_eq!(raw.file_grown(FILE, 8192), Ok(8192));
+        assert_eq!(raw.file_grown(FILE, 12289), Err(OpenError::OddSize { size: 12289, sector_size: 4096 }));
+        assert_eq!(raw.file_grown(FILE, 8191), Err(OpenError::Shrunk { size: 8191, before: 8192 }));
+        assert_eq!(raw.file_grown(FILE, u64::MAX), Err(OpenError::TooLarge { size: u64::MAX }));
+        assert_eq!((raw.size(), raw.zeros_from(FILE)), (Some(8192), 8192), "errors change nothing");
+        assert_eq!(raw.file_grown(FILE, 12288), Ok(12288));
+        assert_eq!((raw.size(), raw.zeros_from(FILE)), (Some(12288), 12288));
         let mut up = Raw::new(4097, 4096, OddSize::RoundUp).unwrap();
-        assert_eq!((up.file_grown(8193), up.zeros_from()), (Ok(12288), 8193));
+        assert_eq!((up.file_grown(FILE, 8193), up.zeros_from(FILE)), (Ok(12288), 8193));
         let mut down = Raw::new(4097, 4096, OddSize::RoundDown).unwrap();
-        assert_eq!((down.file_grown(8191), down.zeros_from()), (Ok(4096), 8191));
-        assert_eq!(down.file_grown(8190), Err(OpenError::Shrunk { size: 8190, before: 8191 }));
-        assert_eq!(down.file_grown(8192), Ok(8192));
+        assert_eq!((down.file_grown(FILE, 8191), down.zeros_from(FILE)), (Ok(4096), 8191));
+        assert_eq!(down.file_grown(FILE, 8190), Err(OpenError::Shrunk { size: 8190, before: 8191 }));
+        assert_eq!(down.file_grown(FILE, 8192), Ok(8192));
     }
 
     #[test]

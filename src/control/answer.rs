@@ -317,7 +317,7 @@ const DRIVER_VHD: u32 = 4;
 /// STATS, in blktap's words and order; what is ours comes last. A minor without an image has no disk.
 fn stats(disk: Option<&Disk>) -> serde_json::Value {
     let images = disk.into_iter().flat_map(Disk::hits).map(|(layer, hits)| {
-        let driver = layer.format.name();
+        let driver = layer.layer.name();
         let number = if driver == "vhd" { DRIVER_VHD } else { DRIVER_AIO };
         json!({
             "name": layer.path,

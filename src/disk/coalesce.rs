@@ -255,7 +255,7 @@ impl Disk {
         }
         let by = self.merges_by(by)?;
         let chain = Chain {
-            paths: self.stack.layers().iter().map(|layer| layer.path.clone()).collect(),
+            paths: self.stack.images().iter().map(|layer| layer.path.clone()).collect(),
             ids: self.file_ids.clone(),
             locks: Arc::clone(&self.locks),
             by: by.clone(),
@@ -401,7 +401,7 @@ impl Disk {
             self.pauses_for_itself = false;
             return;
         };
-        let paths: Vec<_> = self.stack.layers().iter().map(|layer| layer.path.clone()).collect();
+        let paths: Vec<_> = self.stack.images().iter().map(|layer| layer.path.clone()).collect();
         let (image, wake) = (coalescing.image.clone(), self.queue.engine().submit.event());
         let refused = |error: io::Error| Err(format!("cannot start a thread: {error}"));
         let by = coalescing.by.clone();

@@ -2,7 +2,7 @@
 
 use super::Disk;
 use crate::metrics::{DiskMetrics, LayerMetrics};
-use crate::stack::{Layer, OWN};
+use crate::stack::{OWN, Stack};
 use crate::stats::{Traffic, now};
 
 impl Disk {
@@ -12,9 +12,9 @@ impl Disk {
         let requests = || self.slots.iter().map(|(_, request)| request).filter(|request| request.frontend != OWN);
         let memory = self.memory();
         let engine = self.engine_report();
-        let layers = self.stack.layers().iter().zip(self.queue.traffic()).map(|(layer, traffic)| LayerMetrics {
+        let layers = self.stack.files().zip(self.queue.traffic()).map(|(layer, traffic)| LayerMetrics {
             path: layer.path.display().to_string(),
-            format: layer.format.name().to_owned(),
+            format: layer.layer.name().to_owned(),
             operations: traffic.report().filter(|op| op.latency.count() > 0).collect(),
         });
         DiskMetrics {
@@ -35,10 +35,10 @@ impl Disk {
         }
     }
 
-    /// Counts the transfers of the layers that there are now; those that were in `old`, whose counters the queue has, go on.
-    pub(super) fn count_layers(&mut self, old: &[Layer]) {
-        let traffic = self.stack.layers().iter().map(|layer| {
-            let before = old.iter().position(|old| old.path == layer.path);
+    /// Counts the transfers of the files that there are now; those that were in `old`, whose counters the queue has, go on.
+    pub(super) fn count_files(&mut self, old: Option<&Stack>) {
+        let traffic = self.stack.files().map(|layer| {
+            let before = old.and_then(|old| old.files().position(|old| old.path == layer.path));
             before.and_then(|at| self.queue.traffic().get(at)).map_or_else(Traffic::default, Traffic::clone)
         });
         self.queue.set_traffic(traffic.collect());

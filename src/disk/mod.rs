@@ -39,7 +39,7 @@ use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
-use crate::stack::{Hits, Layer, Stack, Started};
+use crate::stack::{Hits, HostLayer, Stack, Started};
 use crate::stats::{Stats, now};
 use crate::sys;
 use crate::sys::file::FileIdentity;
@@ -221,7 +221,7 @@ impl Disk {
             resizing: None,
             without_space: false,
         };
-        disk.count_layers(&[]);
+        disk.count_files(None);
         disk
     }
 
@@ -254,6 +254,8 @@ impl Disk {
     pub fn turn(&mut self) -> Turn {
         let now = now();
         self.queue.set_time(now);
+        self.stack.set_time(now);
+        self.stack.set_draining(self.state != State::Running);
         self.queue.plug();
         let mut worked = self.pull(now);
         worked |= self.start();
@@ -520,6 +522,7 @@ impl Disk {
             State::Draining
                 if self.slots.used() + self.slots.own_used() == 0 && self.file_jobs().next().is_none() =>
             {
+                self.stack.begin_closing();
                 if self.stack.move_metadata(&mut self.slots, &mut self.queue) {
                     return true;
                 }
@@ -625,6 +628,7 @@ impl Disk {
         frontends
             .chain(pulls.filter_map(|frontend| frontend.pull_deadline()))
             .chain(self.queue.deadline())
+            .chain(self.stack.deadline())
             .chain(self.held_until)
             .chain(self.lease_until.filter(|_| self.resuming.is_none() && self.recording.is_none()))
             .chain(self.switching.as_ref().and_then(Switching::deadline))
@@ -671,7 +675,7 @@ impl Disk {
     }
 
     /// The images, the one that is written first, and what each has moved since they were opened.
-    pub fn hits(&self) -> impl Iterator<Item = (&Layer, Hits)> {
+    pub fn hits(&self) -> impl Iterator<Item = (&HostLayer, Hits)> {
         self.stack.hits()
     }
 

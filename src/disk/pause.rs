@@ -353,13 +353,13 @@ impl Disk {
 
     /// Puts an image in the place of the one that was closed.
     pub(super) fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
-        let stack = Stack::new(image.layers, self.slots.count(), image.tickets).map_err(io_error)?;
+        let stack = Stack::new(image.layers, self.slots.count()).map_err(io_error)?;
         // The one that had nothing to do meanwhile.
         drop(self.exchange(image.submission));
         let grown = image.info.size != self.info.size;
         let old = std::mem::replace(&mut self.stack, stack);
         self.failed_flush_is_logged = false;
-        self.count_layers(old.layers());
+        self.count_files(Some(&old));
         (self.opener, self.locks, self.file_ids, self.info) = (image.opener, image.locks, image.file_ids, image.info);
         if config.memory.lock {
             memory::lock_aside(&self.log);

@@ -23,10 +23,11 @@ use crate::engine::{self, Engine, Opener};
 use crate::frontend::DiskInfo;
 use crate::job::Apart;
 use crate::queue::Submission;
-use crate::stack::Layer;
+use crate::stack::HostLayer;
 use crate::sys;
 use crate::sys::credentials::Guard;
 use crate::sys::file::{Backing, FileIdentity, file_id};
+use crate::sys::io::FileId;
 
 /// Why an image can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +128,7 @@ pub struct Image {
     /// What clients are told.
     pub info: DiskInfo,
     /// The formats and their files, the leaf first.
-    pub layers: Apart<Vec<Layer>>,
+    pub layers: Apart<Vec<HostLayer>>,
     /// The engine, and who submits to it.
     pub submission: Apart<Submission>,
     /// What opens another one; none for an image in memory, which is its engine.
@@ -136,8 +137,6 @@ pub struct Image {
     pub locks: Apart<Arc<[Lock]>>,
     /// What tells those files from all others ([`file_id`]).
     pub file_ids: Vec<FileIdentity>,
-    /// Writes under way at a time that take metadata.
-    pub tickets: usize,
 }
 
 impl Image {
@@ -154,7 +153,7 @@ impl Image {
             submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
         let raw = Raw::new(info.size, info.sector_size.into(), drivers::OddSize::Refuse)
             .map_err(|source| Error::Format { path: path.clone(), source })?;
-        let layers = vec![Layer { format: Box::new(raw), path, plain: None, cached: false, held: None }];
+        let layers = vec![HostLayer::new(Box::new(raw), &path, FileId(0), false)];
         Ok(Image {
             info,
             layers: layers.into(),
@@ -162,7 +161,6 @@ impl Image {
             opener: None,
             locks: Apart::from(Arc::from([])),
             file_ids: Vec::new(),
-            tickets: 0,
         })
     }
 
@@ -270,7 +268,7 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
     };
     let raw = Raw::new(geometry.size, sector_size.into(), odd)
         .map_err(|source| Error::Format { path: path.to_owned(), source })?;
-    let size = drivers::Format::size(&raw);
+    let size = drivers::Layer::size(&raw).unwrap_or(0);
     if size != geometry.size {
         warn!(log, "image size is no multiple of the sector and was rounded";
             "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
@@ -283,17 +281,16 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
         read_only: image.read_only,
         name: format!("aio:{}", path.display()),
     };
-    let layer = Layer { format: Box::new(raw), path: path.to_owned(), plain: None, cached: !direct, held: None };
-    Ok(Chain { info, layers: vec![layer], files, locks: vec![lock], tickets: 0 })
+    let layer = HostLayer::new(Box::new(raw), path, FileId(0), !direct);
+    Ok(Chain { info, layers: vec![layer], files, locks: vec![lock] })
 }
 
 /// The files of a disk, the leaf first, without an engine.
 struct Chain {
     info: DiskInfo,
-    layers: Vec<Layer>,
+    layers: Vec<HostLayer>,
     files: Vec<Backing>,
     locks: Vec<Lock>,
-    tickets: usize,
 }
 
 fn with_engine(
@@ -303,9 +300,9 @@ fn with_engine(
     event: Option<Arc<EventFd>>,
     log: &Logger,
 ) -> Result<Image, Error> {
-    let Chain { info, mut layers, files, locks, tickets } = chain;
+    let Chain { info, mut layers, files, locks } = chain;
     let locks: Arc<[Lock]> = locks.into();
-    let written = layers.iter_mut().filter(|layer| layer.plain.is_some());
+    let written = layers.iter_mut().filter(|layer| !layer.plain.is_empty());
     written.for_each(|layer| layer.held = Some(Arc::new(Arc::clone(&locks))));
     let path = &layers[0].path;
     let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
@@ -325,7 +322,6 @@ fn with_engine(
         opener: Some(opener.into()),
         locks: locks.into(),
         file_ids,
-        tickets,
     })
 }
 

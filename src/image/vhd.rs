@@ -6,7 +6,7 @@ use std::path::Path;
 
 use drivers::vhd::layout::batmap_pieces;
 use drivers::vhd::{Corrupt, Disk, FOOTER_SIZE, Fixed, IN_USE, Image, Parts, Problem, Settings};
-use drivers::{Format, OddSize, Raw};
+use drivers::{Layer, OddSize, Raw};
 use nix::errno::Errno;
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
@@ -17,8 +17,9 @@ use crate::chain::{self, Rules};
 use crate::config::{ChangedParent, Config, Durability};
 use crate::frontend::DiskInfo;
 use crate::memory;
-use crate::stack::Layer;
+use crate::stack::HostLayer;
 use crate::sys::file::{Backing, CHANGE, forget_cached, geometry, lock_changes, same_file, unlock_changes};
+use crate::sys::io::FileId;
 use crate::vhd::file::names_outside;
 
 /// Sectors of every VHD.
@@ -48,7 +49,7 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
         read_only: image.read_only,
         name: format!("vhd:{}", path.display()),
     };
-    let mut chain = Chain { info, layers: Vec::new(), files: Vec::new(), locks: Vec::new(), tickets };
+    let mut chain = Chain { info, layers: Vec::new(), files: Vec::new(), locks: Vec::new() };
     let mut leaf = Some(leaf);
     for found in layers {
         // Only the leaf is written.
@@ -57,7 +58,8 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
             None => (open(&found.path, true)?, 0),
         };
         found.is(&opened.file)?;
-        chain.layers.push(layer(config, found, &opened, tickets, depth, log)?);
+        let file = FileId(chain.files.len() as u16);
+        chain.layers.push(layer(config, found, &opened, file, tickets, depth, log)?);
         let Opened { file, direct, geometry, lock, .. } = opened;
         chain.files.push(Backing { file, direct, block_device: geometry.block_device });
         chain.locks.push(lock);
@@ -91,29 +93,37 @@ fn layer(
     config: &Config,
     found: chain::Layer,
     opened: &Opened,
+    file: FileId,
     tickets: usize,
     depth: usize,
     log: &Logger,
-) -> Result<Layer, Error> {
+) -> Result<HostLayer, Error> {
     let path = found.path;
     for problem in &found.problems {
         info!(log, "the image has a flaw, and can be used all the same"; "image" => %path.display(),
             "flaw" => %problem.what);
     }
-    let format: Box<dyn Format> = match &found.image {
+    let mut plain = None;
+    let layer: Box<dyn Layer> = match &found.image {
         None => {
             let raw = Raw::new(found.file_size, SECTOR.into(), OddSize::RoundUp);
             Box::new(raw.map_err(|source| Error::Format { path: path.clone(), source })?)
         }
         Some(image) => match Fixed::new(image) {
             Some(fixed) => {
-                let plain = (tickets > 0).then(|| plain_file(opened, &path)).transpose()?;
-                return Ok(Layer { format: Box::new(fixed), path, plain, cached: !opened.direct, held: None });
+                plain = (tickets > 0).then(|| plain_file(opened, &path)).transpose()?;
+                Box::new(fixed)
             }
-            None => return blocks(config, &path, image, &found.problems, opened, tickets, depth),
+            None => {
+                let disk;
+                (disk, plain) = blocks(config, &path, image, &found.problems, opened, tickets, depth)?;
+                Box::new(disk)
+            }
         },
     };
-    Ok(Layer { format, path, plain: None, cached: !opened.direct, held: None })
+    let mut host = HostLayer::new(layer, &path, file, !opened.direct);
+    host.plain.extend(plain);
+    Ok(host)
 }
 
 /// The same file once more, for what is written through the page cache.
@@ -135,7 +145,7 @@ fn blocks(
     opened: &Opened,
     tickets: usize,
     depth: usize,
-) -> Result<Layer, Error> {
+) -> Result<(Disk, Option<File>), Error> {
     if image.batmap.as_ref().is_some_and(|batmap| batmap.key_hash.is_some()) {
         let message =
             "it is encrypted, which is not supported: its data would be shown as it is, and not as it is meant";
@@ -184,7 +194,7 @@ fn blocks(
     if writable && image.footer_at == opened.geometry.size {
         disk.was_in_use();
     }
-    Ok(Layer { format: Box::new(disk), path: path.to_owned(), plain, cached: !opened.direct, held: None })
+    Ok((disk, plain))
 }
 
 /// From here on the copy of the footer counts, as long as the image is in use and if the host stops. What is behind the image in

@@ -10,7 +10,6 @@ mod report;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use drivers::Ticket;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +19,7 @@ use crate::engine::{self, Engine, Inline, Reap};
 use crate::job::Apart;
 use crate::request::{Op, RequestId, Slots};
 use crate::retry::{Failures, Retry, is_no_space};
+use crate::stack::PieceId;
 use crate::stats::{Traffic, now};
 use crate::submit::{Counters, SubmitThread, submit_all};
 use crate::sys::io::{FileId, Io, IoOp};
@@ -78,8 +78,8 @@ pub struct Transfer {
     pub owner: RequestId,
     /// From which byte of that request's payload.
     pub at: u64,
-    /// The format's, if its metadata follows.
-    pub ticket: Option<Ticket>,
+    /// Which piece of the request that is, if layers want to hear of its end.
+    pub piece: Option<PieceId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,6 +253,18 @@ impl Queue {
     /// Whether [`push`](Self::push) would take one.
     pub fn has_room(&self) -> bool {
         self.free != NONE
+    }
+
+    /// Whether it would take `count` of them.
+    pub fn has_room_for(&self, count: usize) -> bool {
+        let mut free = self.free;
+        for _ in 1..count {
+            if free == NONE {
+                return false;
+            }
+            free = self.tiocbs[free as usize].next;
+        }
+        free != NONE
     }
 
     /// Adds a tiocb to those that wait. False: there is no free one.

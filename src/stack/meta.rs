@@ -9,7 +9,7 @@ use super::{OWN, Stack};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, Slots};
 use crate::stats::now;
-use crate::sys::io::{FileId, IoOp};
+use crate::sys::io::IoOp;
 use crate::sys::memory::Memory;
 
 /// What O_DIRECT asks of memory at most.
@@ -47,6 +47,9 @@ impl Stack {
                 self.to_flush.push_front(id);
                 return true;
             }
+            if slots.get(id).pieces == 0 {
+                self.done.push_back(id);
+            }
         }
         if !std::mem::take(&mut self.meta_due) {
             return false;
@@ -60,7 +63,7 @@ impl Stack {
                     self.meta_due = self.metas.is_some();
                     return moved;
                 }
-                let Some(meta) = self.layers[layer].format.next_meta() else { break };
+                let Some(meta) = self.layers[layer].layer.next_meta() else { break };
                 self.begin(layer, meta, slots, queue);
                 moved = true;
             }
@@ -81,30 +84,35 @@ impl Stack {
             MetaOp::Read => (Op::Read, IoOp::Read),
             MetaOp::Write => (Op::Write { fua: false }, IoOp::Write { fua: false }),
             MetaOp::Extend => (Op::WriteZeroes { unmap: false }, IoOp::WriteZeroes { unmap: false }),
+            MetaOp::Discard => (Op::Discard, IoOp::Discard),
             MetaOp::Flush => (Op::Flush, IoOp::Flush),
         };
         if meta.op == MetaOp::Write {
             let bytes = &mut metas.copy[..len as usize];
-            self.layers[layer].format.fill(meta.id, bytes);
+            self.layers[layer].layer.meta_bytes(meta.id, bytes);
             metas.memory.write(offset, bytes);
         }
         (request.op, request.offset, request.len) = (op.0, meta.at, meta.len);
         (request.frontend, request.tag, request.born) = (OWN, meta.id.0, now());
         (request.planning, request.planned, request.pieces) = (false, meta.len, 1);
-        let file = FileId(layer as u16);
+        let file = self.layers[layer].file(meta.file);
         request.meta_seen = self.meta_written;
-        let transfer = Transfer { op: op.1, file, offset: meta.at, len: meta.len, owner: id, at: 0, ticket: None };
+        let transfer = Transfer { op: op.1, file, offset: meta.at, len: meta.len, owner: id, at: 0, piece: None };
         let pushed = queue.push(transfer);
         debug_assert!(pushed);
     }
 
     /// An I/O of a format's own has ended.
     pub(super) fn meta_finished(&mut self, transfer: &Transfer, result: Result<(), Errno>, slots: &mut Slots) {
-        match (transfer.op, result) {
-            (IoOp::Read | IoOp::Flush, _) => {}
-            _ => self.meta_written += 1,
+        let layer = self.layer_of(transfer.file);
+        match transfer.op {
+            IoOp::Read => {}
+            IoOp::Flush if layer == self.leaf && result.is_ok() => {
+                self.meta_durable = self.meta_durable.max(slots.get(transfer.owner).meta_seen);
+            }
+            IoOp::Flush => {}
+            _ => self.meta_written += u64::from(self.layers[layer].layer.flushes_metadata()),
         }
-        let layer = usize::from(transfer.file.0);
         let id = MetaId(slots.get(transfer.owner).tag);
         let metas = self.metas.as_mut().expect("an I/O of metadata has memory");
         let offset = slots.get(transfer.owner).payload.place();
@@ -113,7 +121,7 @@ impl Stack {
         let mut bytes = std::mem::take(&mut metas.copy);
         let read = if transfer.op == IoOp::Read { transfer.len as usize } else { 0 };
         metas.memory.read(offset, &mut bytes[..read]);
-        self.layers[layer].format.meta_done(id, result.is_ok().then_some(&bytes[..read]));
+        self.layers[layer].layer.meta_done(id, result.is_ok().then_some(&bytes[..read]));
         if let Some(metas) = &mut self.metas {
             metas.copy = bytes;
         }

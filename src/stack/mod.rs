@@ -1,30 +1,32 @@
-//! The chain of image layers: plans a request, one extent at a time, into transfers for the queue, and takes their
+//! The chain of layers: plans a request, one extent at a time, into transfers for the queue, and takes their
 //! ends back.
 //!
-//! A read of what a layer has not goes to the layer below. What takes more than its data has a ticket of its layer's format, and
-//! is done when that is [settled](drivers::Format::settled); what that takes, `meta.rs` moves.
+//! The walk asks one layer after the other, the first one first, until one says where the beginning of the extent is
+//! ([`drivers::layer`] has the contract). What layers want to hear the end of is a [piece](pieces), and is done when all of them have
+//! settled it. What metadata takes, `meta.rs` moves.
 
+mod layer;
 mod meta;
+mod pieces;
+#[cfg(test)]
+mod tests;
 
-use std::any::Any;
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::SystemTime;
 
-use drivers::{Extent, Fail, Format, LastWrite, OpenError, Plan, Ticket};
+use drivers::{Ask, Extent, Fail, LayerFile, OpenError, Origin, Plan, Through, Ticket};
 use nix::errno::Errno;
 
+use self::layer::Closing;
+pub use self::layer::{Held, HostLayer};
 use self::meta::MetaMemory;
+pub use self::pieces::PieceId;
+use self::pieces::{HOLDERS_MAX, Over, Pieces};
 use crate::blocking::Blocking;
 use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stats::now;
-use crate::sys::file::{CHANGE, forget_cached, lock_changes, unlock_changes};
 use crate::sys::io::{FileId, IoOp};
 
 /// I/Os of metadata at a time, at most.
@@ -32,80 +34,6 @@ pub const METAS: usize = 32;
 
 /// The frontend of the stack's own requests.
 pub const OWN: u16 = u16::MAX - 1;
-
-/// Something that lives at least as long as this.
-pub type Held = Arc<dyn Any + Send + Sync>;
-
-/// One image of the chain.
-pub struct Layer {
-    /// What says where data is.
-    pub format: Box<dyn Format>,
-    /// The file's name, for messages.
-    pub path: PathBuf,
-    /// The file, through the page cache, for what is written when nothing more is under way; none if nothing is.
-    pub plain: Option<File>,
-    /// The engine's file is read and written through the page cache.
-    pub cached: bool,
-    /// What is to be held until the image's end is written, its locks; none if nothing is written.
-    pub held: Option<Held>,
-}
-
-/// What is to be written so that others find an image whole.
-struct Closing {
-    file: File,
-    writes: Vec<LastWrite>,
-    /// Bytes that the file is to have; none: as it is.
-    size: Option<u64>,
-    /// Let go of when it is written.
-    _held: Option<Held>,
-}
-
-impl Closing {
-    /// Writes it. Blocks.
-    fn write(&self) -> io::Result<()> {
-        // Who has it for longer than a moment does not change what is kept: closing goes on.
-        let locked = lock_changes(&self.file, CHANGE).is_ok();
-        forget_cached(&self.file)?;
-        for LastWrite { at, bytes, keep } in &self.writes {
-            let mut bytes = bytes.clone();
-            if let Some(keep) = keep {
-                let mut now = vec![0; keep.len];
-                let read = self.file.read_at(&mut now, keep.at)?;
-                now.truncate(read);
-                (keep.put)(&now, &mut bytes);
-            }
-            self.file.write_all_at(&bytes, *at)?;
-        }
-        if locked {
-            unlock_changes(&self.file)?;
-        }
-        if let Some(size) = self.size {
-            self.file.set_len(size)?;
-        }
-        self.file.sync_all()
-    }
-}
-
-impl Layer {
-    /// What is still to be written of the image.
-    fn close(&mut self) -> Option<Closing> {
-        let file = self.plain.take()?;
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let mut writes = Vec::new();
-        let size = self.format.close(time, &mut |write| writes.push(write));
-        Some(Closing { file, writes, size, _held: self.held.take() })
-    }
-}
-
-impl Drop for Layer {
-    /// One that was opened and never served, or whose process ends by an error.
-    fn drop(&mut self) {
-        if let Some(closing) = self.close() {
-            // Opening it again mends what could not be written.
-            let _ = closing.write();
-        }
-    }
-}
 
 /// What a layer has moved for requests, in 512-byte sectors: read and written. Each layer counts what it served itself, with or
 /// without error, and the last one also what nobody has.
@@ -143,18 +71,33 @@ pub enum Started {
     Waits,
 }
 
-/// The layers of a disk, the leaf first. A layer's index is that of its file in the engine.
+/// The layers of a disk, the first one first: filters, the image that is written, and those that it is based on.
 pub struct Stack {
-    layers: Apart<Vec<Layer>>,
+    layers: Apart<Vec<HostLayer>>,
+    /// The layer that is written, and not a filter.
+    leaf: usize,
+    /// Of each file of the engine, whose it is.
+    files: Vec<(u16, LayerFile)>,
     /// Of each layer.
     hits: Vec<Hits>,
     /// The leaf's `zeros_from` when it was opened.
     zeros_at_open: u64,
     /// When the file was seen to have grown, ns of [`now`].
     grown_at: u64,
-    /// Whose ticket it is.
-    owners: Vec<Option<RequestId>>,
-    /// Formats may have metadata to move.
+    /// The time of this turn, ns of [`now`].
+    time: u64,
+    /// The disk only finishes what it has.
+    draining: bool,
+    /// Layers that hear where the walk went on: those of the walk that is under way.
+    passed: Vec<Passed>,
+    /// Transfers that one step of the walk can take.
+    transfers_most: usize,
+    /// Whether the file's own holes say where data is.
+    locates_by_file: bool,
+    pieces: Pieces,
+    /// When a layer wants to be asked again although nothing is done, ns of [`now`].
+    ask_again_at: Option<u64>,
+    /// Layers may have metadata to move.
     meta_due: bool,
     /// Something is done that a request may have waited for.
     progress: bool,
@@ -171,19 +114,41 @@ pub struct Stack {
     to_flush: VecDeque<RequestId>,
 }
 
+/// A layer that the walk has passed by, which wants to hear of that; and what is done there at the same time.
+#[derive(Clone, Copy)]
+struct Passed {
+    layer: u16,
+    both: Option<(LayerFile, u64)>,
+}
+
 impl Stack {
-    /// A stack of these layers, the leaf first. `requests` is how many there can be.
-    pub fn new(layers: Apart<Vec<Layer>>, requests: usize, tickets: usize) -> io::Result<Stack> {
-        let leaf = layers.first().expect("a disk has an image");
-        let zeros_at_open = leaf.format.zeros_from();
-        let longest = layers.iter().map(|layer| layer.format.meta_len()).max().unwrap_or(0);
+    /// A stack of these layers, the first one first. `requests` is how many there can be.
+    pub fn new(layers: Apart<Vec<HostLayer>>, requests: usize) -> io::Result<Stack> {
+        let is_image = |layer: &&HostLayer| layer.layer.size().is_some();
+        let leaf = layers.iter().position(|layer| is_image(&layer)).expect("a disk has an image");
+        let longest = layers.iter().map(|layer| layer.layer.meta_len()).max().unwrap_or(0);
         let metas = if longest > 0 { Some(MetaMemory::new(METAS, longest)?) } else { None };
+        let hearing = layers.iter().filter(|layer| layer.layer.descends()).count();
+        assert!(hearing < HOLDERS_MAX, "more filters than a piece can have");
+        let mut files = vec![(0, LayerFile(0)); layers.iter().map(|layer| layer.files.len()).sum()];
+        for (index, layer) in (0..).zip(layers.iter()) {
+            for (number, FileId(id)) in (0..).zip(&layer.files) {
+                files[usize::from(*id)] = (index, LayerFile(number));
+            }
+        }
         Ok(Stack {
+            leaf,
+            files,
             hits: vec![Hits::default(); layers.len()],
-            layers,
-            zeros_at_open,
+            zeros_at_open: layers[leaf].layer.zeros_from(LayerFile(0)),
             grown_at: 0,
-            owners: vec![None; tickets],
+            time: 0,
+            draining: false,
+            passed: Vec::with_capacity(hearing),
+            transfers_most: 1 + hearing,
+            locates_by_file: layers.iter().filter(is_image).count() == 1 && layers[leaf].layer.meta_len() == 0,
+            pieces: Pieces::new(layers.iter().map(|layer| layer.layer.tickets())),
+            ask_again_at: None,
             meta_due: true,
             progress: false,
             metas,
@@ -192,37 +157,65 @@ impl Stack {
             failed_flush: None,
             done: VecDeque::with_capacity(requests),
             to_flush: VecDeque::with_capacity(requests),
+            layers,
         })
     }
 
-    /// The layer that is written.
-    pub fn leaf(&self) -> &Layer {
-        &self.layers[0]
+    /// The image that is written.
+    pub fn leaf(&self) -> &HostLayer {
+        &self.layers[self.leaf]
     }
 
-    /// All of them, the leaf first.
-    pub fn layers(&self) -> &[Layer] {
-        &self.layers
+    /// The images, the one that is written first.
+    pub fn images(&self) -> &[HostLayer] {
+        &self.layers[self.leaf..]
     }
 
-    /// The layers and what each has moved, the leaf first.
-    pub fn hits(&self) -> impl Iterator<Item = (&Layer, Hits)> {
-        self.layers.iter().zip(self.hits.iter().copied())
+    /// The images and what each has moved, the leaf first.
+    pub fn hits(&self) -> impl Iterator<Item = (&HostLayer, Hits)> {
+        self.images().iter().zip(self.hits[self.leaf..].iter().copied())
     }
 
-    /// Of a file in the engine: its layer, 0 being the leaf, and its path.
-    pub fn place(&self, file: FileId) -> (u32, String) {
-        (file.0.into(), self.layers[usize::from(file.0)].path.display().to_string())
+    /// Whose each file of the engine is, in the order of their ids.
+    pub fn files(&self) -> impl Iterator<Item = &HostLayer> {
+        self.files.iter().map(|(layer, _)| &self.layers[usize::from(*layer)])
+    }
+
+    /// Of a file of the engine: its image, 0 being the leaf or a filter's, and its path.
+    pub fn place(&self, FileId(id): FileId) -> (u32, String) {
+        let (layer, _) = self.files[usize::from(id)];
+        let image = usize::from(layer).saturating_sub(self.leaf);
+        (image as u32, self.layers[usize::from(layer)].path.display().to_string())
+    }
+
+    fn layer_of(&self, FileId(id): FileId) -> usize {
+        usize::from(self.files[usize::from(id)].0)
+    }
+
+    /// What is asked from here on is asked at `time`, ns of [`now`].
+    pub fn set_time(&mut self, time: u64) {
+        self.time = time;
+    }
+
+    /// Whether the disk only finishes what it has.
+    pub fn set_draining(&mut self, draining: bool) {
+        if std::mem::replace(&mut self.draining, draining) != draining {
+            self.layers[..self.leaf].iter_mut().for_each(|filter| filter.layer.drain(draining));
+            self.progress = true;
+        }
     }
 
     /// The leaf's file has that size now, in bytes. Gives the disk's.
     pub fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
-        let leaf = &mut self.layers[0];
-        let before = leaf.format.zeros_from();
-        let size = leaf.format.file_grown(file_size)?;
-        if leaf.format.zeros_from() != before {
+        let (filters, images) = self.layers.split_at_mut(self.leaf);
+        let leaf = &mut images[0].layer;
+        let before = leaf.zeros_from(LayerFile(0));
+        let size = leaf.file_grown(LayerFile(0), file_size)?;
+        if leaf.zeros_from(LayerFile(0)) != before {
             self.grown_at = now();
         }
+        // The disk keeps its size then, and what is beyond is asked for by nobody.
+        filters.iter().try_for_each(|filter| filter.layer.check_size(size))?;
         Ok(size)
     }
 
@@ -236,101 +229,206 @@ impl Stack {
             Op::Barrier => (drivers::Op::Write, IoOp::Write { fua: true }),
             Op::Discard => (drivers::Op::Discard, IoOp::Discard),
             Op::WriteZeroes { unmap } => (drivers::Op::WriteZeroes, IoOp::WriteZeroes { unmap }),
-            Op::Status if self.metas.is_some() => return self.status(id, slots),
-            Op::Status => (drivers::Op::Read, IoOp::Status),
+            Op::Status if !self.locates_by_file => return self.status(id, slots),
+            Op::Status => (drivers::Op::Locate, IoOp::Status),
             Op::Flush => return if self.flush(id, slots, queue) { Started::Planned } else { Started::NoRoom },
         };
         slots.get_mut(id).metadata = matches!(op, IoOp::Write { fua: true });
+        let origin = origin(slots.get(id).frontend);
         loop {
-            let request = slots.get_mut(id);
+            let request = slots.get(id);
             if request.planned == request.len {
                 return Started::Planned;
             }
-            if !queue.has_room() {
+            if !queue.has_room_for(self.transfers_most) {
                 return Started::NoRoom;
             }
             let extent = Extent { offset: request.offset + request.planned, len: request.len - request.planned };
-            let (layer, plan) = self.plan(plan_as, extent);
-            match plan {
-                Plan::Data { at, count, ticket } => {
-                    let file = FileId(layer as u16);
-                    let request = slots.get_mut(id);
-                    let transfer =
-                        Transfer { op, file, offset: at, len: count, owner: id, at: request.planned, ticket };
-                    let pushed = queue.push(transfer);
-                    debug_assert!(pushed);
-                    request.pieces += 1;
-                    request.planned += count;
-                    if let Some(ticket) = ticket {
-                        self.owners[ticket.0 as usize] = Some(id);
-                        self.meta_due = true;
-                    }
-                }
-                Plan::Below { count } => {
-                    if op == IoOp::Read {
-                        request.payload.zero(request.planned, count);
-                    }
-                    request.planned += count;
-                    if let Some(last) = self.hits.last_mut() {
-                        last.count(op, count, true);
-                    }
-                }
-                Plan::Wait => {
-                    self.meta_due = true;
+            let mut ask = Ask { op: plan_as, extent, origin, now: self.time };
+            match self.walk(&mut ask) {
+                (_, Plan::Wait { until }) => {
+                    self.wait(until);
                     return Started::Waits;
                 }
-                Plan::Fail(why) => {
+                (_, Plan::Fail(why)) => {
+                    let request = slots.get_mut(id);
                     request.error.get_or_insert(errno(why));
                     request.planned = request.len;
+                }
+                (layer, plan) => self.go(id, op, &ask, layer, plan, slots, queue),
+            }
+        }
+    }
+
+    fn wait(&mut self, until: Option<u64>) {
+        self.meta_due = true;
+        self.ask_again_at = self.ask_again_at.into_iter().chain(until).min();
+    }
+
+    /// Where the beginning of an extent is, and in which layer; the extent is cut to that. Which layers it passed is in `passed`.
+    fn walk(&mut self, ask: &mut Ask) -> (usize, Plan) {
+        self.passed.clear();
+        let mut waits = None;
+        for index in 0..self.layers.len() {
+            let layer = &mut self.layers[index].layer;
+            if index > self.leaf {
+                if !matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) {
+                    // Nothing but the leaf is written.
+                    debug_assert!(false, "{} sends {:?} below itself", self.layers[self.leaf].layer.name(), ask.op);
+                    return (self.leaf, Plan::Fail(Fail::Io));
+                }
+                // A disk may be larger than what it was made of.
+                let size = layer.size().unwrap_or(u64::MAX);
+                if ask.extent.offset >= size {
+                    break;
+                }
+                ask.extent.len = ask.extent.len.min(size - ask.extent.offset);
+            }
+            let plan = layer.plan(ask);
+            let both = match plan {
+                Plan::Below { .. } => None,
+                Plan::Both { file, at, .. } => Some((file, at)),
+                // What those below have to read for it is read meanwhile.
+                Plan::Wait { until: None } if ask.op == drivers::Op::Read || ask.op == drivers::Op::Locate => {
+                    waits = waits.or(Some(index));
+                    ask.op = drivers::Op::Locate;
+                    continue;
+                }
+                plan if waits.is_none() => return (index, plan),
+                _ => break,
+            };
+            if let Plan::Below { count } | Plan::Both { count, .. } = plan {
+                ask.extent.len = count;
+            }
+            if waits.is_none() && layer.descends() {
+                self.passed.push(Passed { layer: index as u16, both });
+            }
+        }
+        match waits {
+            Some(index) => (index, Plan::Wait { until: None }),
+            None => (self.layers.len() - 1, Plan::Zeros { count: ask.extent.len, ticket: None }),
+        }
+    }
+
+    /// Begins what a plan of the walk says, of layer `layer`.
+    #[allow(clippy::too_many_arguments)]
+    fn go(
+        &mut self,
+        id: RequestId,
+        op: IoOp,
+        ask: &Ask,
+        layer: usize,
+        plan: Plan,
+        slots: &mut Slots,
+        queue: &mut Queue,
+    ) {
+        let (data, count, ticket) = match plan {
+            Plan::Data { file, at, count, ticket } => (Some((file, at)), count, ticket),
+            Plan::Zeros { count, ticket } => (None, count, ticket),
+            _ => unreachable!("the walk ends with none of these"),
+        };
+        let at = slots.get(id).planned;
+        let mut holders = [(0, Ticket(0)); HOLDERS_MAX];
+        let mut held = 0;
+        if !self.passed.is_empty() && ask.op != drivers::Op::Locate {
+            held = self.descend(
+                id,
+                op,
+                at,
+                Ask { extent: Extent { len: count, ..ask.extent }, ..*ask },
+                &mut holders,
+                slots,
+                queue,
+            );
+        }
+        if let Some(ticket) = ticket {
+            holders[held] = (layer as u16, ticket);
+            held += 1;
+        }
+        let piece = self.pieces.add(id, op == IoOp::Flush, &holders[..held]);
+        self.meta_due |= piece.is_some();
+        let request = slots.get_mut(id);
+        request.planned += count;
+        match data {
+            Some((file, offset)) => {
+                request.pieces += 1;
+                let file = self.layers[layer].file(file);
+                let pushed = queue.push(Transfer { op, file, offset, len: count, owner: id, at, piece });
+                debug_assert!(pushed);
+            }
+            None => {
+                if op == IoOp::Read {
+                    request.payload.zero(at, count);
+                    self.hits[layer].count(op, count, true);
+                }
+                if let Some(piece) = piece {
+                    request.pieces += 1;
+                    self.unwind(piece, true, slots);
                 }
             }
         }
     }
 
-    /// Where the beginning of an extent is, and in which layer.
-    fn plan(&mut self, op: drivers::Op, mut extent: Extent) -> (usize, Plan) {
-        if op != drivers::Op::Read {
-            return (0, self.layers[0].format.plan(op, extent));
-        }
-        let mut waits = None;
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            // A disk may be larger than what it was made of.
-            let size = layer.format.size();
-            if extent.offset >= size {
-                break;
+    /// Tells the layers that the walk has passed where it went on, and begins what they do themselves. Gives how many of them hold on to the
+    /// piece, which are the first of `holders`.
+    #[allow(clippy::too_many_arguments)]
+    fn descend(
+        &mut self,
+        id: RequestId,
+        op: IoOp,
+        at: u64,
+        ask: Ask,
+        holders: &mut [(u16, Ticket); HOLDERS_MAX],
+        slots: &mut Slots,
+        queue: &mut Queue,
+    ) -> usize {
+        let mut held = 0;
+        for index in 0..self.passed.len() {
+            let Passed { layer, both } = self.passed[index];
+            let host = &mut self.layers[usize::from(layer)];
+            let descent = host.layer.descend(&ask);
+            self.meta_due |= host.layer.meta_len() > 0;
+            if let Some((file, offset)) = both {
+                let file = host.file(file);
+                // Whoever does it here hears of it alone.
+                let holder = descent.here.map(|ticket| (layer, ticket));
+                let piece = self.pieces.add(id, op == IoOp::Flush, holder.as_slice());
+                slots.get_mut(id).pieces += 1;
+                let len = ask.extent.len;
+                let pushed = queue.push(Transfer { op, file, offset, len, owner: id, at, piece });
+                debug_assert!(pushed);
             }
-            extent.len = extent.len.min(size - extent.offset);
-            match layer.format.plan(op, extent) {
-                Plan::Below { count } => extent.len = count,
-                // What those below have to read is read meanwhile.
-                Plan::Wait => waits = waits.or(Some(index)),
-                plan if waits.is_none() => return (index, plan),
-                _ => break,
+            if let Some(ticket) = descent.below {
+                holders[held] = (layer, ticket);
+                held += 1;
             }
         }
-        waits.map_or((0, Plan::Below { count: extent.len }), |index| (index, Plan::Wait))
+        held
     }
 
     /// Says which parts of a range have data. It ends where that is not known without waiting, if something is known.
     fn status(&mut self, id: RequestId, slots: &mut Slots) -> Started {
-        let (offset, len) = (slots.get(id).offset, slots.get(id).len);
+        let (offset, len, origin) = (slots.get(id).offset, slots.get(id).len, origin(slots.get(id).frontend));
         let words = slots.get(id).payload.len() / 8;
         let (mut at, mut word, mut data, mut run) = (0, 0, true, 0_u64);
         let put = |slots: &Slots, word: u64, run: u64| slots.get(id).payload.put(word * 8, &run.to_ne_bytes());
         while at < len && word < words {
-            let (here, count) = match self.plan(drivers::Op::Read, Extent { offset: offset + at, len: len - at }) {
-                (_, Plan::Data { count, .. }) => (true, count),
-                (_, Plan::Below { count }) => (false, count),
-                (_, Plan::Wait) if at > 0 => break,
-                (_, Plan::Wait) => {
-                    self.meta_due = true;
-                    return Started::Waits;
-                }
-                (_, Plan::Fail(why)) => {
-                    slots.get_mut(id).error = Some(errno(why));
-                    return Started::Planned;
-                }
-            };
+            let extent = Extent { offset: offset + at, len: len - at };
+            let (here, count) =
+                match self.walk(&mut Ask { op: drivers::Op::Locate, extent, origin, now: self.time }).1 {
+                    Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
+                    Plan::Zeros { count, .. } => (false, count),
+                    Plan::Wait { .. } if at > 0 => break,
+                    Plan::Wait { until } => {
+                        self.wait(until);
+                        return Started::Waits;
+                    }
+                    Plan::Fail(why) => {
+                        slots.get_mut(id).error = Some(errno(why));
+                        return Started::Planned;
+                    }
+                    Plan::Below { .. } | Plan::Both { .. } => unreachable!("the walk ends with none of these"),
+                };
             if here != data {
                 put(slots, word, run);
                 (word, data, run) = (word + 1, here, 0);
@@ -348,47 +446,58 @@ impl Stack {
 
     /// Makes what is written durable, on behalf of a request. True: the queue had room.
     pub fn flush(&mut self, id: RequestId, slots: &mut Slots, queue: &mut Queue) -> bool {
-        let (op, file) = (IoOp::Flush, FileId(0));
-        let room = queue.push(Transfer { op, file, offset: 0, len: 0, owner: id, at: 0, ticket: None });
-        if room {
-            let request = slots.get_mut(id);
-            request.pieces += 1;
-            request.meta_seen = self.meta_written;
+        if !queue.has_room_for(self.transfers_most) {
+            return false;
         }
-        room
+        let request = slots.get_mut(id);
+        request.meta_seen = self.meta_written;
+        let (planned, origin) = (request.planned, origin(request.frontend));
+        let mut ask = Ask { op: drivers::Op::Flush, extent: Extent { offset: 0, len: 0 }, origin, now: self.time };
+        match self.walk(&mut ask) {
+            (_, Plan::Wait { until }) => {
+                self.wait(until);
+                return false;
+            }
+            (_, Plan::Fail(why)) => drop(slots.get_mut(id).error.get_or_insert(errno(why))),
+            (layer, plan) => self.go(id, IoOp::Flush, &ask, layer, plan, slots, queue),
+        }
+        debug_assert_eq!(slots.get(id).planned, planned);
+        true
     }
 
-    /// A transfer has ended. Gives its error, if it is the request's first one for what the caller logs. Requests that are done by
+    /// A transfer has ended. Gives its error, for what the caller logs. Requests that are done by
     /// it are told by [`next_done`](Self::next_done).
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
         let mut result = self.whole(transfer, result, slots);
         if transfer.op == IoOp::Flush {
-            // One that was called off says nothing.
-            if let Some(errno) = result.err().filter(|errno| *errno != Errno::ECANCELED) {
-                self.failed_flush.get_or_insert(errno);
+            if transfer.piece.is_none() {
+                self.note_failed_flush(result.err());
             }
             result = self.failed_flush.map_or(result, Err);
         }
         let error = result.err();
-        if transfer.op == IoOp::Flush && transfer.file == FileId(0) && error.is_none() {
-            self.meta_durable = self.meta_durable.max(slots.get(transfer.owner).meta_seen);
-        }
         if slots.get(transfer.owner).frontend == OWN {
             self.meta_finished(transfer, result, slots);
             return error;
         }
-        self.hits[usize::from(transfer.file.0)].count(transfer.op, transfer.len, error.is_none());
-        if let Some(errno) = error {
-            slots.get_mut(transfer.owner).error.get_or_insert(errno);
-        }
-        match transfer.ticket {
-            Some(ticket) => {
-                self.layers[usize::from(transfer.file.0)].format.written(ticket, error.is_none());
-                self.settle(usize::from(transfer.file.0), slots);
+        let layer = self.layer_of(transfer.file);
+        self.hits[layer].count(transfer.op, transfer.len, error.is_none());
+        match transfer.piece {
+            Some(piece) => {
+                if let Some(errno) = error {
+                    self.pieces.fail(piece, errno);
+                }
+                self.unwind(piece, error.is_none(), slots);
             }
-            None => self.piece_done(transfer.owner, slots),
+            None => self
+                .part_done(&Over { owner: transfer.owner, errno: error, flush: transfer.op == IoOp::Flush }, slots),
         }
         error
+    }
+
+    fn note_failed_flush(&mut self, errno: Option<Errno>) {
+        // One that was called off says nothing.
+        self.failed_flush = self.failed_flush.or(errno.filter(|errno| *errno != Errno::ECANCELED));
     }
 
     /// The result of a transfer, where a read that met the end of the file is whole if nothing is lost by that.
@@ -400,9 +509,9 @@ impl Stack {
         // The file ends here. That is in order only where it ended when it was looked at last; or, for a read
         // that was under way when it grew, earlier.
         let request = slots.get(transfer.owner);
-        let format = &self.layers[usize::from(transfer.file.0)].format;
-        let before = transfer.file.0 == 0 && request.born <= self.grown_at;
-        let zeros = if before { self.zeros_at_open } else { format.zeros_from() };
+        let (layer, file) = self.files[usize::from(transfer.file.0)];
+        let before = usize::from(layer) == self.leaf && file == LayerFile(0) && request.born <= self.grown_at;
+        let zeros = if before { self.zeros_at_open } else { self.layers[usize::from(layer)].layer.zeros_from(file) };
         if transfer.offset + done < zeros {
             return Err(Errno::EIO);
         }
@@ -410,27 +519,49 @@ impl Stack {
         Ok(())
     }
 
-    /// Takes what a layer's format has settled.
-    fn settle(&mut self, layer: usize, slots: &mut Slots) {
-        (self.meta_due, self.progress) = (true, true);
-        while let Some(settled) = self.layers[layer].format.settled() {
-            let Ticket(index) = settled.ticket;
-            let Some(owner) = self.owners[index as usize].take() else { continue };
-            if !settled.done {
-                // What failed is in the log.
-                slots.get_mut(owner).error.get_or_insert(Errno::EIO);
+    /// What a piece is about has ended, or a layer has settled its ticket: the next layer hears of it.
+    fn unwind(&mut self, piece: PieceId, done: bool, slots: &mut Slots) {
+        match self.pieces.next_holder(piece) {
+            Some((layer, ticket)) => {
+                self.layers[layer].layer.ended(ticket, done);
+                self.settle(layer, slots);
             }
-            self.piece_done(owner, slots);
+            None => {
+                let over = self.pieces.over(piece, done);
+                if over.flush {
+                    self.note_failed_flush(over.errno);
+                }
+                self.part_done(&over, slots);
+            }
         }
     }
 
-    fn piece_done(&mut self, id: RequestId, slots: &mut Slots) {
-        let request = slots.get_mut(id);
+    /// Takes what a layer has settled.
+    fn settle(&mut self, layer: usize, slots: &mut Slots) {
+        (self.meta_due, self.progress) = (true, true);
+        while let Some(settled) = self.layers[layer].layer.settled() {
+            if let Some(piece) = self.pieces.of(layer, settled.ticket) {
+                self.unwind(piece, settled.done, slots);
+            }
+        }
+    }
+
+    /// A transfer of a request, or a piece, is over.
+    fn part_done(&mut self, over: &Over, slots: &mut Slots) {
+        let request = slots.get_mut(over.owner);
+        if let Some(errno) = over.errno {
+            request.error.get_or_insert(errno);
+        }
         request.pieces -= 1;
-        if request.pieces > 0 || request.planning {
+        if request.pieces > 0 {
             return;
         }
-        self.all_done(id, slots);
+        if over.flush && request.error.is_none() {
+            self.meta_durable = self.meta_durable.max(request.meta_seen);
+        }
+        if !request.planning {
+            self.all_done(over.owner, slots);
+        }
     }
 
     /// All of a request is planned and done: it is finished, or the metadata that says where its data is, which may be that of an
@@ -450,8 +581,8 @@ impl Stack {
     /// A write that was to be durable has failed. Through the page cache it is a write and a flush, and gets the error of what others wrote.
     pub fn note_failed_fua(&mut self, file: FileId, errno: Errno) {
         // What there is no space or no memory for was not given to the kernel.
-        if errno == Errno::EIO && self.layers[usize::from(file.0)].cached {
-            self.failed_flush.get_or_insert(errno);
+        if errno == Errno::EIO && self.layers[self.layer_of(file)].cached {
+            self.note_failed_flush(Some(errno));
         }
     }
 
@@ -460,35 +591,48 @@ impl Stack {
         self.failed_flush
     }
 
-    /// Whether something is done since it was last asked that a request may have waited for.
+    /// Whether something is done since it was last asked that a request may have waited for, or the time has come that one waits for.
     pub fn progress(&mut self) -> bool {
-        std::mem::take(&mut self.progress)
+        let due = self.ask_again_at.take_if(|at| *at <= self.time).is_some();
+        std::mem::take(&mut self.progress) | due
+    }
+
+    /// When there is [progress](Self::progress) although nothing is done, ns of [`now`].
+    pub fn deadline(&self) -> Option<u64> {
+        self.ask_again_at
+    }
+
+    /// Nothing is under way, and no request will be started: what the layers still have to write as metadata is moved from here on.
+    pub fn begin_closing(&mut self) {
+        self.layers.iter_mut().for_each(|layer| layer.layer.closing());
+        self.meta_due = true;
     }
 
     /// Nothing is under way, and nothing more will come: gives what leaves the images so that others find them whole, and blocks. None:
     /// they are.
     pub fn close(&mut self) -> Option<impl FnOnce(&Blocking) -> io::Result<()> + Send + use<>> {
-        let closing: Vec<_> = self.layers.iter_mut().filter_map(Layer::close).collect();
-        (!closing.is_empty()).then_some(move |_: &Blocking| closing.iter().try_for_each(Closing::write))
+        let closing: Vec<_> = self.layers.iter_mut().filter_map(HostLayer::close).collect();
+        (!closing.is_empty()).then_some(move |_: &Blocking| closing.iter().try_for_each(Closing::carry_out))
     }
 
-    /// Counters of the layers that have some, the leaf first.
+    /// Counters of the layers that have some, the first one first.
     pub fn inspect(&self) -> Vec<LayerReport> {
+        let size = self.leaf().layer.size().unwrap_or(0);
         let layers = self.layers.iter().map(|layer| {
             let mut counters = std::collections::BTreeMap::new();
-            layer.format.inspect(&mut |name, value| {
+            layer.layer.inspect(&mut |name, value| {
                 counters.insert(name.to_owned(), value);
             });
-            let (path, format) = (layer.path.display().to_string(), layer.format.name().to_owned());
-            LayerReport { path, format, size: layer.format.size(), counters }
+            let (path, format) = (layer.path.display().to_string(), layer.layer.name().to_owned());
+            LayerReport { path, format, size: layer.layer.size().unwrap_or(size), counters }
         });
         layers.collect()
     }
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        let formats: usize = self.layers.iter().map(|layer| layer.format.bytes()).sum();
-        formats + self.metas.as_ref().map_or(0, MetaMemory::bytes)
+        let layers: usize = self.layers.iter().map(|layer| layer.layer.bytes()).sum();
+        layers + self.pieces.bytes() + self.metas.as_ref().map_or(0, MetaMemory::bytes)
     }
 }
 
@@ -505,113 +649,17 @@ pub struct LayerReport {
     pub counters: std::collections::BTreeMap<String, u64>,
 }
 
+/// Whose a request is.
+fn origin(frontend: u16) -> Origin {
+    match frontend {
+        u16::MAX => Origin::Disk,
+        frontend => Origin::Frontend(frontend),
+    }
+}
+
 fn errno(why: Fail) -> Errno {
     match why {
         Fail::NoSpace => Errno::ENOSPC,
         Fail::Io => Errno::EIO,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use super::*;
-    use crate::queue::{Limits, SubmitMode};
-    use crate::retry::Retry;
-    use crate::sys::memory::Memory;
-
-    /// Every other 4096 bytes are nowhere; the others are at half their offset.
-    struct Sparse;
-
-    impl Format for Sparse {
-        fn name(&self) -> &'static str {
-            "sparse"
-        }
-        fn size(&self) -> u64 {
-            1 << 20
-        }
-        fn plan(&mut self, _: drivers::Op, extent: Extent) -> Plan {
-            let count = extent.len.min(4096 - extent.offset % 4096);
-            let at = extent.offset / 8192 * 4096 + extent.offset % 4096;
-            if (extent.offset / 4096).is_multiple_of(2) {
-                Plan::Data { at, count, ticket: None }
-            } else {
-                Plan::Below { count }
-            }
-        }
-        fn zeros_from(&self) -> u64 {
-            1 << 19
-        }
-    }
-
-    #[test]
-    fn a_request_is_planned_extent_by_extent_as_far_as_there_is_room() {
-        let engine = crate::engine::memory::null(4).unwrap();
-        let limits = Limits { tiocbs: 2, iovecs: 4, merge_bytes: 0, retry: Retry::default() };
-        let blocking = Blocking::before_main_loop();
-        let submission = crate::queue::Submission::start(&blocking, engine, SubmitMode::Inline).unwrap();
-        let mut queue = Queue::new(submission.into(), SubmitMode::Inline, limits);
-        let mut stack = Stack::new(
-            vec![Layer { format: Box::new(Sparse), path: "x".into(), plain: None, cached: false, held: None }].into(),
-            1,
-            0,
-        )
-        .unwrap();
-        let mut slots = Slots::new(1, 1, 0);
-        let memory = Arc::new(Memory::anonymous(32768).unwrap());
-        memory.write(0, &[0x77; 32768]);
-        let request = slots.vacant().unwrap();
-        (request.op, request.offset, request.len) = (Op::Read, 2048, 24576);
-        request.payload.set_memory(&memory);
-        request.payload.push(0, 24576);
-        let id = slots.take().unwrap();
-        assert_eq!(stack.start(id, &mut slots, &mut queue), Started::NoRoom, "a third transfer has no room");
-        let mut finished = Vec::new();
-        for _ in 0..3 {
-            queue.kick(&slots);
-            queue.reap();
-            while let Some((transfer, result)) = queue.next_finished() {
-                assert_eq!(stack.finish(&transfer, result, &mut slots), None);
-                finished.push((transfer.offset, transfer.at, transfer.len));
-            }
-            stack.start(id, &mut slots, &mut queue);
-        }
-        let request = slots.get(id);
-        assert_eq!((request.planned, request.pieces), (24576, 0));
-        assert_eq!(finished, [(2048, 0, 2048), (4096, 6144, 4096), (8192, 14336, 4096), (12288, 22528, 2048)]);
-        let mut data = vec![0; 24576];
-        memory.read(0, &mut data);
-        let zeros = |range: std::ops::Range<usize>| data[range].iter().all(|byte| *byte == 0);
-        assert!(zeros(2048..6144) && zeros(10240..14336) && zeros(18432..22528), "what is nowhere is zeros");
-        assert!(data[6144..10240].iter().all(|byte| *byte == 0x77), "the rest is the engine's affair");
-    }
-
-    #[test]
-    fn a_read_that_met_the_end_of_the_file_just_before_it_grew_has_lost_nothing() {
-        let raw = drivers::Raw::new(4097, 512, drivers::OddSize::RoundUp).unwrap();
-        let mut stack = Stack::new(
-            vec![Layer { format: Box::new(raw), path: "x".into(), plain: None, cached: false, held: None }].into(),
-            2,
-            0,
-        )
-        .unwrap();
-        let mut slots = Slots::new(2, 1, 0);
-        let mut read = |born| {
-            let request = slots.vacant().unwrap();
-            (request.op, request.offset, request.len, request.pieces) = (Op::Read, 4096, 512, 1);
-            request.born = born;
-            slots.take().unwrap()
-        };
-        let (before, after) = (read(now()), read(u64::MAX));
-        assert_eq!(stack.file_grown(4097), Ok(4608));
-        assert_eq!(stack.grown_at, 0, "it has not grown");
-        assert_eq!(stack.file_grown(8192), Ok(8192));
-        let mut finish = |owner| {
-            let transfer =
-                Transfer { op: IoOp::Read, file: FileId(0), offset: 4096, len: 512, owner, at: 0, ticket: None };
-            stack.finish(&transfer, Ok(1), &mut slots)
-        };
-        assert_eq!((finish(before), finish(after)), (None, Some(Errno::EIO)));
     }
 }

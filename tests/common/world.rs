@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // the tests use a part, and fuzzing the other
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use slog::{Discard, Logger, o};
@@ -15,7 +16,8 @@ use tapdisk::frontend::{DiskInfo, Frontend, Intake};
 use tapdisk::queue::{Queue, Submission, SubmitMode};
 use tapdisk::request::{Request, Slots};
 use tapdisk::retry::Retry;
-use tapdisk::stack::{Layer, Stack};
+use tapdisk::stack::{HostLayer, Stack};
+use tapdisk::sys::io::FileId;
 use tapdisk::sys::memory::{Memory, PAGE_SIZE};
 
 /// Bytes of the disk.
@@ -109,7 +111,7 @@ pub fn info(sector_size: u32, read_only: bool) -> DiskInfo {
 pub fn disk(frontend: Box<dyn Frontend>, info: DiskInfo, engine: Engine) -> Disk {
     let sector_size = info.sector_size;
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
-    let layer = Layer { format: Box::new(raw), path: "image".into(), plain: None, cached: false, held: None };
+    let layer = HostLayer::new(Box::new(raw), Path::new("image"), FileId(0), false);
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let submission = Submission::start(&Blocking::before_main_loop(), engine, SubmitMode::Auto).unwrap();
     let queue_of_disk = Queue::new(submission.into(), SubmitMode::Auto, limits);
@@ -119,7 +121,7 @@ pub fn disk(frontend: Box<dyn Frontend>, info: DiskInfo, engine: Engine) -> Disk
         info,
         frontends: vec![frontend],
         slots,
-        stack: Stack::new(vec![layer].into(), 16, 0).unwrap(),
+        stack: Stack::new(vec![layer].into(), 16).unwrap(),
         queue: queue_of_disk,
         locks: Arc::<[_]>::from([]).into(),
         file_ids: Vec::new(),

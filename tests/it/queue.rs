@@ -43,7 +43,7 @@ impl Bench {
         request.payload.set_memory(&self.memory);
         request.payload.push(used * 4096, len as u32);
         let owner = self.slots.take().unwrap();
-        assert!(self.queue.push(Transfer { op, file: FileId(file), offset, len, owner, at: 0, ticket: None }));
+        assert!(self.queue.push(Transfer { op, file: FileId(file), offset, len, owner, at: 0, piece: None }));
         owner
     }
 

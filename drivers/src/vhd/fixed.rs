@@ -1,7 +1,7 @@
 //! A fixed image in use: byte n of the disk is byte n of the file, and the footer is behind the last.
 
 use super::{Footer, Image, Kind};
-use crate::{Extent, Format, LastWrite, Op, Plan, SECTOR_SIZE};
+use crate::{Ask, LastStep, Layer, LayerFile, Plan, SECTOR_SIZE};
 
 /// A fixed image in use.
 #[derive(Debug)]
@@ -21,32 +21,27 @@ impl Fixed {
     }
 }
 
-impl Format for Fixed {
+impl Layer for Fixed {
     fn name(&self) -> &'static str {
         "vhd"
     }
 
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> Option<u64> {
+        Some(self.size)
     }
 
-    fn plan(&mut self, op: Op, extent: Extent) -> Plan {
-        self.written |= op != Op::Read;
-        Plan::Data { at: extent.offset, count: extent.len, ticket: None }
+    fn plan(&mut self, ask: &Ask) -> Plan {
+        self.written |= ask.op.writes();
+        Plan::Data { file: LayerFile(0), at: ask.extent.offset, count: ask.extent.len, ticket: None }
     }
 
-    fn zeros_from(&self) -> u64 {
-        u64::MAX
-    }
-
-    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(LastWrite)) -> Option<u64> {
+    fn close(&mut self, unix_seconds: u64, step: &mut dyn FnMut(LastStep)) {
         // Its children are to see that it has changed. There is no copy of the footer: it is written only where a crash leaves all of
         // it, in one sector.
         if self.written && self.footer_at.is_multiple_of(SECTOR_SIZE) {
             self.footer.set_time(unix_seconds);
             self.footer.seal();
-            write(self.footer.last_write(self.footer_at, self.footer_at));
+            step(self.footer.last_write(self.footer_at, self.footer_at));
         }
-        None
     }
 }

@@ -5,7 +5,7 @@ use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Corrupt, Uuid, checksum};
-use crate::{Keep, LastWrite};
+use crate::{Keep, LastStep, LayerFile};
 
 /// Bytes of a footer.
 pub const FOOTER_SIZE: usize = 512;
@@ -230,9 +230,9 @@ impl Footer {
     }
 
     /// How it's written when an image is closed: with the hidden mark that the footer at byte `now_at` has then.
-    pub(super) fn last_write(&self, at: u64, now_at: u64) -> LastWrite {
+    pub(super) fn last_write(&self, at: u64, now_at: u64) -> LastStep {
         let keep = Keep { at: now_at, len: FOOTER_SIZE, put: keep_hidden };
-        LastWrite { at, bytes: self.as_bytes().to_vec(), keep: Some(keep) }
+        LastStep::Write { file: LayerFile(0), at, bytes: self.as_bytes().to_vec(), keep: Some(keep) }
     }
 
     /// Which kind of image it is.

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use crate::common::{Where, empty};
 use drivers::vhd::{Batmap, Disk, FOOTER_SIZE, Image, Kind, Settings, Source};
-use drivers::{Durability, Extent, Format, Meta, MetaOp, Op, Plan, Ticket};
+use drivers::{Ask, Durability, Extent, LastStep, Layer, Meta, MetaOp, Op, Plan, Ticket};
 use fastrand::Rng;
 
 const BLOCKS: u32 = 24;
@@ -45,7 +45,7 @@ enum Under {
 }
 
 /// An image in use, whose I/Os are done in any order.
-struct Layer {
+struct OpenImage {
     file: File,
     on: Where,
     disk: Disk,
@@ -54,8 +54,8 @@ struct Layer {
     tickets: HashSet<Ticket>,
 }
 
-impl Layer {
-    fn new(kind: Kind, rng: &mut Rng) -> Layer {
+impl OpenImage {
+    fn new(kind: Kind, rng: &mut Rng) -> OpenImage {
         let mut bytes = empty(kind, BLOCKS, BLOCK_SIZE);
         let last = bytes[..FOOTER_SIZE].to_vec();
         if rng.bool() {
@@ -68,11 +68,11 @@ impl Layer {
             bytes.resize((SIZE + u64::from(BLOCKS + 2) * 4096) as usize, OLD);
         }
         bytes.extend(last);
-        Layer::open(File(bytes), on, rng)
+        OpenImage::open(File(bytes), on, rng)
     }
 
     /// Opens it as whoever writes it does.
-    fn open(mut file: File, on: Where, rng: &mut Rng) -> Layer {
+    fn open(mut file: File, on: Where, rng: &mut Rng) -> OpenImage {
         let mut problems = Vec::new();
         let image = Image::read(&file, &mut problems).unwrap();
         assert_eq!(problems, [], "it was closed");
@@ -94,22 +94,23 @@ impl Layer {
             footer_at: (on == Where::Device).then_some(image.footer_at),
         };
         let disk = Disk::new(&image, &settings).unwrap();
-        Layer { file, on, disk, under_way: Vec::new(), tickets: HashSet::new() }
+        OpenImage { file, on, disk, under_way: Vec::new(), tickets: HashSet::new() }
     }
 
     fn close(mut self) -> (File, Where) {
         let file = &mut self.file;
-        let size = self.disk.close(1_000_000_000, &mut |write| put(file, write.at, &write.bytes));
-        if let Some(size) = size {
-            file.0.resize(size as usize, 0);
-        }
+        self.disk.close(1_000_000_000, &mut |step| match step {
+            LastStep::Write { at, bytes, .. } => put(file, at, &bytes),
+            LastStep::Resize { size, .. } => file.0.resize(size as usize, 0),
+            LastStep::Flush { .. } => {}
+        });
         (self.file, self.on)
     }
 
     fn reopen(&mut self, rng: &mut Rng) {
-        let other = Layer::new(Kind::Dynamic, rng);
+        let other = OpenImage::new(Kind::Dynamic, rng);
         let (file, on) = std::mem::replace(self, other).close();
-        *self = Layer::open(file, on, rng);
+        *self = OpenImage::open(file, on, rng);
     }
 
     /// Begins what the image wants.
@@ -118,7 +119,7 @@ impl Layer {
             let mut bytes = Vec::new();
             if meta.op == MetaOp::Write {
                 bytes.resize(meta.len as usize, 0);
-                self.disk.fill(meta.id, &mut bytes);
+                self.disk.meta_bytes(meta.id, &mut bytes);
             }
             self.under_way.push(Under::Meta { meta, bytes });
         }
@@ -134,7 +135,7 @@ impl Layer {
             Under::Data { at, bytes, ticket } => {
                 put(&mut self.file, at, &bytes);
                 if let Some(ticket) = ticket {
-                    self.disk.written(ticket, true);
+                    self.disk.ended(ticket, true);
                 }
             }
             Under::Meta { meta, mut bytes } => {
@@ -142,7 +143,7 @@ impl Layer {
                     MetaOp::Read => bytes.extend(&self.file.0[meta.at as usize..][..meta.len as usize]),
                     MetaOp::Write => put(&mut self.file, meta.at, &bytes),
                     MetaOp::Extend => put(&mut self.file, meta.at, &vec![0; meta.len as usize]),
-                    MetaOp::Flush => {}
+                    MetaOp::Flush | MetaOp::Discard => {}
                 }
                 let read = if meta.op == MetaOp::Read { bytes.as_slice() } else { &[] };
                 self.disk.meta_done(meta.id, Some(read));
@@ -156,8 +157,8 @@ impl Layer {
 
     fn plan(&mut self, op: Op, extent: Extent, rng: &mut Rng) -> Plan {
         loop {
-            match self.disk.plan(op, extent) {
-                Plan::Wait => assert!(self.complete(rng), "it waits for nothing"),
+            match self.disk.plan(&Ask::of(op, extent.offset, extent.len)) {
+                Plan::Wait { .. } => assert!(self.complete(rng), "it waits for nothing"),
                 plan => return plan,
             }
         }
@@ -169,13 +170,13 @@ impl Layer {
         while done < data.len() as u64 {
             let extent = Extent { offset: offset + done, len: data.len() as u64 - done };
             done += match self.plan(op, extent, rng) {
-                Plan::Data { at, count, ticket } => {
+                Plan::Data { file: _, at, count, ticket } => {
                     let bytes = data[done as usize..][..count as usize].to_vec();
                     self.under_way.push(Under::Data { at, bytes, ticket });
                     assert!(ticket.is_none_or(|ticket| self.tickets.insert(ticket)), "{ticket:?} is another's");
                     count
                 }
-                Plan::Below { count } if op != Op::Write => count,
+                Plan::Zeros { count, ticket: None } if op != Op::Write => count,
                 plan => panic!("{op:?} {extent:?}: {plan:?}"),
             };
             if rng.bool() {
@@ -197,7 +198,7 @@ fn put(file: &mut File, at: u64, bytes: &[u8]) {
 
 /// Images, the leaf first, and what the disk is.
 struct Chain {
-    layers: Vec<Layer>,
+    layers: Vec<OpenImage>,
     model: Vec<u8>,
     rng: Rng,
 }
@@ -206,7 +207,7 @@ impl Chain {
     fn new(seed: u64) -> Chain {
         let mut rng = Rng::with_seed(seed);
         let kind = if rng.bool() { Kind::Dynamic } else { Kind::Differencing };
-        Chain { layers: vec![Layer::new(kind, &mut rng)], model: vec![0; SIZE as usize], rng }
+        Chain { layers: vec![OpenImage::new(kind, &mut rng)], model: vec![0; SIZE as usize], rng }
     }
 
     fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
@@ -215,7 +216,7 @@ impl Chain {
             let done = bytes.len() as u64;
             let mut extent = Extent { offset: offset + done, len: len - done };
             let found = self.layers.iter_mut().find_map(|layer| match layer.plan(Op::Read, extent, &mut self.rng) {
-                Plan::Data { at, count, ticket: None } => {
+                Plan::Data { file: _, at, count, ticket: None } => {
                     Some(layer.file.0[at as usize..][..count as usize].to_vec())
                 }
                 Plan::Below { count } => {
@@ -266,7 +267,7 @@ impl Chain {
                 self.layers[index].reopen(&mut self.rng);
             }
             88..95 if self.layers.len() < 10 => {
-                self.layers.insert(0, Layer::new(Kind::Differencing, &mut self.rng));
+                self.layers.insert(0, OpenImage::new(Kind::Differencing, &mut self.rng));
             }
             _ if self.layers.len() > 1 => self.merge(),
             _ => {}
@@ -284,7 +285,7 @@ impl Chain {
         let mut offset = 0;
         while offset < SIZE {
             offset += match upper.plan(Op::Read, Extent { offset, len: SIZE - offset }, &mut self.rng) {
-                Plan::Data { at, count, .. } => {
+                Plan::Data { file: _, at, count, .. } => {
                     let data = upper.file.0[at as usize..][..count as usize].to_vec();
                     lower.change(Op::Write, offset, &data, &mut self.rng);
                     count

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use drivers::vhd::{
     Batmap, Disk, FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, Kind, Settings, Source, Table, Uuid,
 };
-use drivers::{Durability, Extent, Fail, Format, Meta, MetaOp, Op, Plan, Ticket};
+use drivers::{Ask, Durability, Extent, Fail, Layer, Meta, MetaOp, Op, Plan, Ticket};
 use libfuzzer_sys::fuzz_target;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -152,15 +152,15 @@ impl Use {
     }
 
     fn request(&mut self, op: Op, input: &mut Input) -> Option<()> {
-        let (size, block_size) = (self.disk.size(), u64::from(self.header().block_size()));
+        let (size, block_size) = (self.disk.size().unwrap(), u64::from(self.header().block_size()));
         let sectors = size / SECTOR;
         let near = input.number()? % 300 * block_size / SECTOR;
         let first = (near + input.number()?) % sectors;
         let len = (1 + input.number()? % 70).min(sectors - first);
         let mut extent = Extent { offset: first * SECTOR, len: len * SECTOR };
         while extent.len > 0 {
-            let count = match self.disk.plan(op, extent) {
-                Plan::Data { at, count, ticket } => {
+            let count = match self.disk.plan(&Ask::of(op, extent.offset, extent.len)) {
+                Plan::Data { file: _, at, count, ticket } => {
                     let block = (extent.offset / block_size) as u32;
                     let from = self.header().bitmap_size() + extent.offset % block_size;
                     self.claim(block, at - from);
@@ -169,8 +169,8 @@ impl Use {
                     self.under_way.push(Under::Data(ticket));
                     count
                 }
-                Plan::Below { count } => count,
-                Plan::Wait => {
+                Plan::Below { count } | Plan::Zeros { count, .. } => count,
+                Plan::Wait { .. } => {
                     self.pump();
                     assert!(!self.under_way.is_empty(), "it waits for nothing");
                     return Some(());
@@ -192,7 +192,7 @@ impl Use {
             if meta.op == MetaOp::Write {
                 assert!(meta.len as usize <= self.disk.meta_len() && meta.at.is_multiple_of(SECTOR), "{meta:?}");
                 bytes.resize(meta.len as usize, 0);
-                self.disk.fill(meta.id, &mut bytes);
+                self.disk.meta_bytes(meta.id, &mut bytes);
                 if !self.places.contains_key(&meta.at) {
                     self.look_at_table(&meta, &bytes);
                 }
@@ -217,9 +217,9 @@ impl Use {
             return;
         }
         match self.under_way.swap_remove(which % self.under_way.len()) {
-            Under::Data(Some(ticket)) => self.disk.written(ticket, done),
+            Under::Data(Some(ticket)) => self.disk.ended(ticket, done),
             Under::Data(None) => {}
-            Under::Meta(Meta { id, op, at, len }, bytes) => {
+            Under::Meta(Meta { id, op, at, len, .. }, bytes) => {
                 let mut read = Vec::new();
                 let wanted = if op == MetaOp::Read { at..at + len } else { 0..0 };
                 for sector in wanted.step_by(512) {

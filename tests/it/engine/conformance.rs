@@ -115,7 +115,7 @@ impl Bench {
             payload.set_memory(&self.memory);
             payload.push(at, len as u32);
         }
-        assert!(self.queue.push(Transfer { op, file: FileId(0), offset, len, owner: id, at: 0, ticket: None }));
+        assert!(self.queue.push(Transfer { op, file: FileId(0), offset, len, owner: id, at: 0, piece: None }));
         Some(id)
     }
 
@@ -276,7 +276,7 @@ fn more_than_fits_waits_and_is_never_an_error() {
             len: 0,
             owner: bench.slots.iter().next().unwrap().0,
             at: 0,
-            ticket: None,
+            piece: None,
         };
         assert!(!bench.queue.push(transfer), "there are {SLOTS} tiocbs");
         assert!(bench.slots.vacant().is_none());

@@ -1,9 +1,9 @@
 //! Blocks that the table does not point to yet.
 
 use super::tickets::{List, Needs};
-use super::{Disk, Found, State, bytes, mark};
+use super::{Disk, Found, State, WAIT, bytes, mark};
 use crate::vhd::Table;
-use crate::{Durability, Fail, Plan, SECTOR_SIZE, Ticket};
+use crate::{Durability, Fail, LayerFile, Plan, SECTOR_SIZE, Ticket};
 
 use super::space::Room;
 
@@ -189,10 +189,10 @@ impl Disk {
     /// A write to a block that the table does not point to.
     pub(super) fn write_new(&mut self, block: u32, first: u32, count: u32) -> Plan {
         if !self.tickets.room() {
-            return Plan::Wait;
+            return WAIT;
         }
         let new = match self.blocks.find(block) {
-            Some(new) if self.blocks.get(new).phase == Phase::Failed => return Plan::Wait,
+            Some(new) if self.blocks.get(new).phase == Phase::Failed => return WAIT,
             Some(new) => new,
             None => match self.new_block(block) {
                 Ok(new) => new,
@@ -206,17 +206,17 @@ impl Disk {
         if let Some(slot) = slot {
             self.bitmaps.slot(slot).pins += 1;
         }
-        Plan::Data { at, count: bytes(count), ticket: Some(ticket) }
+        Plan::Data { file: LayerFile(0), at, count: bytes(count), ticket: Some(ticket) }
     }
 
     /// Finds room for a block.
     fn new_block(&mut self, block: u32) -> Result<u32, Plan> {
-        let Some(new) = self.blocks.in_phase(Phase::Free).next() else { return Err(Plan::Wait) };
+        let Some(new) = self.blocks.in_phase(Phase::Free).next() else { return Err(WAIT) };
         let slot = match self.ones {
             true => None,
             false => match self.bitmaps.find(block) {
                 Found::Load(slot) => Some(slot),
-                _ => return Err(Plan::Wait),
+                _ => return Err(WAIT),
             },
         };
         let room = match self.blocks.spare.iter().position(|(spare, _)| *spare == block) {
@@ -230,7 +230,7 @@ impl Disk {
                     self.bitmaps.forget(slot);
                 }
                 return Err(match room {
-                    Room::Soon => Plan::Wait,
+                    Room::Soon => WAIT,
                     Room::Failed => Plan::Fail(Fail::Io),
                     _ => Plan::Fail(Fail::NoSpace),
                 });

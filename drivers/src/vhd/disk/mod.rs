@@ -30,8 +30,14 @@ use self::tickets::{List, Needs, Tickets};
 use super::layout::{Piece, batmap_pieces};
 use super::{Batmap, FOOTER_SIZE, Footer, Image, Kind, Table, bitmap};
 use crate::{
-    Durability, Extent, Fail, Format, LastWrite, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket,
+    Ask, Durability, Fail, LastStep, Layer, LayerFile, Meta, MetaId, MetaOp, Op, Plan, SECTOR_SIZE, Settled, Ticket,
 };
+
+/// The one file of an image.
+const FILE: LayerFile = LayerFile(0);
+
+/// Until some metadata is there, or settled.
+const WAIT: Plan = Plan::Wait { until: None };
 
 /// How an image is used.
 #[derive(Clone, Copy, Debug)]
@@ -201,7 +207,7 @@ impl Disk {
         let Some(at) = self.table.get(block) else { return Plan::Below { count: bytes(count) } };
         let at = at + self.bitmap_len + bytes(first);
         if self.full.is_full(block) {
-            return Plan::Data { at, count: bytes(count), ticket: None };
+            return Plan::Data { file: FILE, at, count: bytes(count), ticket: None };
         }
         let known = self.pages.run(block, first, count).map(Ok);
         let run = known.unwrap_or_else(|| self.bitmap(block).map(|slot| self.run(slot, first, count)));
@@ -210,7 +216,7 @@ impl Disk {
             Err(plan) => return plan,
         };
         match there {
-            true => Plan::Data { at, count: bytes(run), ticket: None },
+            true => Plan::Data { file: FILE, at, count: bytes(run), ticket: None },
             false => Plan::Below { count: bytes(run) },
         }
     }
@@ -234,9 +240,9 @@ impl Disk {
                     return Ok(slot);
                 }
                 self.loads.push_back(slot);
-                Err(Plan::Wait)
+                Err(WAIT)
             }
-            Found::Loading | Found::NoRoom => Err(Plan::Wait),
+            Found::Loading | Found::NoRoom => Err(WAIT),
             Found::Failed => Err(Plan::Fail(Fail::Io)),
         }
     }
@@ -244,7 +250,7 @@ impl Disk {
     fn write(&mut self, block: u32, first: u32, count: u32) -> Plan {
         let Some(at) = self.table.get(block) else { return self.write_new(block, first, count) };
         let at = at + self.bitmap_len + bytes(first);
-        let data = |ticket| Plan::Data { at, count: bytes(count), ticket };
+        let data = |ticket| Plan::Data { file: FILE, at, count: bytes(count), ticket };
         if self.full.is_full(block) {
             return data(None);
         }
@@ -256,7 +262,7 @@ impl Disk {
             return data(None);
         }
         if !self.tickets.room() {
-            return Plan::Wait;
+            return WAIT;
         }
         self.bitmaps.slot(slot).pins += 1;
         data(Some(self.tickets.take(Needs::Bits { slot }, first, count)))
@@ -377,7 +383,7 @@ impl Disk {
             }
             Own::Extend => unreachable!("it has its range from elsewhere"),
         };
-        Meta { id: own.into(), op, at, len }
+        Meta { id: own.into(), op, file: FILE, at, len }
     }
 }
 
@@ -390,42 +396,42 @@ fn bytes(sectors: u32) -> u64 {
     u64::from(sectors) * SECTOR_SIZE
 }
 
-impl Format for Disk {
+impl Layer for Disk {
     fn name(&self) -> &'static str {
         "vhd"
     }
 
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> Option<u64> {
+        Some(self.size)
     }
 
-    fn plan(&mut self, op: Op, extent: Extent) -> Plan {
+    fn plan(&mut self, ask: &Ask) -> Plan {
+        if ask.op == Op::Flush {
+            return Plan::Data { file: FILE, at: 0, count: 0, ticket: None };
+        }
+        let extent = ask.extent;
         let block = (extent.offset / self.block_size) as u32;
         let within = extent.offset % self.block_size;
         let count = extent.len.min(self.block_size - within) / SECTOR_SIZE;
         let (first, count) = ((within / SECTOR_SIZE) as u32, count as u32);
-        match op {
-            Op::Read => self.read(block, first, count),
-            Op::Discard => {
-                self.written = true;
-                self.read(block, first, count)
-            }
-            Op::WriteZeroes if !self.differencing => {
-                self.written = true;
-                self.read(block, first, count)
-            }
-            Op::Write | Op::WriteZeroes => {
-                self.written = true;
-                self.write(block, first, count)
-            }
+        self.written |= ask.op.writes();
+        let plan = match ask.op {
+            Op::Write => return self.write(block, first, count),
+            Op::WriteZeroes if self.differencing => return self.write(block, first, count),
+            _ => self.read(block, first, count),
+        };
+        match plan {
+            // What is not here has nothing to be given back, and without a parent it reads as zeros.
+            Plan::Below { count } if ask.op.writes() => Plan::Zeros { count, ticket: None },
+            plan => plan,
         }
     }
 
-    fn zeros_from(&self) -> u64 {
-        u64::MAX
+    fn tickets(&self) -> usize {
+        self.tickets.count()
     }
 
-    fn written(&mut self, ticket: Ticket, done: bool) {
+    fn ended(&mut self, ticket: Ticket, done: bool) {
         match self.tickets.get(ticket).needs {
             Needs::Block { new } => self.block_written(new, ticket, done),
             Needs::Bits { slot } if done => self.mark(slot, ticket),
@@ -439,7 +445,7 @@ impl Format for Disk {
 
     fn next_meta(&mut self) -> Option<Meta> {
         if let Some((at, len)) = self.space.extend() {
-            return Some(Meta { id: Own::Extend.into(), op: MetaOp::Extend, at, len });
+            return Some(Meta { id: Own::Extend.into(), op: MetaOp::Extend, file: FILE, at, len });
         }
         let own = if let Some(slot) = self.loads.pop_front() {
             Own::Load(slot)
@@ -459,7 +465,7 @@ impl Format for Disk {
         Some(self.meta(own))
     }
 
-    fn fill(&mut self, id: MetaId, to: &mut [u8]) {
+    fn meta_bytes(&mut self, id: MetaId, to: &mut [u8]) {
         match id.into() {
             Own::Bits(slot) => {
                 to.copy_from_slice(self.bitmaps.bits(slot));
@@ -496,20 +502,22 @@ impl Format for Disk {
         }
     }
 
-    fn close(&mut self, unix_seconds: u64, write: &mut dyn FnMut(LastWrite)) -> Option<u64> {
+    fn close(&mut self, unix_seconds: u64, step: &mut dyn FnMut(LastStep)) {
         if self.full.at != 0 {
-            let last = |Piece { at, bytes }| LastWrite { at, bytes, keep: None };
-            batmap_pieces(&self.full).into_iter().for_each(|piece| write(last(piece)));
+            let last = |Piece { at, bytes }| LastStep::Write { file: FILE, at, bytes, keep: None };
+            batmap_pieces(&self.full).into_iter().for_each(|piece| step(last(piece)));
         }
         if self.written {
             self.footer.set_time(unix_seconds);
             self.footer.seal();
         }
         // The copy first: until it is there, a file without a last footer has none that says the same.
-        write(self.footer.last_write(0, 0));
+        step(self.footer.last_write(0, 0));
         let at = self.footer_at.unwrap_or(self.space.end.next_multiple_of(SECTOR_SIZE));
-        write(self.footer.last_write(at, 0));
-        self.footer_at.is_none().then_some(at + FOOTER_SIZE as u64)
+        step(self.footer.last_write(at, 0));
+        if self.footer_at.is_none() {
+            step(LastStep::Resize { file: FILE, size: at + FOOTER_SIZE as u64 });
+        }
     }
 
     fn meta_len(&self) -> usize {

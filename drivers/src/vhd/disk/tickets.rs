@@ -62,6 +62,11 @@ impl Tickets {
         }
     }
 
+    /// All that there can be.
+    pub(super) fn count(&self) -> usize {
+        self.states.len()
+    }
+
     pub(super) fn room(&self) -> bool {
         !self.free.is_empty()
     }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use drivers::vhd::{Corrupt, Disk, Image as Vhd, Kind, Problem, Settings};
-use drivers::{Durability, Extent, Fail, Format, MetaId, MetaOp, Op, Plan, Ticket};
+use drivers::{Ask, Durability, Extent, Fail, Layer, MetaId, MetaOp, Op, Plan, Ticket};
 use fastrand::Rng;
 
 use super::medium::{Cut, Image, Medium};
@@ -171,9 +171,11 @@ impl Guest {
         }
         while first < end {
             let extent = Extent { offset: first * 512, len: (end - first) * 512 };
-            let Plan::Data { at, count, ticket } = self.disk.plan(Op::Write, extent).tap(|plan| {
-                self.out_of_space += u64::from(*plan == Plan::Fail(Fail::NoSpace));
-            }) else {
+            let Plan::Data { file: _, at, count, ticket } =
+                self.disk.plan(&Ask::of(Op::Write, extent.offset, extent.len)).tap(|plan| {
+                    self.out_of_space += u64::from(*plan == Plan::Fail(Fail::NoSpace));
+                })
+            else {
                 return;
             };
             let mut bytes = Vec::new();
@@ -209,14 +211,14 @@ impl Guest {
         quiet.sort_unstable();
         let sector = quiet[self.rng.usize(..quiet.len())];
         let known = &self.sectors[&sector];
-        let found = match self.disk.plan(Op::Read, Extent { offset: sector * 512, len: 512 }) {
-            Plan::Data { at, count: 512, ticket: None } => {
+        let found = match self.disk.plan(&Ask::of(Op::Read, sector * 512, 512)) {
+            Plan::Data { file: _, at, count: 512, ticket: None } => {
                 let mut bytes = [0; 512];
                 self.medium.read(at, &mut bytes);
                 version(sector, &bytes)
             }
             Plan::Below { count: 512 } => 0,
-            Plan::Wait | Plan::Fail(Fail::Io) => return,
+            Plan::Wait { .. } | Plan::Fail(Fail::Io) => return,
             other => panic!("{other:?}"),
         };
         let may = if self.setup.faults > 0 {
@@ -243,7 +245,7 @@ impl Guest {
                 match ticket {
                     Some(ticket) => {
                         self.tickets.insert(ticket, (first, versions));
-                        self.disk.written(ticket, !failed);
+                        self.disk.ended(ticket, !failed);
                     }
                     None => self.answer(first, &versions, !failed),
                 }
@@ -256,6 +258,7 @@ impl Guest {
                     _ if failed => {}
                     MetaOp::Write | MetaOp::Flush => self.medium.complete(id),
                     MetaOp::Extend => self.medium.extend(at + len),
+                    MetaOp::Discard => unreachable!("no image asks for it"),
                 }
                 let result = if op == MetaOp::Read { bytes.as_slice() } else { &[] };
                 self.disk.meta_done(meta, (!failed).then_some(result));
@@ -300,11 +303,11 @@ impl Guest {
             let id = match meta.op {
                 MetaOp::Write => {
                     let mut bytes = vec![0; meta.len as usize];
-                    self.disk.fill(meta.id, &mut bytes);
+                    self.disk.meta_bytes(meta.id, &mut bytes);
                     self.medium.write(meta.at, &bytes)
                 }
                 MetaOp::Flush => self.medium.flush(),
-                MetaOp::Read | MetaOp::Extend => 0,
+                MetaOp::Read | MetaOp::Extend | MetaOp::Discard => 0,
             };
             self.under_way.push((id, Under::Meta { id: meta.id, op: meta.op, at: meta.at, len: meta.len }));
         }
