@@ -175,6 +175,8 @@ pub struct Request {
     pub planning: bool,
     /// Bytes that the stack has planned.
     pub planned: u64,
+    /// The layer that has it wait.
+    pub waits_for: Option<u16>,
     /// tiocbs that are not finished, and tickets that are not settled.
     pub pieces: u32,
     /// The image's metadata has to be durable with it.
@@ -189,6 +191,7 @@ impl Request {
     fn reset(&mut self) {
         self.payload.clear();
         (self.planned, self.pieces, self.error, self.stuck, self.metadata) = (0, 0, None, false, false);
+        self.waits_for = None;
     }
 
     /// Its end, as the frontend answers it.
@@ -247,6 +250,7 @@ impl Slots {
                 stuck: false,
                 planning: false,
                 planned: 0,
+                waits_for: None,
                 pieces: 0,
                 metadata: false,
                 meta_seen: 0,

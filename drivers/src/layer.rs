@@ -39,6 +39,8 @@
 //! **The end.** [`closing`](Layer::closing): nothing is under way, no plan will be asked for, and metadata is moved until there is none. Then
 //! [`close`](Layer::close), once. After `closing` the disk may go on all the same, with `plan`.
 
+use std::any::Any;
+
 use crate::{OpenError, Origin};
 
 /// What is to be done with an extent.
@@ -83,6 +85,8 @@ pub struct Ask {
     pub extent: Extent,
     /// Whose request it is.
     pub origin: Origin,
+    /// It is the beginning of the request, and not what was left when that was cut.
+    pub begins: bool,
     /// The time, ns since some moment before the start of the process. It never goes back.
     pub now: u64,
 }
@@ -90,7 +94,7 @@ pub struct Ask {
 impl Ask {
     /// For what is only about `op` on `len` bytes from byte `offset` on, at no time that matters and for the disk itself.
     pub fn of(op: Op, offset: u64, len: u64) -> Ask {
-        Ask { op, extent: Extent { offset, len }, origin: Origin::Disk, now: 0 }
+        Ask { op, extent: Extent { offset, len }, origin: Origin::Disk, begins: true, now: 0 }
     }
 }
 
@@ -292,7 +296,7 @@ pub enum Durability {
 }
 
 /// One layer of an open disk: an image format, or a filter. The [module](self) has its contract.
-pub trait Layer: Send {
+pub trait Layer: Any + Send {
     /// Its name; that of a format is as in an image's `type:path`.
     fn name(&self) -> &'static str;
 
@@ -301,6 +305,11 @@ pub trait Layer: Send {
 
     /// Where the beginning of the extent is.
     fn plan(&mut self, ask: &Ask) -> Plan;
+
+    /// Whether it has nothing to say for now: it is not asked, and not told of anything. Only of filters, and only before all that are not idle.
+    fn is_idle(&self) -> bool {
+        false
+    }
 
     /// Whether it is told where the walk goes on below it. Always the same.
     fn descends(&self) -> bool {

@@ -68,7 +68,7 @@ pub struct RequestReport {
     pub age_us: u64,
     /// That is longer than the watchdog allows.
     pub stuck: bool,
-    /// "stack" until all of it is planned, then "queue", then "answer".
+    /// "stack" until all of it is planned, or "waits for" the layer that has it wait; then "queue".
     pub held_by: String,
     /// Its transfers that are not finished.
     pub tiocbs: Vec<TiocbReport>,
@@ -98,7 +98,11 @@ impl Disk {
                 len: request.len,
                 age_us: (now - request.born) / 1000,
                 stuck: request.stuck,
-                held_by: if request.planning { "stack" } else { "queue" }.to_owned(),
+                held_by: match (request.planning, request.waits_for) {
+                    (false, _) => "queue".into(),
+                    (true, None) => "stack".into(),
+                    (true, Some(layer)) => format!("waits for {}", self.stack.name_of(layer)),
+                },
                 tiocbs: std::mem::take(&mut tiocbs[id.index() as usize]),
             })
             .collect();

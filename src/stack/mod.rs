@@ -11,10 +11,11 @@ mod pieces;
 #[cfg(test)]
 mod tests;
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
 
-use drivers::{Ask, Extent, Fail, LayerFile, OpenError, Origin, Plan, Through, Ticket};
+use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Through, Ticket};
 use nix::errno::Errno;
 
 use self::layer::Closing;
@@ -76,6 +77,8 @@ pub struct Stack {
     layers: Apart<Vec<HostLayer>>,
     /// The layer that is written, and not a filter.
     leaf: usize,
+    /// The first that is asked: those before are idle.
+    first: usize,
     /// Of each file of the engine, whose it is.
     files: Vec<(u16, LayerFile)>,
     /// Of each layer.
@@ -138,6 +141,7 @@ impl Stack {
         }
         Ok(Stack {
             leaf,
+            first: 0,
             files,
             hits: vec![Hits::default(); layers.len()],
             zeros_at_open: layers[leaf].layer.zeros_from(LayerFile(0)),
@@ -188,6 +192,11 @@ impl Stack {
         (image as u32, self.layers[usize::from(layer)].path.display().to_string())
     }
 
+    /// The name of a layer that has a request wait.
+    pub fn name_of(&self, layer: u16) -> &'static str {
+        self.layers[usize::from(layer)].layer.name()
+    }
+
     fn layer_of(&self, FileId(id): FileId) -> usize {
         usize::from(self.files[usize::from(id)].0)
     }
@@ -195,6 +204,13 @@ impl Stack {
     /// What is asked from here on is asked at `time`, ns of [`now`].
     pub fn set_time(&mut self, time: u64) {
         self.time = time;
+        let idle = |layer: &&HostLayer| layer.layer.is_idle();
+        self.first = self.layers[..self.leaf].iter().take_while(idle).count();
+    }
+
+    /// The layer of that type, if there is one: for those who steer it.
+    pub fn find<T: Layer>(&mut self) -> Option<&mut T> {
+        self.layers.iter_mut().find_map(|layer| (layer.layer.as_mut() as &mut dyn Any).downcast_mut())
     }
 
     /// Whether the disk only finishes what it has.
@@ -233,7 +249,8 @@ impl Stack {
             Op::Status => (drivers::Op::Locate, IoOp::Status),
             Op::Flush => return if self.flush(id, slots, queue) { Started::Planned } else { Started::NoRoom },
         };
-        slots.get_mut(id).metadata = matches!(op, IoOp::Write { fua: true });
+        let request = slots.get_mut(id);
+        (request.metadata, request.waits_for) = (matches!(op, IoOp::Write { fua: true }), None);
         let origin = origin(slots.get(id).frontend);
         loop {
             let request = slots.get(id);
@@ -244,10 +261,11 @@ impl Stack {
                 return Started::NoRoom;
             }
             let extent = Extent { offset: request.offset + request.planned, len: request.len - request.planned };
-            let mut ask = Ask { op: plan_as, extent, origin, now: self.time };
+            let mut ask = Ask { op: plan_as, extent, origin, begins: request.planned == 0, now: self.time };
             match self.walk(&mut ask) {
-                (_, Plan::Wait { until }) => {
+                (layer, Plan::Wait { until }) => {
                     self.wait(until);
+                    slots.get_mut(id).waits_for = Some(layer as u16);
                     return Started::Waits;
                 }
                 (_, Plan::Fail(why)) => {
@@ -269,7 +287,7 @@ impl Stack {
     fn walk(&mut self, ask: &mut Ask) -> (usize, Plan) {
         self.passed.clear();
         let mut waits = None;
-        for index in 0..self.layers.len() {
+        for index in self.first..self.layers.len() {
             let layer = &mut self.layers[index].layer;
             if index > self.leaf {
                 if !matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) {
@@ -415,7 +433,8 @@ impl Stack {
         while at < len && word < words {
             let extent = Extent { offset: offset + at, len: len - at };
             let (here, count) =
-                match self.walk(&mut Ask { op: drivers::Op::Locate, extent, origin, now: self.time }).1 {
+                match self.walk(&mut Ask { op: drivers::Op::Locate, extent, origin, begins: true, now: self.time }).1
+                {
                     Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
                     Plan::Zeros { count, .. } => (false, count),
                     Plan::Wait { .. } if at > 0 => break,
@@ -452,7 +471,13 @@ impl Stack {
         let request = slots.get_mut(id);
         request.meta_seen = self.meta_written;
         let (planned, origin) = (request.planned, origin(request.frontend));
-        let mut ask = Ask { op: drivers::Op::Flush, extent: Extent { offset: 0, len: 0 }, origin, now: self.time };
+        let mut ask = Ask {
+            op: drivers::Op::Flush,
+            extent: Extent { offset: 0, len: 0 },
+            origin,
+            begins: true,
+            now: self.time,
+        };
         match self.walk(&mut ask) {
             (_, Plan::Wait { until }) => {
                 self.wait(until);
