@@ -134,6 +134,17 @@ impl Payload {
         }
     }
 
+    /// Copies the bytes from byte `at` on, as many as `to` has, out.
+    pub fn get(&self, at: u64, to: &mut [u8]) {
+        let Some(memory) = &self.memory else { return };
+        let mut rest = to;
+        for (offset, count) in self.slice(at, rest.len() as u64) {
+            let (now, later) = rest.split_at_mut(count);
+            memory.read(offset, now);
+            rest = later;
+        }
+    }
+
     /// Bytes of memory.
     pub fn len(&self) -> u64 {
         self.segments.iter().map(|segment| u64::from(segment.len)).sum()

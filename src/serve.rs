@@ -24,7 +24,7 @@ use crate::queue::{Limits, Queue};
 use crate::record;
 use crate::request::Slots;
 use crate::retry::Retry;
-use crate::stack::{METAS, Stack};
+use crate::stack::{METAS, OWN_REQUESTS, Stack};
 use crate::sys::memory::PAGE_SIZE;
 
 /// Opens everything that the configuration names, and serves its image until the client is gone or it is told to end.
@@ -111,7 +111,8 @@ pub fn disk(
     let requests = config.requests as usize;
     // A raw image makes one transfer of each request; others, which may take its place, cut it where their blocks end, and
     // have some of their own.
-    let (own, tiocbs) = if config.image.path.is_some() { (METAS, 2 * requests + METAS) } else { (0, requests) };
+    let (own, tiocbs) =
+        if config.image.path.is_some() { (OWN_REQUESTS, 2 * requests + METAS) } else { (0, requests) };
     let limits = Limits {
         tiocbs,
         iovecs: config.engine.merge_iovecs as usize,

@@ -176,6 +176,8 @@ pub struct Through {
     pub count: u64,
     /// A read stores what it has read from below.
     pub fill: bool,
+    /// The layer's own, for [`Layer::transform`]: what the block was when it was planned may have changed since.
+    pub mark: u64,
     /// Of every write, and of a read that fills.
     pub ticket: Option<Ticket>,
 }
@@ -226,7 +228,7 @@ pub struct Meta {
     pub len: u64,
 }
 
-/// A layer's mark for an I/O of its own.
+/// A layer's mark for an I/O of its own, below 2^63.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetaId(pub u64);
 
@@ -394,10 +396,10 @@ pub trait Layer: Any + Send {
         0
     }
 
-    /// Changes the bytes of a block on its way. Of a read, `stored` has what was read and `block` gets what the guest sees; of a write or fill,
-    /// `block` has what the guest sees and `stored` gets what is written. False: what is stored makes no sense.
-    fn transform(&mut self, op: Op, block: Extent, stored: &mut [u8], content: &mut [u8]) -> bool {
-        let _ = block;
+    /// Changes the bytes of a block on its way. Of a read, `stored` has what was read and `content` gets what the guest sees; of a write or fill,
+    /// `content` has what the guest sees and `stored` gets what is written. False: what is stored makes no sense.
+    fn transform(&mut self, op: Op, through: &Through, stored: &mut [u8], content: &mut [u8]) -> bool {
+        let _ = through;
         let (from, to) = if op == Op::Read { (&*stored, content) } else { (&*content, stored) };
         to.copy_from_slice(from);
         true

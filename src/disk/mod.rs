@@ -575,6 +575,7 @@ impl Disk {
             return;
         }
         self.queue.cancel();
+        self.stack.cancel(&mut self.slots);
         while let Some(id) = self.started.pop_front().or_else(|| self.waiting.pop_front()) {
             let request = self.slots.get_mut(id);
             request.error.get_or_insert(Errno::ECANCELED);

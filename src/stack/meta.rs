@@ -51,10 +51,10 @@ impl Stack {
                 self.done.push_back(id);
             }
         }
+        let mut moved = self.move_copies(slots, queue);
         if !std::mem::take(&mut self.meta_due) {
-            return false;
+            return moved;
         }
-        let mut moved = false;
         for layer in 0..self.layers.len() {
             loop {
                 let room = queue.has_room() && self.metas.as_ref().is_some_and(|metas| !metas.free.is_empty());

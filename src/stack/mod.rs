@@ -10,28 +10,33 @@ mod meta;
 mod pieces;
 #[cfg(test)]
 mod tests;
+mod through;
 
 use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
 
-use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Through, Ticket};
+use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Through};
 use nix::errno::Errno;
 
 use self::layer::Closing;
 pub use self::layer::{Held, HostLayer};
 use self::meta::MetaMemory;
 pub use self::pieces::PieceId;
-use self::pieces::{HOLDERS_MAX, Over, Pieces};
+use self::pieces::{HOLDERS_MAX, Holders, Over, Pieces};
+use self::through::{COPIES_MAX, Copies, READS_MAX, Wanted};
 use crate::blocking::Blocking;
 use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
-use crate::request::{Op, RequestId, Slots};
+use crate::request::{Op, Request, RequestId, Slots};
 use crate::stats::now;
 use crate::sys::io::{FileId, IoOp};
 
 /// I/Os of metadata at a time, at most.
 pub const METAS: usize = 32;
+
+/// Requests of the stack's own at a time, at most.
+pub const OWN_REQUESTS: usize = METAS + COPIES_MAX * READS_MAX;
 
 /// The frontend of the stack's own requests.
 pub const OWN: u16 = u16::MAX - 1;
@@ -105,6 +110,7 @@ pub struct Stack {
     /// Something is done that a request may have waited for.
     progress: bool,
     metas: Option<MetaMemory>,
+    copies: Option<Copies>,
     /// Writes of metadata so far, and those of them that are durable.
     meta_written: u64,
     meta_durable: u64,
@@ -115,6 +121,14 @@ pub struct Stack {
     done: VecDeque<RequestId>,
     /// Requests that are done when what they wrote is durable, and that there was no room in the queue for.
     to_flush: VecDeque<RequestId>,
+}
+
+/// A part of a request that is to be done, and what is asked for it: the extent is cut to what is done at a time.
+#[derive(Clone, Copy)]
+struct Part {
+    id: RequestId,
+    op: IoOp,
+    ask: Ask,
 }
 
 /// A layer that the walk has passed by, which wants to hear of that; and what is done there at the same time.
@@ -131,6 +145,8 @@ impl Stack {
         let leaf = layers.iter().position(|layer| is_image(&layer)).expect("a disk has an image");
         let longest = layers.iter().map(|layer| layer.layer.meta_len()).max().unwrap_or(0);
         let metas = if longest > 0 { Some(MetaMemory::new(METAS, longest)?) } else { None };
+        let block = layers.iter().map(|layer| layer.layer.block_len()).max().unwrap_or(0);
+        let copies = if block > 0 { Some(Copies::new(block)?) } else { None };
         let hearing = layers.iter().filter(|layer| layer.layer.descends()).count();
         assert!(hearing < HOLDERS_MAX, "more filters than a piece can have");
         let mut files = vec![(0, LayerFile(0)); layers.iter().map(|layer| layer.files.len()).sum()];
@@ -156,6 +172,7 @@ impl Stack {
             meta_due: true,
             progress: false,
             metas,
+            copies,
             meta_written: 0,
             meta_durable: 0,
             failed_flush: None,
@@ -251,7 +268,8 @@ impl Stack {
         };
         let request = slots.get_mut(id);
         (request.metadata, request.waits_for) = (matches!(op, IoOp::Write { fua: true }), None);
-        let origin = origin(slots.get(id).frontend);
+        let (origin, own) = (origin(slots.get(id).frontend), own_tag(slots.get(id)));
+        let first = own.and_then(|tag| self.begins_at(tag)).unwrap_or(self.first);
         loop {
             let request = slots.get(id);
             if request.planned == request.len {
@@ -260,9 +278,12 @@ impl Stack {
             if !queue.has_room_for(self.transfers_most) {
                 return Started::NoRoom;
             }
+            if !self.may_copy(own) {
+                return Started::Waits;
+            }
             let extent = Extent { offset: request.offset + request.planned, len: request.len - request.planned };
             let mut ask = Ask { op: plan_as, extent, origin, begins: request.planned == 0, now: self.time };
-            match self.walk(&mut ask) {
+            match self.walk(&mut ask, first) {
                 (layer, Plan::Wait { until }) => {
                     self.wait(until);
                     slots.get_mut(id).waits_for = Some(layer as u16);
@@ -273,7 +294,7 @@ impl Stack {
                     request.error.get_or_insert(errno(why));
                     request.planned = request.len;
                 }
-                (layer, plan) => self.go(id, op, &ask, layer, plan, slots, queue),
+                found => self.go(Part { id, op, ask }, found, slots, queue),
             }
         }
     }
@@ -284,10 +305,10 @@ impl Stack {
     }
 
     /// Where the beginning of an extent is, and in which layer; the extent is cut to that. Which layers it passed is in `passed`.
-    fn walk(&mut self, ask: &mut Ask) -> (usize, Plan) {
+    fn walk(&mut self, ask: &mut Ask, first: usize) -> (usize, Plan) {
         self.passed.clear();
         let mut waits = None;
-        for index in self.first..self.layers.len() {
+        for index in first..self.layers.len() {
             let layer = &mut self.layers[index].layer;
             if index > self.leaf {
                 if !matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) {
@@ -328,53 +349,39 @@ impl Stack {
         }
     }
 
-    /// Begins what a plan of the walk says, of layer `layer`.
-    #[allow(clippy::too_many_arguments)]
-    fn go(
-        &mut self,
-        id: RequestId,
-        op: IoOp,
-        ask: &Ask,
-        layer: usize,
-        plan: Plan,
-        slots: &mut Slots,
-        queue: &mut Queue,
-    ) {
-        let (data, count, ticket) = match plan {
-            Plan::Data { file, at, count, ticket } => (Some((file, at)), count, ticket),
-            Plan::Zeros { count, ticket } => (None, count, ticket),
+    /// Begins what the walk has found for a part: a plan, and the layer that it is of.
+    fn go(&mut self, part: Part, (layer, plan): (usize, Plan), slots: &mut Slots, queue: &mut Queue) {
+        let (count, ticket) = match plan {
+            Plan::Data { count, ticket, .. }
+            | Plan::Zeros { count, ticket }
+            | Plan::Through(Through { count, ticket, .. }) => (count, ticket),
             _ => unreachable!("the walk ends with none of these"),
         };
+        let Part { id, op, ask } = part;
         let at = slots.get(id).planned;
-        let mut holders = [(0, Ticket(0)); HOLDERS_MAX];
-        let mut held = 0;
+        let mut holders = Holders::default();
         if !self.passed.is_empty() && ask.op != drivers::Op::Locate {
-            held = self.descend(
-                id,
-                op,
-                at,
-                Ask { extent: Extent { len: count, ..ask.extent }, ..*ask },
-                &mut holders,
-                slots,
-                queue,
-            );
+            self.descend(&part, count, &mut holders, slots, queue);
         }
         if let Some(ticket) = ticket {
-            holders[held] = (layer as u16, ticket);
-            held += 1;
+            holders.push(layer as u16, ticket);
         }
-        let piece = self.pieces.add(id, op == IoOp::Flush, &holders[..held]);
+        let piece = self.pieces.add(id, op == IoOp::Flush, &holders);
         self.meta_due |= piece.is_some();
         let request = slots.get_mut(id);
         request.planned += count;
-        match data {
-            Some((file, offset)) => {
+        match plan {
+            Plan::Through(through) => {
+                let offset = ask.extent.offset;
+                self.copy(Wanted { owner: id, at, offset, op, layer, through, piece }, slots);
+            }
+            Plan::Data { file, at: offset, .. } => {
                 request.pieces += 1;
                 let file = self.layers[layer].file(file);
                 let pushed = queue.push(Transfer { op, file, offset, len: count, owner: id, at, piece });
                 debug_assert!(pushed);
             }
-            None => {
+            _ => {
                 if op == IoOp::Read {
                     request.payload.zero(at, count);
                     self.hits[layer].count(op, count, true);
@@ -387,20 +394,10 @@ impl Stack {
         }
     }
 
-    /// Tells the layers that the walk has passed where it went on, and begins what they do themselves. Gives how many of them hold on to the
-    /// piece, which are the first of `holders`.
-    #[allow(clippy::too_many_arguments)]
-    fn descend(
-        &mut self,
-        id: RequestId,
-        op: IoOp,
-        at: u64,
-        ask: Ask,
-        holders: &mut [(u16, Ticket); HOLDERS_MAX],
-        slots: &mut Slots,
-        queue: &mut Queue,
-    ) -> usize {
-        let mut held = 0;
+    /// Tells the layers that the walk has passed that `count` bytes go on below, and begins what they do themselves.
+    fn descend(&mut self, part: &Part, count: u64, holders: &mut Holders, slots: &mut Slots, queue: &mut Queue) {
+        let &Part { id, op, ask } = part;
+        let ask = Ask { extent: Extent { len: count, ..ask.extent }, ..ask };
         for index in 0..self.passed.len() {
             let Passed { layer, both } = self.passed[index];
             let host = &mut self.layers[usize::from(layer)];
@@ -409,19 +406,19 @@ impl Stack {
             if let Some((file, offset)) = both {
                 let file = host.file(file);
                 // Whoever does it here hears of it alone.
-                let holder = descent.here.map(|ticket| (layer, ticket));
-                let piece = self.pieces.add(id, op == IoOp::Flush, holder.as_slice());
-                slots.get_mut(id).pieces += 1;
-                let len = ask.extent.len;
-                let pushed = queue.push(Transfer { op, file, offset, len, owner: id, at, piece });
+                let mut holder = Holders::default();
+                descent.here.into_iter().for_each(|ticket| holder.push(layer, ticket));
+                let piece = self.pieces.add(id, op == IoOp::Flush, &holder);
+                let request = slots.get_mut(id);
+                request.pieces += 1;
+                let at = request.planned;
+                let pushed = queue.push(Transfer { op, file, offset, len: count, owner: id, at, piece });
                 debug_assert!(pushed);
             }
             if let Some(ticket) = descent.below {
-                holders[held] = (layer, ticket);
-                held += 1;
+                holders.push(layer, ticket);
             }
         }
-        held
     }
 
     /// Says which parts of a range have data. It ends where that is not known without waiting, if something is known.
@@ -432,22 +429,22 @@ impl Stack {
         let put = |slots: &Slots, word: u64, run: u64| slots.get(id).payload.put(word * 8, &run.to_ne_bytes());
         while at < len && word < words {
             let extent = Extent { offset: offset + at, len: len - at };
-            let (here, count) =
-                match self.walk(&mut Ask { op: drivers::Op::Locate, extent, origin, begins: true, now: self.time }).1
-                {
-                    Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
-                    Plan::Zeros { count, .. } => (false, count),
-                    Plan::Wait { .. } if at > 0 => break,
-                    Plan::Wait { until } => {
-                        self.wait(until);
-                        return Started::Waits;
-                    }
-                    Plan::Fail(why) => {
-                        slots.get_mut(id).error = Some(errno(why));
-                        return Started::Planned;
-                    }
-                    Plan::Below { .. } | Plan::Both { .. } => unreachable!("the walk ends with none of these"),
-                };
+            let mut ask = Ask { op: drivers::Op::Locate, extent, origin, begins: true, now: self.time };
+            let (_, plan) = self.walk(&mut ask, self.first);
+            let (here, count) = match plan {
+                Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
+                Plan::Zeros { count, .. } => (false, count),
+                Plan::Wait { .. } if at > 0 => break,
+                Plan::Wait { until } => {
+                    self.wait(until);
+                    return Started::Waits;
+                }
+                Plan::Fail(why) => {
+                    slots.get_mut(id).error = Some(errno(why));
+                    return Started::Planned;
+                }
+                Plan::Below { .. } | Plan::Both { .. } => unreachable!("the walk ends with none of these"),
+            };
             if here != data {
                 put(slots, word, run);
                 (word, data, run) = (word + 1, here, 0);
@@ -478,13 +475,13 @@ impl Stack {
             begins: true,
             now: self.time,
         };
-        match self.walk(&mut ask) {
+        match self.walk(&mut ask, self.first) {
             (_, Plan::Wait { until }) => {
                 self.wait(until);
                 return false;
             }
             (_, Plan::Fail(why)) => drop(slots.get_mut(id).error.get_or_insert(errno(why))),
-            (layer, plan) => self.go(id, IoOp::Flush, &ask, layer, plan, slots, queue),
+            found => self.go(Part { id, op: IoOp::Flush, ask }, found, slots, queue),
         }
         debug_assert_eq!(slots.get(id).planned, planned);
         true
@@ -501,12 +498,18 @@ impl Stack {
             result = self.failed_flush.map_or(result, Err);
         }
         let error = result.err();
-        if slots.get(transfer.owner).frontend == OWN {
-            self.meta_finished(transfer, result, slots);
-            return error;
+        match own_tag(slots.get(transfer.owner)) {
+            Some(tag) if self.begins_at(tag).is_none() => {
+                self.meta_finished(transfer, result, slots);
+                return error;
+            }
+            // What a copy moves is counted at its end.
+            Some(_) => {}
+            None => {
+                let layer = self.layer_of(transfer.file);
+                self.hits[layer].count(transfer.op, transfer.len, error.is_none());
+            }
         }
-        let layer = self.layer_of(transfer.file);
-        self.hits[layer].count(transfer.op, transfer.len, error.is_none());
         match transfer.piece {
             Some(piece) => {
                 if let Some(errno) = error {
@@ -592,6 +595,10 @@ impl Stack {
     /// All of a request is planned and done: it is finished, or the metadata that says where its data is, which may be that of an
     /// earlier write, is to be made durable with it.
     pub fn all_done(&mut self, id: RequestId, slots: &mut Slots) {
+        if own_tag(slots.get(id)).is_some() {
+            self.copied(id, slots);
+            return;
+        }
         let request = slots.get_mut(id);
         let first = std::mem::take(&mut request.metadata);
         let flush = first && request.error.is_none() && self.meta_durable < self.meta_written;
@@ -657,7 +664,10 @@ impl Stack {
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
         let layers: usize = self.layers.iter().map(|layer| layer.layer.bytes()).sum();
-        layers + self.pieces.bytes() + self.metas.as_ref().map_or(0, MetaMemory::bytes)
+        layers
+            + self.pieces.bytes()
+            + self.metas.as_ref().map_or(0, MetaMemory::bytes)
+            + self.copies.as_ref().map_or(0, Copies::bytes)
     }
 }
 
@@ -672,6 +682,11 @@ pub struct LayerReport {
     pub size: u64,
     /// The format's counters.
     pub counters: std::collections::BTreeMap<String, u64>,
+}
+
+/// The tag of a request of the stack's own.
+fn own_tag(request: &Request) -> Option<u64> {
+    (request.frontend == OWN).then_some(request.tag)
 }
 
 /// Whose a request is.

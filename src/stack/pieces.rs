@@ -14,13 +14,38 @@ const NONE: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PieceId(u32);
 
+/// Layers that want to hear of the end of a piece, and their tickets; the one that hears first is the last.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Holders {
+    of: [(u16, Ticket); HOLDERS_MAX],
+    count: u8,
+}
+
+impl Default for Holders {
+    fn default() -> Holders {
+        Holders { of: [(0, Ticket(0)); HOLDERS_MAX], count: 0 }
+    }
+}
+
+impl Holders {
+    /// Adds one, which hears before all others.
+    pub(super) fn push(&mut self, layer: u16, ticket: Ticket) {
+        self.of[usize::from(self.count)] = (layer, ticket);
+        self.count += 1;
+    }
+
+    /// Takes out the one that hears next.
+    fn pop(&mut self) -> Option<(u16, Ticket)> {
+        self.count = self.count.checked_sub(1)?;
+        Some(self.of[usize::from(self.count)])
+    }
+}
+
 /// One part of a request: what a transfer, or a change of metadata alone, does for it.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     owner: Option<RequestId>,
-    /// A layer and its ticket; the one that hears first is the last.
-    holders: [(u16, Ticket); HOLDERS_MAX],
-    count: u8,
+    holders: Holders,
     /// What the transfer failed with.
     errno: Option<Errno>,
     flush: bool,
@@ -53,8 +78,8 @@ impl Pieces {
             first.push(count);
             count += tickets as u32;
         }
-        let holders = [(0, Ticket(0)); HOLDERS_MAX];
-        let piece = |next| Piece { owner: None, holders, count: 0, errno: None, flush: false, next };
+        let holders = Holders::default();
+        let piece = |next| Piece { owner: None, holders, errno: None, flush: false, next };
         let mut pieces: Vec<_> = (1..=count).map(piece).collect();
         if let Some(last) = pieces.last_mut() {
             last.next = NONE;
@@ -63,18 +88,17 @@ impl Pieces {
         Pieces { pieces, free, first, of_ticket: vec![None; count as usize] }
     }
 
-    /// A piece of a request that these layers hold on to, the one that hears of it first being the last. None: no layer does.
-    pub(super) fn add(&mut self, owner: RequestId, flush: bool, holders: &[(u16, Ticket)]) -> Option<PieceId> {
-        if holders.is_empty() {
+    /// A piece of a request that these layers hold on to. None: no layer does.
+    pub(super) fn add(&mut self, owner: RequestId, flush: bool, holders: &Holders) -> Option<PieceId> {
+        if holders.count == 0 {
             return None;
         }
         // Each has a ticket, and there are as many pieces as tickets.
         let index = self.free;
         let piece = &mut self.pieces[index as usize];
         self.free = piece.next;
-        piece.holders[..holders.len()].copy_from_slice(holders);
-        (piece.owner, piece.count, piece.errno, piece.flush) = (Some(owner), holders.len() as u8, None, flush);
-        for (layer, ticket) in holders {
+        (piece.owner, piece.holders, piece.errno, piece.flush) = (Some(owner), *holders, None, flush);
+        for (layer, ticket) in &holders.of[..usize::from(holders.count)] {
             let place = self.place(*layer, *ticket);
             debug_assert!(self.of_ticket[place].is_none(), "a ticket is given twice");
             self.of_ticket[place] = Some(PieceId(index));
@@ -99,9 +123,7 @@ impl Pieces {
 
     /// The layer that hears next that a piece has ended, and its ticket. None: all have, and it is [over](Self::over).
     pub(super) fn next_holder(&mut self, PieceId(index): PieceId) -> Option<(usize, Ticket)> {
-        let piece = &mut self.pieces[index as usize];
-        piece.count = piece.count.checked_sub(1)?;
-        let (layer, ticket) = piece.holders[usize::from(piece.count)];
+        let (layer, ticket) = self.pieces[index as usize].holders.pop()?;
         Some((usize::from(layer), ticket))
     }
 

@@ -10,6 +10,7 @@ mod disk;
 mod engine;
 mod image;
 mod killed;
+mod layers;
 mod live;
 mod log;
 mod members;
