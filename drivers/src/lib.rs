@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod changed_blocks;
 pub mod layer;
 mod origin;
 mod raw;

@@ -61,6 +61,30 @@ impl std::fmt::Display for Uuid {
     }
 }
 
+impl std::str::FromStr for Uuid {
+    type Err = NoUuid;
+
+    /// As it is printed, with digits of either case.
+    fn from_str(text: &str) -> Result<Uuid, NoUuid> {
+        let is_dash = |place: usize| matches!(place, 8 | 13 | 18 | 23);
+        let fits = text.len() == 36 && text.bytes().enumerate().all(|(i, byte)| is_dash(i) == (byte == b'-'));
+        let mut digits = text.chars().filter(|digit| *digit != '-').map(|digit| digit.to_digit(16));
+        let mut uuid = Uuid::NIL;
+        for byte in &mut uuid.0 {
+            let (Some(Some(high)), Some(Some(low)), true) = (digits.next(), digits.next(), fits) else {
+                return Err(NoUuid);
+            };
+            *byte = (high << 4 | low) as u8;
+        }
+        Ok(uuid)
+    }
+}
+
+/// A text that is no UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it is no UUID, such as 0f0e0d0c-0b0a-0908-0706-050403020100")]
+pub struct NoUuid;
+
 /// One's complement of the sum of the bytes, of which those of the checksum itself are zero.
 fn checksum(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(0, |sum: u32, byte| sum.wrapping_add((*byte).into()))
@@ -273,4 +297,23 @@ pub enum Corrupt {
         /// Of what.
         what: &'static str,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_read_as_it_is_printed() {
+        let uuid = Uuid(std::array::from_fn(|i| 0xf0 - 7 * i as u8));
+        assert_eq!(uuid.to_string().parse(), Ok(uuid));
+        assert_eq!(uuid.to_string().to_uppercase().parse(), Ok(uuid));
+        assert_eq!("00000000-0000-0000-0000-000000000000".parse(), Ok(Uuid::NIL));
+        let good = uuid.to_string();
+        let wrong = [good[1..].to_owned(), format!("{good}0"), good.replace('-', "0"), good.replacen("f0", "g0", 1)];
+        let others = ["", "-", "\u{e9}0000000-0000-0000-0000-000000000000", "0000000-00000-0000-0000-0000000000000"];
+        for text in wrong.iter().map(String::as_str).chain(others) {
+            assert_eq!(text.parse::<Uuid>(), Err(NoUuid), "{text}");
+        }
+    }
 }
