@@ -4,6 +4,7 @@
 mod common;
 
 mod bad_guests;
+mod changed_blocks;
 mod conf;
 mod control;
 mod disk;

@@ -156,7 +156,12 @@ fn man_pages_and_completions_are_made_of_the_command_lines() {
     run(tool("docs").arg(folder.path()));
     let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
     assert!(read("man8/tapdisk.8").contains("SIGUSR1"));
-    let pages = [("tap-ctl", "man8/tap-ctl.8"), ("vhd-util", "man8/vhd-util.8"), ("ring-load", "man1/ring-load.1")];
+    let pages = [
+        ("tap-ctl", "man8/tap-ctl.8"),
+        ("vhd-util", "man8/vhd-util.8"),
+        ("cbt-util", "man8/cbt-util.8"),
+        ("ring-load", "man1/ring-load.1"),
+    ];
     for (program, page) in pages {
         let (text, completions) = (read(page), read(&format!("completions/{program}.bash")));
         let help = run(tool(program).arg("--help"));

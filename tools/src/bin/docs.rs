@@ -31,6 +31,7 @@ fn main() -> io::Result<()> {
         (tapdisk::args::Args::command(), "8"),
         (tools::tap_ctl::Args::command(), "8"),
         (tools::vhd_util::Args::command(), "8"),
+        (tools::cbt_util::Args::command(), "8"),
         (tools::ring_load::Args::command(), "1"),
         (Args::command(), "1"),
     ];

@@ -1,0 +1,3 @@
+//! Logs of changed blocks: `cbt-util`, and how a tapdisk is told of one.
+
+mod util;
