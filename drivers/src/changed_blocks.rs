@@ -12,13 +12,13 @@
 //! Numbers are little-endian. A file may have more than its map; a volume always has.
 #![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::Extent;
 use crate::vhd::Uuid;
+use crate::{Ask, Extent, Fail, Layer, LayerFile, Meta, MetaId, MetaOp, OpenError, Plan};
 
 /// Bytes of the header, where the map begins.
 pub const HEADER_SIZE: usize = 48;
@@ -167,9 +167,203 @@ pub fn add(map: &mut [u8], other: &[u8]) -> bool {
     more
 }
 
+/// Bytes of the map that are written at a time, at most.
+const PAGE: usize = 512;
+
+/// Pages that are written at a time, at most.
+const PAGES_MAX: usize = 16;
+
+/// The layer's file: the log.
+const LOG: LayerFile = LayerFile(0);
+
+/// Bits of a page on their way to the file.
+#[derive(Debug)]
+struct Page {
+    /// Which, counted from the map's first; none: it is free for another.
+    number: Option<usize>,
+    /// Those that are being written.
+    now: [u8; PAGE],
+    /// Those that come next.
+    next: [u8; PAGE],
+    writing: bool,
+    /// They could not be written, and nobody has been told.
+    failed: bool,
+}
+
+impl Page {
+    fn free() -> Page {
+        Page { number: None, now: [0; PAGE], next: [0; PAGE], writing: false, failed: false }
+    }
+
+    /// The bytes of the page that are being written: from the first with a bit to the last.
+    fn range(&self) -> RangeInclusive<usize> {
+        let set = |byte: &u8| *byte != 0;
+        let ends = self.now.iter().position(set).zip(self.now.iter().rposition(set));
+        ends.map_or(0..=0, |(first, last)| first..=last)
+    }
+}
+
+/// The filter: a write, discard or zeroing goes on below when the bits of its blocks are in the file. A bit is written through the page cache, so
+/// it outlives the process and not the host; that the storage manager knows ([`Header::consistent`]).
+///
+/// blktap maps the file instead. But a page that is written first waits for the file system, which may be frozen or out of room, and who maps
+/// a file that gets shorter dies by SIGBUS. The write of a log is an I/O like all others: it can hang, fail, and is seen.
+#[derive(Debug)]
+pub struct ChangedBlocks {
+    header: Header,
+    /// Bytes of the file.
+    len: u64,
+    /// What the file has.
+    map: Vec<u8>,
+    pages: Vec<Page>,
+    writes: u64,
+    failures: u64,
+}
+
+impl ChangedBlocks {
+    /// For a log in a file of `len` bytes, with that header and map, of a disk of `disk` bytes.
+    pub fn new(header: Header, map: Vec<u8>, len: u64, disk: u64) -> Result<ChangedBlocks, Unfit> {
+        header.check(len, disk)?;
+        let pages = (0..PAGES_MAX).map(|_| Page::free()).collect();
+        Ok(ChangedBlocks { header, len, map, pages, writes: 0, failures: 0 })
+    }
+
+    /// Has the bits of an extent written that the file has not. None: it has all of them.
+    fn mark(&mut self, extent: Extent) -> Option<Plan> {
+        let mut missing = None;
+        for (byte, mask) in bits(blocks_of(extent)) {
+            let byte = usize::try_from(byte).unwrap_or(usize::MAX);
+            let plan = match self.map.get(byte).map(|there| mask & !there) {
+                Some(0) => continue,
+                Some(mask) => self.want(byte, mask),
+                // The disk has grown beyond its log, which `check_size` does not let it.
+                None => Plan::Fail(Fail::Io),
+            };
+            missing = Some(plan);
+            if matches!(plan, Plan::Fail(_)) {
+                break;
+            }
+        }
+        missing
+    }
+
+    /// Has bits of a byte of the map written.
+    fn want(&mut self, byte: usize, mask: u8) -> Plan {
+        let number = byte.checked_div(PAGE);
+        let wait = Plan::Wait { until: None };
+        let find = |which: &dyn Fn(&Page) -> bool| self.pages.iter().position(which);
+        let known = find(&|page| page.number == number);
+        // Where nobody has come back to be told that a page failed, it is free, too. Where all are being written, it is asked again when one is.
+        let Some(index) = known.or_else(|| find(&|page| page.number.is_none())).or_else(|| find(&|page| page.failed))
+        else {
+            return wait;
+        };
+        let page = &mut self.pages[index];
+        if page.failed {
+            let told = page.number == number;
+            *page = Page::free();
+            if told {
+                return Plan::Fail(Fail::Io);
+            }
+        }
+        page.number = number;
+        let within = byte.checked_rem(PAGE).unwrap_or(0);
+        page.next[within] |= mask & !page.now[within];
+        wait
+    }
+
+    /// The part of the map that a page has, without what is before and behind its bits that are being written.
+    fn part<'map>(map: &'map mut [u8], page: &Page) -> Option<(&'map mut [u8], [u8; PAGE])> {
+        let range = page.range();
+        let mut bits = [0; PAGE];
+        let now = page.now.get(range.clone())?;
+        bits.get_mut(..now.len())?.copy_from_slice(now);
+        Some((map.chunks_mut(PAGE).nth(page.number?)?.get_mut(range)?, bits))
+    }
+}
+
+impl Layer for ChangedBlocks {
+    fn name(&self) -> &'static str {
+        "changed-blocks"
+    }
+
+    fn size(&self) -> Option<u64> {
+        None
+    }
+
+    fn plan(&mut self, ask: &Ask) -> Plan {
+        let below = Plan::Below { count: ask.extent.len };
+        if ask.op.writes() { self.mark(ask.extent).unwrap_or(below) } else { below }
+    }
+
+    fn check_size(&self, size: u64) -> Result<(), OpenError> {
+        Ok(self.header.check(self.len, size)?)
+    }
+
+    fn next_meta(&mut self) -> Option<Meta> {
+        let due = |page: &Page| !page.writing && !page.failed && page.next != [0; PAGE];
+        let (index, page) = (0..).zip(&mut self.pages).find(|(_, page)| due(page))?;
+        page.now = std::mem::replace(&mut page.next, [0; PAGE]);
+        page.writing = true;
+        let range = page.range();
+        let at = page.number?.saturating_mul(PAGE).saturating_add(*range.start()).saturating_add(HEADER_SIZE) as u64;
+        self.writes = self.writes.wrapping_add(1);
+        Some(Meta { id: MetaId(index), op: MetaOp::Write, file: LOG, at, len: range.count() as u64 })
+    }
+
+    fn meta_bytes(&mut self, MetaId(index): MetaId, to: &mut [u8]) {
+        let page = usize::try_from(index).ok().and_then(|index| self.pages.get(index));
+        if let Some((part, now)) = page.and_then(|page| ChangedBlocks::part(&mut self.map, page)) {
+            to.copy_from_slice(part);
+            add(to, &now);
+        }
+    }
+
+    fn meta_done(&mut self, id: MetaId, result: Option<&[u8]>) {
+        if result.is_none() {
+            self.failures = self.failures.wrapping_add(1);
+        }
+        let Some(page) = usize::try_from(id.0).ok().and_then(|index| self.pages.get_mut(index)) else { return };
+        (page.writing, page.failed) = (false, result.is_none());
+        if page.failed {
+            return;
+        }
+        if let Some((part, now)) = ChangedBlocks::part(&mut self.map, page) {
+            add(part, &now);
+        }
+        page.now = [0; PAGE];
+        if page.next == [0; PAGE] {
+            *page = Page::free();
+        }
+    }
+
+    fn meta_len(&self) -> usize {
+        PAGE
+    }
+
+    /// A crash of the host loses what was not durable, and the storage manager does not trust the log then.
+    fn flushes_metadata(&self) -> bool {
+        false
+    }
+
+    fn inspect(&self, show: &mut dyn FnMut(&'static str, u64)) {
+        let set = self.map.iter().map(|byte| u64::from(byte.count_ones())).sum();
+        show("blocks", blocks(self.header.size()));
+        show("blocks_changed", set);
+        show("map_writes", self.writes);
+        show("map_writes_failed", self.failures);
+    }
+
+    fn bytes(&self) -> usize {
+        self.map.len().saturating_add(size_of_val(&self.pages[..]))
+    }
+}
+
 #[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)] // a test panics then
 mod tests {
     use super::*;
+    use crate::Op;
 
     #[test]
     fn fields_are_where_blktap_has_them() {
@@ -245,5 +439,164 @@ mod tests {
         assert!(add(&mut map, &[0b0011, 0]));
         assert_eq!(map, [0b0111, 0, 0xff]);
         assert!(!add(&mut map, &[0b0011, 0]));
+    }
+
+    /// What the layer asks for, done at once, in a log of 64 KiB of map.
+    struct File {
+        layer: ChangedBlocks,
+        bytes: Vec<u8>,
+    }
+
+    const DISK: u64 = (64 << 10) * 8 * BLOCK_SIZE;
+
+    impl File {
+        fn new() -> File {
+            let mut bytes = Header::new(DISK).as_bytes().to_vec();
+            bytes.resize(HEADER_SIZE + (64 << 10), 0);
+            let layer = ChangedBlocks::new(Header::new(DISK), vec![0; 64 << 10], bytes.len() as u64, DISK).unwrap();
+            File { layer, bytes }
+        }
+
+        /// Begins what it wants.
+        fn begin(&mut self) -> Vec<(Meta, Vec<u8>)> {
+            std::iter::from_fn(|| {
+                let meta = self.layer.next_meta()?;
+                assert!(meta.op == MetaOp::Write && meta.len as usize <= self.layer.meta_len());
+                let mut bytes = vec![0; meta.len as usize];
+                self.layer.meta_bytes(meta.id, &mut bytes);
+                Some((meta, bytes))
+            })
+            .collect()
+        }
+
+        fn end(&mut self, (meta, bytes): &(Meta, Vec<u8>), done: bool) {
+            if done {
+                self.bytes[meta.at as usize..][..bytes.len()].copy_from_slice(bytes);
+            }
+            self.layer.meta_done(meta.id, done.then_some(&[]));
+        }
+
+        fn has(&self, block: u64) -> bool {
+            self.bytes[HEADER_SIZE + (block / 8) as usize] & 1 << (block % 8) != 0
+        }
+    }
+
+    const WAIT: Plan = Plan::Wait { until: None };
+
+    #[test]
+    fn a_write_goes_on_when_its_bits_are_in_the_file() {
+        let mut file = File::new();
+        for op in [Op::Read, Op::Locate, Op::Flush] {
+            assert_eq!(file.layer.plan(&Ask::of(op, 0, 512)), Plan::Below { count: 512 });
+        }
+        assert!(file.begin().is_empty());
+        for (n, op) in (0..).zip([Op::Write, Op::Discard, Op::WriteZeroes]) {
+            let ask = Ask::of(op, (10 + 3 * n) * BLOCK_SIZE - 512, 1024);
+            assert_eq!(file.layer.plan(&ask), WAIT);
+            let begun = file.begin();
+            assert_eq!((begun.len(), file.layer.plan(&ask)), (1, WAIT), "until it is there");
+            assert!(file.begin().is_empty(), "and nothing is written twice");
+            file.end(&begun[0], true);
+            assert_eq!(file.layer.plan(&ask), Plan::Below { count: 1024 });
+            assert_eq!((8..18).map(|block| file.has(block)).filter(|set| *set).count() as u64, 2 * (n + 1));
+        }
+        assert!(file.has(9) && file.has(10) && !file.has(8) && !file.has(11));
+        assert!(file.begin().is_empty());
+    }
+
+    #[test]
+    fn what_comes_together_is_written_together_and_what_comes_late_next() {
+        let mut file = File::new();
+        let ask = |block: u64| Ask::of(Op::Write, block * BLOCK_SIZE, 512);
+        (0..100).for_each(|block| assert_eq!(file.layer.plan(&ask(block)), WAIT));
+        let first = file.begin();
+        assert_eq!(first.len(), 1);
+        assert_eq!(file.layer.plan(&ask(200)), WAIT);
+        assert!(file.begin().is_empty(), "one write of a page at a time");
+        file.end(&first[0], true);
+        assert_eq!(file.layer.plan(&ask(99)), Plan::Below { count: 512 });
+        assert_eq!(file.layer.plan(&ask(200)), WAIT);
+        let second = file.begin();
+        file.end(&second[0], true);
+        assert_eq!(file.layer.plan(&ask(200)), Plan::Below { count: 512 });
+        assert!((0..300).all(|block| file.has(block) == (block < 100 || block == 200)));
+    }
+
+    #[test]
+    fn an_error_fails_the_write_that_waits_and_the_next_one_tries_again() {
+        let mut file = File::new();
+        let page = PAGE as u64 * 8 * BLOCK_SIZE;
+        for n in 0..PAGES_MAX as u64 {
+            assert_eq!(file.layer.plan(&Ask::of(Op::Write, n * page, 512)), WAIT);
+        }
+        let more = Ask::of(Op::Write, 100 * page, 512);
+        assert_eq!(file.layer.plan(&more), WAIT);
+        let begun = file.begin();
+        assert_eq!(begun.len(), PAGES_MAX);
+        begun.iter().for_each(|meta| file.end(meta, false));
+        let first = Ask::of(Op::Write, 0, 512);
+        assert_eq!(file.layer.plan(&first), Plan::Fail(Fail::Io));
+        assert!(!file.has(0));
+        // Nobody asks for the others, whose requests were called off.
+        for n in 100..120 {
+            let ask = Ask::of(Op::Write, n * page, 512);
+            while file.layer.plan(&ask) == WAIT {
+                let begun = file.begin();
+                assert!(!begun.is_empty(), "page {n} waits for ever");
+                begun.iter().for_each(|meta| file.end(meta, true));
+            }
+        }
+        assert_eq!(file.layer.plan(&first), WAIT);
+        let begun = file.begin();
+        begun.iter().for_each(|meta| file.end(meta, true));
+        assert_eq!(file.layer.plan(&first), Plan::Below { count: 512 });
+    }
+
+    #[test]
+    fn at_any_moment_the_file_has_the_bits_of_all_that_went_on() {
+        for seed in 0..20 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let mut file = File::new();
+            let (mut waiting, mut gone, mut begun) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..2000 {
+                if rng.u32(..3) == 0 && waiting.len() < 64 {
+                    let len = rng.u64(1..3 * BLOCK_SIZE / 512) * 512;
+                    // Here and there, and much in a few places.
+                    let near = if rng.bool() { DISK - len } else { 64 * BLOCK_SIZE };
+                    waiting.push(Ask::of(Op::Write, rng.u64(..near) / 512 * 512, len));
+                }
+                waiting.retain(|ask| match file.layer.plan(ask) {
+                    Plan::Below { .. } => {
+                        assert!(blocks_of(ask.extent).all(|block| file.has(block)), "{ask:?}");
+                        gone.extend(blocks_of(ask.extent));
+                        false
+                    }
+                    Plan::Fail(_) => false,
+                    plan => {
+                        assert_eq!(plan, WAIT);
+                        true
+                    }
+                });
+                begun.extend(file.begin());
+                if !begun.is_empty() && rng.bool() {
+                    let meta = begun.swap_remove(rng.usize(..begun.len()));
+                    file.end(&meta, rng.u32(..10) != 0);
+                }
+            }
+            assert!(gone.len() > 50);
+            assert_eq!(
+                file.bytes[..HEADER_SIZE],
+                *Header::new(DISK).as_bytes(),
+                "the header is the storage manager's"
+            );
+        }
+    }
+
+    #[test]
+    fn a_disk_does_not_grow_beyond_its_log() {
+        let file = File::new();
+        assert_eq!(file.layer.check_size(DISK), Ok(()));
+        let refused = OpenError::ChangedBlocks(Unfit::DiskLarger { disk: DISK + 512, size: DISK });
+        assert_eq!(file.layer.check_size(DISK + 512), Err(refused));
     }
 }

@@ -39,6 +39,24 @@
 //! **The end.** [`closing`](Layer::closing): nothing is under way, no plan will be asked for, and metadata is moved until there is none. Then
 //! [`close`](Layer::close), once. After `closing` the disk may go on all the same, with `plan`.
 
+//!
+//! # What carries what
+//!
+//! Each row is a sequence of calls, which a test of that name in `tests/it/layers/features.rs` makes on a layer that is made for it.
+//!
+//! | feature | what it asks for | test |
+//! |---|---|---|
+//! | qcow2, a first write to a shared cluster | `Through` with the cluster as block, then its table as metadata | `qcow2s_first_write_to_a_shared_cluster` |
+//! | qcow2, zeroing of clusters | `Zeros` with a ticket | `qcow2s_zeroing_of_a_cluster_is_metadata_alone` |
+//! | qcow2, compressed clusters | `Through` of a read, `transform` unpacks | `a_compressed_cluster_is_read_and_written_over` |
+//! | encrypted images | `Through` of the guest's sectors, `transform` encrypts | `an_encrypted_image_has_no_plain_byte_in_its_file` |
+//! | mirror | `Both`, a ticket for each side | `a_mirror_goes_on_without_the_side_that_fails` |
+//! | read cache | `Through` with `fill` | `a_read_caches_late_fill_never_lands_over_a_guests_write` |
+//! | qcow2's data file, a cache's or mirror's image | a file of the layer's own, [`LayerFile`] | all of these |
+//! | qcow2's closing (counts, bitmaps, then the flags) | [`Layer::closing`], then [`LastStep`]s with flushes between | |
+//! | throttling | `Wait` until a time; [`Layer::descend`] charges what really goes on | [`crate::throttle`] |
+//! | changed blocks | `Wait` for metadata, in a file of the filter's | [`crate::changed_blocks`] |
+
 use std::any::Any;
 
 use crate::{OpenError, Origin};

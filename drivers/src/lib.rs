@@ -62,4 +62,7 @@ pub enum OpenError {
         /// Bytes in the file.
         size: u64,
     },
+    /// The log of changed blocks is too small for it.
+    #[error("its log of changed blocks does not fit: {0}")]
+    ChangedBlocks(#[from] changed_blocks::Unfit),
 }
