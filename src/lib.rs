@@ -41,6 +41,7 @@
 //!   Which images a disk is made of, a [`chain`] says: each names its parent, a [volume] by a name that lasts.
 //! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
+//!   A disk whose files are of several kinds has one for each kind, and a [router](engine::route) in front of them.
 //!   [Which one](engine::Opener) is for the configuration to say, or for the image, and can [change](disk::Wanted) while the
 //!   disk is in use. [Faults](engine::fault) are engines around an engine.
 //! - The **pool** ([`engine::pool`]) is an engine of threads, and does for the others what the kernel does only by waiting.
@@ -125,6 +126,7 @@ pub mod chain;
 pub mod image;
 pub mod job;
 pub mod memory;
+pub mod store;
 pub mod vhd;
 pub mod volume;
 

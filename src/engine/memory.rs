@@ -1,4 +1,4 @@
-//! Images without a file: RAM, and one that moves no data at all, which measures everything else.
+//! Bytes in memory: RAM, and memory that keeps nothing, which measures everything else.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,30 +9,30 @@ use nix::sys::eventfd::EventFd;
 
 use super::{Completion, Engine, Inline, Reap, Submit, hand_out};
 use crate::blocking::{Blocking, Caller};
+use crate::store::Ram;
 use crate::sys::io::{Io, IoOp};
 
-/// A RAM image of `size` bytes, zeroed. Takes its time where that is much.
-pub fn ram(_: &Blocking, size: u64, depth: usize) -> std::io::Result<Engine> {
-    let size = usize::try_from(size).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-    let mut image = Vec::new();
-    image.try_reserve_exact(size).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-    image.resize(size, 0);
-    Ok(open("ram", Some(image), depth, super::event()?))
+/// An engine for one RAM of `size` bytes, zeroed. Takes its time where that is much.
+pub fn ram(blocking: &Blocking, size: u64, depth: usize) -> std::io::Result<Engine> {
+    let ram = Ram::zeroed(blocking, size)?;
+    Ok(open("ram", Arc::new([Arc::new(ram)]), depth, super::event()?))
 }
 
-/// An image that completes everything and moves nothing: a read leaves the memory as it was.
+/// One that completes everything and moves nothing: a read leaves the memory as it was.
 pub fn null(depth: usize) -> std::io::Result<Engine> {
-    Ok(open("null", None, depth, super::event()?))
+    Ok(open("null", Arc::new([Arc::new(Ram::null(u64::MAX))]), depth, super::event()?))
 }
 
 /// One that stands in for `engine` while there is nothing to do, and has its depth and event.
 pub fn idle(engine: &Engine) -> Engine {
-    open("idle", None, engine.depth, Arc::clone(engine.submit.event()))
+    open("idle", Arc::new([]), engine.depth, Arc::clone(engine.submit.event()))
 }
 
-fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize, event: Arc<EventFd>) -> Engine {
+/// An engine for these, the first of which a [`FileId`](crate::sys::io::FileId) of 0 names.
+pub(super) fn open(name: &'static str, files: Arc<[Arc<Ram>]>, depth: usize, event: Arc<EventFd>) -> Engine {
     let shared = Arc::new(Shared {
-        state: Mutex::new(State { image, done: VecDeque::with_capacity(depth) }),
+        files,
+        done: Mutex::new(VecDeque::with_capacity(depth)),
         ready: AtomicBool::new(false),
         event,
     });
@@ -41,24 +41,19 @@ fn open(name: &'static str, image: Option<Vec<u8>>, depth: usize, event: Arc<Eve
 }
 
 struct Shared {
-    state: Mutex<State>,
+    files: Arc<[Arc<Ram>]>,
+    done: Mutex<VecDeque<Completion>>,
     ready: AtomicBool,
     event: Arc<EventFd>,
 }
 
-struct State {
-    /// None: the null image.
-    image: Option<Vec<u8>>,
-    done: VecDeque<Completion>,
-}
-
-fn run(image: &mut [u8], io: &Io) -> Result<u64, Errno> {
+fn run(bytes: &mut [u8], io: &Io) -> Result<u64, Errno> {
     if io.op == IoOp::Flush {
         return Ok(0);
     }
     let start = usize::try_from(io.offset).map_err(|_| Errno::EINVAL)?;
     let len = usize::try_from(io.len).map_err(|_| Errno::EINVAL)?;
-    let range = image.get_mut(start..).and_then(|tail| tail.get_mut(..len)).ok_or(Errno::EINVAL)?;
+    let range = bytes.get_mut(start..).and_then(|tail| tail.get_mut(..len)).ok_or(Errno::EINVAL)?;
     match io.op {
         IoOp::Read => io.fill(range),
         IoOp::Write { .. } => io.drain(range),
@@ -72,21 +67,27 @@ fn run(image: &mut [u8], io: &Io) -> Result<u64, Errno> {
 impl Submit for Shared {
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno> {
         let count = batch.len().min(limit);
-        let mut state = self.state.lock().unwrap();
-        let State { image, done } = &mut *state;
-        for io in batch.drain(..count) {
-            let result = match image {
-                Some(image) => run(image, &io),
-                None => {
-                    if io.op == IoOp::Status {
-                        io.put(&io.len.to_ne_bytes());
+        let mut done = self.done.lock().unwrap();
+        let mut left = count;
+        while left > 0 {
+            let file = batch[0].file;
+            let same = batch.iter().take(left).take_while(|io| io.file == file).count();
+            let mut bytes = self.files[usize::from(file.0)].bytes();
+            for io in batch.drain(..same) {
+                let result = match &mut bytes {
+                    Some(bytes) => run(bytes, &io),
+                    None => {
+                        if io.op == IoOp::Status {
+                            io.put(&io.len.to_ne_bytes());
+                        }
+                        Ok(io.len)
                     }
-                    Ok(io.len)
-                }
-            };
-            done.push_back((io, result));
+                };
+                done.push_back((io, result));
+            }
+            left -= same;
         }
-        drop(state);
+        drop(done);
         self.ready.store(true, Ordering::Release);
         // The main loop reaps after it has submitted, and need not be told.
         if let Caller::Thread(_) = by {
@@ -115,7 +116,7 @@ impl Reap for MemoryReap {
         if !self.shared.ready.swap(false, Ordering::AcqRel) {
             return 0;
         }
-        std::mem::swap(&mut self.taken, &mut self.shared.state.lock().unwrap().done);
+        std::mem::swap(&mut self.taken, &mut *self.shared.done.lock().unwrap());
         hand_out(&mut self.taken, done)
     }
 }

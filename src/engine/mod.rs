@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::blocking::Caller;
 use crate::sys::file::Backing;
-use crate::sys::io::{Io, IoOp};
+use crate::sys::io::{FileId, Io, IoOp};
 
 pub mod aio;
 pub mod fault;
@@ -17,6 +17,7 @@ mod kernel;
 pub mod memory;
 mod open;
 pub mod pool;
+pub mod route;
 pub mod uring;
 
 use self::fault::Faults;
@@ -67,7 +68,7 @@ pub trait Reap: Send {
 
 /// When the main loop may submit by itself under `submit = "auto"`: only where that can't block, or where nothing is
 /// in flight and the kernel is told not to block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Inline {
     /// Never.
     Never,
@@ -77,26 +78,51 @@ pub enum Inline {
         /// the kernel's `sb_start_write`.
         writes: bool,
     },
-    /// Always: it moves memory, and never blocks.
+    /// Always: it moves memory or hands over to a thread, and never blocks.
     Always,
+    /// As the I/O's file has it: one of the above for each, and not the same for all.
+    ByFile(Box<[Inline]>),
 }
 
 impl Inline {
-    /// For an engine whose submission can wait, on these files.
-    pub fn of_files(files: &[Backing]) -> Inline {
+    /// For a file on which submission can wait.
+    pub fn of_file(file: &Backing) -> Inline {
         // io_submit on a buffered file does the whole I/O itself.
-        if files.iter().all(|file| file.direct) {
-            Inline::Idle { writes: files.iter().all(|file| file.block_device) }
-        } else {
-            Inline::Never
+        if file.direct { Inline::Idle { writes: file.block_device } } else { Inline::Never }
+    }
+
+    /// For files that may differ, in the order of their ids.
+    pub fn of_files(files: impl IntoIterator<Item = Inline>) -> Inline {
+        let files: Box<[Inline]> = files.into_iter().collect();
+        match files.first() {
+            Some(first) if files.iter().all(|file| file == first) => first.clone(),
+            Some(_) => Inline::ByFile(files),
+            None => Inline::Never,
+        }
+    }
+
+    /// For a file of the engine.
+    pub fn of(&self, file: FileId) -> &Inline {
+        match self {
+            Inline::ByFile(files) => &files[usize::from(file.0)],
+            all => all,
+        }
+    }
+
+    /// A file has turned out to be none that the kernel can be told not to block for.
+    pub fn forbid(&mut self, file: FileId) {
+        match self {
+            Inline::ByFile(files) => files[usize::from(file.0)] = Inline::Never,
+            all => *all = Inline::Never,
         }
     }
 
     /// Whether `io` may be submitted by the main loop while nothing is in flight.
-    pub fn when_idle(self, io: &Io) -> bool {
+    pub fn when_idle(&self, io: &Io) -> bool {
         match (self, io.op) {
+            (Inline::ByFile(_), _) => self.of(io.file).when_idle(io),
             (Inline::Always, _) | (Inline::Idle { .. }, IoOp::Read) => true,
-            (Inline::Idle { writes }, IoOp::Write { .. }) => writes,
+            (Inline::Idle { writes }, IoOp::Write { .. }) => *writes,
             _ => false,
         }
     }

@@ -8,18 +8,25 @@ use nix::sys::eventfd::EventFd;
 use slog::{Logger, warn};
 
 use super::pool::{self, Threads};
-use super::{Engine, Setup, aio, fault, uring};
+use super::route::{Place, route};
+use super::{Engine, Setup, aio, fault, memory as in_memory, uring};
 use crate::blocking::Blocking;
 use crate::config::{Config, EngineName, Fault};
 use crate::memory;
+use crate::store::{Means, Ram};
 use crate::sys::file::Backing;
+use crate::sys::io::FileId;
 
 /// Opens a disk's engines: at its start, and when it goes on with another one.
 #[derive(Clone)]
 pub struct Opener {
     /// The engine that serves, as it was asked for.
     pub name: EngineName,
+    /// The disk's files but those in memory.
     setup: Setup,
+    memories: Arc<[Arc<Ram>]>,
+    /// Where each of the disk's files is: with the engine of that name, 0, or with that of memory, 1.
+    places: Arc<[Place]>,
     sqpoll_idle_ms: Option<u32>,
     faults: Vec<Fault>,
     /// What an engine brings is kept resident.
@@ -28,14 +35,20 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// For `files`, the first of which a [`FileId`](crate::sys::io::FileId) of 0 names. `event` is that of the engine that they
-    /// follow, if they do.
-    pub fn new(
-        files: Arc<[Backing]>,
-        config: &Config,
-        event: Option<Arc<EventFd>>,
-        log: Logger,
-    ) -> io::Result<Opener> {
+    /// For `files`, the first of which a [`FileId`] of 0 names. `event` is that of the engine that they follow, if they do.
+    pub fn new(files: Vec<Means>, config: &Config, event: Option<Arc<EventFd>>, log: Logger) -> io::Result<Opener> {
+        let (mut open, mut memories, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for means in files {
+            let (engine, file) = match &means {
+                Means::File(_) => (0, open.len()),
+                Means::Memory(_) => (1, memories.len()),
+            };
+            places.push(Place { engine, file: FileId(file as u16) });
+            match means {
+                Means::File(file) => open.push(file),
+                Means::Memory(ram) => memories.push(ram),
+            }
+        }
         let engine = &config.engine;
         let threads = Threads {
             min: engine.threads_min as usize,
@@ -43,23 +56,33 @@ impl Opener {
             idle: Duration::from_secs(engine.threads_idle_s.into()),
         };
         let event = event.map_or_else(super::event, Ok)?;
-        let setup = Setup::with_event(files, engine.depth as usize, event);
+        let setup = Setup::with_event(open.into(), engine.depth as usize, event);
         let setup = Setup { batch: engine.batch as usize, threads, ..setup };
         let sqpoll_idle_ms = engine.sqpoll.then_some(engine.sqpoll_idle_ms);
         let (name, faults, lock_memory) = (engine.name, config.faults.clone(), config.memory.lock);
-        Ok(Opener { name, setup, sqpoll_idle_ms, faults, lock_memory, log })
+        let (memories, places) = (memories.into(), places.into());
+        Ok(Opener { name, setup, memories, places, sqpoll_idle_ms, faults, lock_memory, log })
     }
 
     /// Opens the engine of that name. Under `auto` that is the best one for the files, or the next best where the system
     /// doesn't let it, with the reason in the log; any other either opens, or the error says why not and what to do.
     pub fn open(&self, blocking: &Blocking, name: EngineName) -> io::Result<Engine> {
-        let engine = self.named(blocking, name)?;
+        let memory = || {
+            let event = Arc::clone(&self.setup.event);
+            in_memory::open("ram", Arc::clone(&self.memories), self.setup.depth, event)
+        };
+        let engine = match (self.setup.files.is_empty(), self.memories.is_empty()) {
+            (_, true) => self.named(blocking, name)?,
+            (true, false) => memory(),
+            (false, false) => route(vec![self.named(blocking, name)?, memory()], &self.places),
+        };
         if self.faults.is_empty() { Ok(engine) } else { fault::wrap(blocking, engine, &self.faults) }
     }
 
-    /// Whether the file that is written is read and written through the page cache.
+    /// Whether the disk's first file is read and written through the page cache.
     pub fn is_buffered(&self) -> bool {
-        !self.setup.files[0].direct
+        let Place { engine, file } = self.places[0];
+        engine == 0 && !self.setup.files[usize::from(file.0)].direct
     }
 
     /// Keeps what was opened resident, if that is wanted.
@@ -110,7 +133,8 @@ impl Opener {
 
 /// What is best for the files, and what is next best where that can't be had.
 fn candidates(files: &[Backing]) -> &'static [EngineName] {
-    if files.iter().all(|file| file.direct) {
+    // What is on the others goes to the pool, with any engine.
+    if files.iter().any(|file| file.direct) {
         &[EngineName::Aio, EngineName::IoUring, EngineName::Threads]
     } else {
         &[EngineName::Threads, EngineName::Aio]

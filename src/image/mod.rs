@@ -24,6 +24,7 @@ use crate::frontend::DiskInfo;
 use crate::job::Apart;
 use crate::queue::Submission;
 use crate::stack::HostLayer;
+use crate::store::Means;
 use crate::sys;
 use crate::sys::credentials::Guard;
 use crate::sys::file::{Backing, FileIdentity, file_id};
@@ -309,7 +310,8 @@ fn with_engine(
     let (direct, block_device) = (files[0].direct, files[0].block_device);
     let file_ids = files.iter().map(|file| Ok(file_id(&file.file.metadata()?)));
     let file_ids = file_ids.collect::<io::Result<_>>().map_err(io("serve it"))?;
-    let opener = Opener::new(files.into(), config, event, log.clone()).map_err(io("start its engine"))?;
+    let files = files.into_iter().map(Means::File).collect();
+    let opener = Opener::new(files, config, event, log.clone()).map_err(io("start its engine"))?;
     let engine = opener.open(blocking, opener.name).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => &info.name, "size" => info.size, "sector_size" => info.sector_size,
         "direct" => direct, "block_device" => block_device, "read_only" => info.read_only,

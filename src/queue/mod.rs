@@ -228,7 +228,7 @@ impl Queue {
             plugs: 0,
             merge_bytes,
             mode,
-            inline: engine.inline,
+            inline: engine.inline.clone(),
             report: QueueReport { depth: engine.depth, size, ..QueueReport::default() },
             submission,
             iovecs,
@@ -374,8 +374,9 @@ impl Queue {
     }
 
     fn submit(&mut self) {
-        let by_itself = match (self.mode, self.inline) {
+        let by_itself = match (self.mode, &self.inline) {
             (SubmitMode::Inline, _) | (SubmitMode::Auto, Inline::Always) => true,
+            (SubmitMode::Auto, Inline::ByFile(_)) => return self.submit_by_file(),
             (SubmitMode::Auto, inline) => {
                 if self.in_flight == 1 && inline.when_idle(&self.batch[0]) && self.submit_nowait() {
                     return;
@@ -390,9 +391,41 @@ impl Queue {
         }
     }
 
+    /// Submits what never blocks, and hands over the rest; a single one may be submitted all the same.
+    fn submit_by_file(&mut self) {
+        let always = |io: &Io| *self.inline.of(io.file) == Inline::Always;
+        if self.in_flight == 1
+            && !always(&self.batch[0])
+            && self.inline.when_idle(&self.batch[0])
+            && self.submit_nowait()
+        {
+            return;
+        }
+        if let Some(thread) = &self.submission.thread {
+            let (inline, batch) = (&self.inline, &mut self.batch);
+            let mut left = batch.len();
+            let rest = std::iter::from_fn(|| {
+                while left > 0 {
+                    left -= 1;
+                    let io = batch.pop_front()?;
+                    if *inline.of(io.file) != Inline::Always {
+                        return Some(io);
+                    }
+                    batch.push_back(io);
+                }
+                None
+            });
+            thread.handover().give(rest);
+        }
+        if !self.batch.is_empty() {
+            self.submit_inline();
+        }
+    }
+
     /// Submits the only I/O there is, which the kernel is told not to block for. False: it goes to the thread.
     fn submit_nowait(&mut self) -> bool {
         self.batch[0].nowait = true;
+        let file = self.batch[0].file;
         match self.submission.engine.submit.submit(&mut self.batch, 1, Caller::MainLoop) {
             Ok(n) if n > 0 => {
                 self.submission.counters.took(n);
@@ -403,7 +436,7 @@ impl Queue {
                 self.batch[0].nowait = false;
                 // A file without RWF_NOWAIT says so at once, and always will.
                 if matches!(refused, Err(Errno::EOPNOTSUPP | Errno::EINVAL)) {
-                    self.inline = Inline::Never;
+                    self.inline.forbid(file);
                 }
                 self.report.would_block += 1;
                 false
@@ -452,7 +485,7 @@ impl Queue {
         let Submission { engine, counters, .. } = &*submission;
         assert!(self.plugs > 0 && self.is_drained() && engine.depth == self.report.depth);
         counters.add(&self.submission.counters);
-        (self.mode, self.inline) = (mode, engine.inline);
+        (self.mode, self.inline) = (mode, engine.inline.clone());
         std::mem::replace(&mut self.submission, submission)
     }
 
@@ -488,7 +521,7 @@ impl Queue {
         match result {
             Err(Errno::EAGAIN | Errno::EOPNOTSUPP) if io.nowait => {
                 if result == Err(Errno::EOPNOTSUPP) {
-                    self.inline = Inline::Never;
+                    self.inline.forbid(io.file);
                 }
                 self.report.would_block += 1;
                 self.again(io);

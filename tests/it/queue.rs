@@ -27,6 +27,10 @@ struct Bench {
 impl Bench {
     fn new(depth: usize, mode: SubmitMode) -> Bench {
         let inline = if mode == SubmitMode::Inline { Inline::Always } else { Inline::Never };
+        Bench::with(depth, mode, inline)
+    }
+
+    fn with(depth: usize, mode: SubmitMode, inline: Inline) -> Bench {
         let (double, engine) = Double::engine(depth, inline);
         let limits = Limits { tiocbs: 256, iovecs: 16, merge_bytes: 64 << 10, retry: Retry::default() };
         let submission = Submission::start(&Blocking::before_main_loop(), engine, mode).unwrap();
@@ -145,6 +149,43 @@ fn no_more_than_the_depth_is_in_flight_and_the_rest_merges_meanwhile() {
     }
     let all = bench.double.wait_seen(6);
     assert_eq!(all[5], seen(WRITE, 5 * 8192, 1024), "the last two became one");
+}
+
+#[test]
+fn who_submits_is_for_the_file_to_say_and_one_that_must_not_wait_turns_off_no_other() {
+    let inline = Inline::ByFile([Inline::Never, Inline::Always, Inline::Idle { writes: false }].into());
+    let mut bench = Bench::with(16, SubmitMode::Auto, inline);
+    for file in [0, 1, 2, 0, 1, 1] {
+        bench.push(WRITE, file, u64::from(file) * 65536 + bench.slots.used() as u64 * 8192, 512);
+    }
+    bench.kick();
+    assert_eq!(bench.queue.report().inline, 3, "those of the second");
+    bench.double.wait_seen(6);
+    bench.double.complete_all();
+    assert!(bench.finished(6).iter().all(|(_, result)| result.is_ok()));
+    // A single one.
+    for (op, file, expected) in [(WRITE, 0, 3), (WRITE, 1, 4), (WRITE, 2, 4), (IoOp::Read, 2, 5), (IoOp::Read, 0, 5)]
+    {
+        let before = bench.double.wait_seen(0).len();
+        bench.push(op, file, 4096, 512);
+        bench.kick();
+        assert_eq!(bench.queue.report().inline, expected, "{op:?} on {file}");
+        bench.double.wait_seen(before + 1);
+        bench.double.complete_all();
+        bench.finished(1);
+    }
+    // The kernel has no way not to block for it.
+    bench.double.refuse(Errno::EOPNOTSUPP);
+    for (file, expected) in [(2, 5), (2, 5), (1, 6)] {
+        let before = bench.double.wait_seen(0).len();
+        bench.push(IoOp::Read, file, 4096, 512);
+        bench.kick();
+        bench.double.wait_seen(before + 1);
+        assert_eq!(bench.queue.report().inline, expected, "{file}");
+        bench.double.complete_all();
+        bench.finished(1);
+    }
+    assert_eq!(bench.queue.report().would_block, 1);
 }
 
 #[test]

@@ -14,10 +14,11 @@ use nix::errno::Errno;
 use slog::{Discard, Logger, o};
 use tapdisk::blocking::Blocking;
 use tapdisk::config::Config;
-use tapdisk::engine::{Engine, Opener, memory};
+use tapdisk::engine::Opener;
 use tapdisk::queue::{Limits, Queue, Submission, SubmitMode, Transfer};
 use tapdisk::request::{Op, RequestId, Slots};
 use tapdisk::retry::{NoSpace, Retry};
+use tapdisk::store::{self, Means};
 use tapdisk::sys::file::Backing;
 use tapdisk::sys::io::{FileId, IoOp};
 use tapdisk::sys::memory::Memory;
@@ -29,16 +30,37 @@ const SLOTS: usize = 64;
 /// The most bytes of a request.
 const BYTES: u64 = 64 << 10;
 
-/// Engines, as `[engine]` and with O_DIRECT or without; RAM is one without a file.
-const ENGINES: [(&str, &str, bool); 8] = [
-    ("aio", "name = 'aio'", true),
-    ("aio, one at a time", "name = 'aio'\nbatch = 1", true),
-    ("threads", "name = 'threads'", true),
-    ("threads, buffered", "name = 'threads'\nthreads_min = 2\nthreads_max = 4", false),
-    ("io_uring", "name = 'io_uring'", true),
-    ("io_uring, buffered", "name = 'io_uring'", false),
-    ("io_uring, sqpoll", "name = 'io_uring'\nsqpoll = true", true),
-    ("ram", "", false),
+/// What one of the disk's files is on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum On {
+    /// A file, with O_DIRECT.
+    Direct,
+    /// A file, through the page cache.
+    Buffered,
+    /// Memory.
+    Ram,
+}
+use On::{Buffered, Direct, Ram};
+
+/// Parts of the disk that take turns to be in one of the files.
+const PART: u64 = 128 << 10;
+
+/// Engines, as `[engine]`, and the files of the disk. With several, what is at the beginning is in the first.
+const ENGINES: [(&str, &str, &[On]); 14] = [
+    ("aio", "name = 'aio'", &[Direct]),
+    ("aio, one at a time", "name = 'aio'\nbatch = 1", &[Direct]),
+    ("threads", "name = 'threads'", &[Direct]),
+    ("threads, buffered", "name = 'threads'\nthreads_min = 2\nthreads_max = 4", &[Buffered]),
+    ("io_uring", "name = 'io_uring'", &[Direct]),
+    ("io_uring, buffered", "name = 'io_uring'", &[Buffered]),
+    ("io_uring, sqpoll", "name = 'io_uring'\nsqpoll = true", &[Direct]),
+    ("ram", "", &[Ram]),
+    ("aio, beside a buffered file", "name = 'aio'", &[Direct, Buffered]),
+    ("io_uring, beside a buffered file", "name = 'io_uring'", &[Direct, Buffered]),
+    ("aio and ram", "name = 'aio'", &[Direct, Ram]),
+    ("threads and ram", "name = 'threads'", &[Buffered, Ram]),
+    ("ram and io_uring", "name = 'io_uring'", &[Ram, Direct]),
+    ("all of them", "name = 'auto'", &[Direct, Ram, Buffered, Ram]),
 ];
 const MODES: [SubmitMode; 3] = [SubmitMode::Auto, SubmitMode::Thread, SubmitMode::Inline];
 const NO_FAULTS: &str = "";
@@ -52,7 +74,9 @@ struct Bench {
     queue: Queue,
     slots: Slots,
     memory: Arc<Memory>,
-    opener: Option<Opener>,
+    opener: Opener,
+    /// Files of the disk.
+    files: u64,
     _folder: TempDir,
 }
 
@@ -62,45 +86,45 @@ fn config(engine: &str, rest: &str) -> Config {
     Config::parse(&text, Path::new("test")).unwrap()
 }
 
-fn opener(config: &Config, folder: &Path, direct: bool, size: u64) -> Opener {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).custom_flags(if direct { libc::O_DIRECT } else { 0 });
-    let file = options.open(folder.join("image")).unwrap();
-    file.set_len(size).unwrap();
-    let files = Arc::new([Backing { file, direct, block_device: false }]);
+fn opener(config: &Config, folder: &Path, files: &[On], size: u64) -> Opener {
+    let open = |(index, on): (usize, &On)| {
+        if *on == Ram {
+            return Means::Memory(Arc::new(store::Ram::zeroed(&Blocking::before_main_loop(), size).unwrap()));
+        }
+        let direct = *on == Direct;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).custom_flags(if direct { libc::O_DIRECT } else { 0 });
+        let file = options.open(folder.join(format!("image{index}"))).unwrap();
+        file.set_len(size).unwrap();
+        Means::File(Backing { file, direct, block_device: false })
+    };
+    let files = files.iter().enumerate().map(open).collect();
     Opener::new(files, config, None, Logger::root(Discard, o!())).unwrap()
 }
 
 impl Bench {
-    fn new(engine: (&str, &str, bool), mode: SubmitMode, faults: &str) -> Bench {
+    fn new(engine: (&str, &str, &[On]), mode: SubmitMode, faults: &str) -> Bench {
         Self::with_size(engine, mode, faults, SIZE)
     }
 
-    fn with_size((name, table, direct): (&str, &str, bool), mode: SubmitMode, faults: &str, size: u64) -> Bench {
+    fn with_size((name, table, files): (&str, &str, &[On]), mode: SubmitMode, faults: &str, size: u64) -> Bench {
         let folder = folder();
         let config = config(table, faults);
-        let (opener, engine) = if name == "ram" {
-            let engine = memory::ram(&Blocking::before_main_loop(), size, DEPTH).unwrap();
-            let faulty =
-                |engine| tapdisk::engine::fault::wrap(&Blocking::before_main_loop(), engine, &config.faults).unwrap();
-            (None, if config.faults.is_empty() { engine } else { faulty(engine) })
-        } else {
-            let opener = opener(&config, folder.path(), direct, size);
-            let engine = opener
-                .open(&Blocking::before_main_loop(), opener.name)
-                .unwrap_or_else(|error| panic!("{name}: {error}"));
-            (Some(opener), engine)
-        };
-        Self::on(engine, opener, mode, folder)
-    }
-
-    fn on(engine: Engine, opener: Option<Opener>, mode: SubmitMode, folder: TempDir) -> Bench {
+        let opener = opener(&config, folder.path(), files, size);
+        let blocking = Blocking::before_main_loop();
+        let engine = opener.open(&blocking, opener.name).unwrap_or_else(|error| panic!("{name}: {error}"));
         let retry = Retry { limit: 60_000_000_000, no_space: NoSpace::Report };
         let limits = Limits { tiocbs: SLOTS, iovecs: 256, merge_bytes: 256 << 10, retry };
-        let submission = Submission::start(&Blocking::before_main_loop(), engine, mode).unwrap();
+        let submission = Submission::start(&blocking, engine, mode).unwrap();
         let queue = Queue::new(submission.into(), mode, limits);
         let memory = Arc::new(Memory::anonymous(SLOTS * BYTES as usize).unwrap());
-        Bench { queue, slots: Slots::new(SLOTS, 4, 0), memory, opener, _folder: folder }
+        let (slots, files) = (Slots::new(SLOTS, 4, 0), files.len() as u64);
+        Bench { queue, slots, memory, opener, files, _folder: folder }
+    }
+
+    /// The file that a part of the disk is in.
+    fn file(&self, offset: u64) -> FileId {
+        FileId((offset / PART % self.files) as u16)
     }
 
     /// Queues a request whose data, if it has some, is in its slot's part of the memory. False: there is no room.
@@ -115,7 +139,8 @@ impl Bench {
             payload.set_memory(&self.memory);
             payload.push(at, len as u32);
         }
-        assert!(self.queue.push(Transfer { op, file: FileId(0), offset, len, owner: id, at: 0, piece: None }));
+        let file = self.file(offset);
+        assert!(self.queue.push(Transfer { op, file, offset, len, owner: id, at: 0, piece: None }));
         Some(id)
     }
 
@@ -249,7 +274,8 @@ fn short_ios_are_completed() {
 
 #[test]
 fn a_read_that_meets_the_end_of_the_file_says_how_much_there_was() {
-    for engine in ENGINES.iter().filter(|engine| engine.0 != "ram") {
+    // Nothing in memory is shorter than the disk.
+    for engine in ENGINES.iter().filter(|engine| !engine.2.contains(&Ram)) {
         for mode in MODES {
             let mut bench = Bench::with_size(*engine, mode, NO_FAULTS, 8192 + 100);
             bench.push(IoOp::Read, 4096, 8192);
@@ -406,6 +432,8 @@ fn begin(bench: &mut Bench, model: &mut Model, random: &mut fastrand::Rng, count
     // Half of the requests meet in a small part of the disk.
     let space = if random.bool() { SIZE } else { 256 << 10 };
     let offset = random.u64(..=(space - len) / SECTOR) * SECTOR;
+    // Within one part.
+    let offset = offset - (offset % PART + len).saturating_sub(PART);
     let op = match random.u32(..512) {
         // Few: each may take a file system milliseconds.
         0 => IoOp::Flush,
@@ -435,7 +463,7 @@ fn change_engine(bench: &mut Bench, random: &mut fastrand::Rng) {
     let name = *random.choice(&[Aio, IoUring, Threads]).unwrap();
     let mode = *random.choice(&MODES).unwrap();
     let blocking = Blocking::before_main_loop();
-    let engine = bench.opener.as_ref().unwrap().open(&blocking, name).unwrap();
+    let engine = bench.opener.open(&blocking, name).unwrap();
     let next = Submission::start(&blocking, engine, mode).unwrap();
     bench.queue.switch(next.into(), mode).take(&blocking).close(&blocking);
     bench.queue.unplug(&bench.slots);
@@ -463,6 +491,12 @@ fn random_requests_agree_with_the_model_on_every_engine() {
 #[ignore = "slow"]
 fn a_hundred_thousand_random_requests_with_completions_in_any_order_and_engines_that_change() {
     random_load(&mut Bench::new(ENGINES[0], SubmitMode::Auto, ADVERSE), requests(100_000), 3, true);
+}
+
+#[test]
+#[ignore = "slow"]
+fn a_hundred_thousand_random_requests_on_files_of_all_kinds_and_engines_that_change() {
+    random_load(&mut Bench::new(ENGINES[13], SubmitMode::Auto, ADVERSE), requests(100_000), 5, true);
 }
 
 #[test]

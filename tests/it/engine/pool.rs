@@ -117,7 +117,7 @@ fn image() -> (tempfile::TempDir, std::path::PathBuf) {
 fn all_operations_are_carried_out() {
     let (_folder, path) = image();
     let mut bench = Bench::on(&path, threads(1, 4));
-    assert_eq!((bench.engine.name, bench.engine.inline), ("threads", Inline::Always));
+    assert_eq!((bench.engine.name, &bench.engine.inline), ("threads", &Inline::Always));
     bench.memory.write(4096, &[7; 4096]);
     bench.submit(IoOp::Write { fua: true }, 1..2);
     assert_eq!(bench.done(1), [(1, Ok(4096))]);
