@@ -66,7 +66,7 @@
 //! closed, and an engine without files takes the place of the other. [Resume](disk::Disk::resume) opens the image again, or another.
 //! [Coalesce](disk::Disk::coalesce) merges two images of the chain in a thread of its own, with the files alone ([`vhd`]): what
 //! changes is hidden by the image above. Then a pause leaves the merged one out. What a disk serves that is not what its configuration
-//! says, and that it is paused, is on [record] for whoever starts it again. What others may change of an image in use, [`vhd`] says.
+//! says, its log of changed blocks too, and that it is paused, is on [record] for whoever starts it again. What others may change of an image in use, [`vhd`] says.
 //!
 //! ## What is seen from outside
 //!

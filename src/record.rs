@@ -2,8 +2,10 @@
 //! serves another one, whose parent that is, and a start that went by the configuration alone would write the parent, and show the guest
 //! what it was.
 //!
+//! The same of its log of changed blocks: one that did not go on would lack what is written.
+//!
 //! The record is a file in the folder of the minors, which goes with this boot as a rule. It is there as long as the disk is paused, or serves
-//! another image than its configuration says. It is of no account when the configuration was changed, or the image that it names is another
+//! another image, or has another log, than its configuration says. It is of no account when the configuration was changed, or the image that it names is another
 //! one now. All of this blocks.
 
 use std::fs::File;
@@ -72,6 +74,12 @@ pub struct Record {
     pub size: u64,
     /// Its sectors, bytes.
     pub sector_size: u32,
+    /// The log of changed blocks that the configuration names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    configured_log: Option<PathBuf>,
+    /// The one in which it marks what is written, or goes on to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_blocks: Option<PathBuf>,
     /// The image that the configuration names.
     configured: Known,
     /// The image that the disk serves, or goes on with.
@@ -79,6 +87,9 @@ pub struct Record {
     /// The member of the control socket's group who has named that; none: root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<Credentials>,
+    /// The member who has named the log of changed blocks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_blocks_by: Option<Credentials>,
 }
 
 /// Why a disk is not started.
@@ -116,6 +127,7 @@ pub struct Place {
     file: PathBuf,
     configuration: PathBuf,
     configured: (ImageType, PathBuf),
+    configured_log: Option<PathBuf>,
 }
 
 impl Place {
@@ -124,7 +136,8 @@ impl Place {
         let (configuration, image) = (config.file.clone()?, config.image.path.clone()?);
         let name = fnv1a(configuration.as_os_str().as_bytes());
         let file = config.control.directory.join("tapdisk").join(format!("served-{name:016x}"));
-        Some(Place { file, configuration, configured: (config.image.kind, image) })
+        let configured_log = config.image.changed_blocks.clone();
+        Some(Place { file, configuration, configured: (config.image.kind, image), configured_log })
     }
 
     /// The file.
@@ -139,7 +152,11 @@ impl Place {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             text => text.map_err(failed)?,
         };
-        let record: Record = toml::from_str(&text).map_err(|error| failed(io::Error::other(error)))?;
+        let mut record: Record = toml::from_str(&text).map_err(|error| failed(io::Error::other(error)))?;
+        if record.configured_log != self.configured_log {
+            // Somebody has named another one in the configuration since, and means that.
+            (record.changed_blocks, record.changed_blocks_by) = (self.configured_log.clone(), None);
+        }
         let same_name = record.configuration == self.configuration
             && (record.configured.kind, &record.configured.path) == (self.configured.0, &self.configured.1);
         let paused = record.paused && record.boot == boot_id();
@@ -152,7 +169,8 @@ impl Place {
             return Ok(None);
         }
         if record.served == record.configured {
-            return Ok(None);
+            let same_log = record.changed_blocks == self.configured_log;
+            return Ok((!same_log).then_some(Record { paused: false, ..record }));
         }
         let why = match record.served.is_there().map_err(failed)? {
             Some(true) => return Ok(Some(Record { paused: false, ..record })),
@@ -175,12 +193,26 @@ impl Place {
             }
             known => known?,
         };
-        if !paused && served == configured {
+        if !paused && served == configured && image.changed_blocks == self.configured_log {
             return self.remove();
         }
         let (configuration, boot) = (self.configuration.clone(), boot_id());
         let (size, sector_size) = (info.size, info.sector_size);
-        let record = Record { configuration, boot, paused, size, sector_size, configured, served, by };
+        let (configured_log, changed_blocks) = (self.configured_log.clone(), image.changed_blocks.clone());
+        let changed_blocks_by = image.changed_blocks_by.as_ref().map(|by| by.credentials.clone());
+        let record = Record {
+            configuration,
+            boot,
+            paused,
+            size,
+            sector_size,
+            configured_log,
+            changed_blocks,
+            configured,
+            served,
+            by,
+            changed_blocks_by,
+        };
         let text = toml::to_string(&record).map_err(io::Error::other)?;
         // One or the other at each moment.
         let mut new = self.file.clone().into_os_string();

@@ -47,9 +47,12 @@ pub fn open(
         let folders = &config.control.folders;
         let member = |credentials| Member { credentials, folders: folders.clone() };
         placed.image.by = record.by.clone().map(|by| Arc::new(member(by)));
-        warn!(log, "the disk goes on with the image that it served last, and not with image.path";
-            "served" => %record.served.path.display(), "path" => %config.image.path.as_deref().unwrap_or(Path::new("")).display(),
-            "paused" => record.paused, "record" => %place.as_ref().map_or(Path::new(""), record::Place::path).display());
+        placed.image.changed_blocks.clone_from(&record.changed_blocks);
+        placed.image.changed_blocks_by = record.changed_blocks_by.clone().map(|by| Arc::new(member(by)));
+        let named = |path: Option<&Path>| path.unwrap_or(Path::new("")).display().to_string();
+        warn!(log, "the disk goes on with the image and the log of changed blocks that it had last, and not by its configuration";
+            "served" => %record.served.path.display(), "path" => named(config.image.path.as_deref()),
+            "changed_blocks" => named(record.changed_blocks.as_deref()), "paused" => record.paused, "record" => %place.as_ref().map_or(Path::new(""), record::Place::path).display());
     }
     let paused = record.filter(|record| record.paused);
     let image = match &paused {

@@ -3,6 +3,7 @@
 //! A key that is unknown, of the wrong type or out of range is an error that names file, line and key, and what was
 //! expected. [`Config::to_toml`] prints all of it with the defaults filled in.
 
+mod changed_blocks;
 mod engine;
 mod fault;
 mod member;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::changed_blocks::ChangedBlocks;
 pub use self::engine::{Engine, EngineName, NoSpace, Retry, THREADS_MAX, Watchdog};
 pub use self::fault::{Distribution, ErrnoName, Fault, FaultKind, FaultOp};
 pub use self::member::Member;
@@ -158,6 +160,12 @@ pub struct Image {
     /// If the file is missing, make it, sparse, with this size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub create: Option<Size>,
+    /// The log of changed blocks, in which all that is written is marked. Of an image that is not written, it is of no account.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_blocks: Option<PathBuf>,
+    /// The member who has named that, and with whose rights it is opened, in the folders that the member may name; none: who runs the tapdisk.
+    #[serde(skip)]
+    pub changed_blocks_by: Option<Arc<Member>>,
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
@@ -198,6 +206,8 @@ impl Default for Image {
             path: None,
             size: None,
             create: None,
+            changed_blocks: None,
+            changed_blocks_by: None,
             read_only: false,
             lock: true,
             direct: Direct::default(),
@@ -491,9 +501,10 @@ impl Config {
 
     /// What no single key shows, of disks whose images are named later. Gives the key and what is wrong.
     fn check_defaults(&self) -> Result<(), (&'static str, String)> {
-        let named = Image { kind: ImageType::Aio, path: None, size: None, create: None, ..self.image.clone() };
+        let (kind, path, changed_blocks) = (ImageType::Aio, None, None);
+        let named = Image { kind, path, size: None, create: None, changed_blocks, ..self.image.clone() };
         if named != self.image {
-            return Err(("image", "type, path, size and create are for tap-ctl open to say".into()));
+            return Err(("image", "type, path, size, create and changed_blocks are for tap-ctl open to say".into()));
         }
         if self.frontend.xen.is_some() {
             return Err(("frontend.xen", "the guest is for tapback to say".into()));
@@ -528,6 +539,17 @@ impl Config {
                 return wrong("image.path", "types \"ram\" and \"null\" have no file");
             }
             _ => {}
+        }
+        if let Some(log) = &image.changed_blocks {
+            if matches!(image.kind, ImageType::Ram | ImageType::Null) {
+                return wrong(
+                    "image.changed_blocks",
+                    "types \"ram\" and \"null\" have no log: nothing of them lasts",
+                );
+            }
+            if log.as_os_str().is_empty() {
+                return wrong("image.changed_blocks", "expected the path of a log, which cbt-util create makes");
+            }
         }
         if image.create.is_some() && (image.read_only || image.kind != ImageType::Aio) {
             return wrong("image.create", "only a writable image of type \"aio\" can be made");

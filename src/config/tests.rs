@@ -34,6 +34,12 @@ fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
         ("[image]\npath = \"a\"\n[log]\nlevel = \"loud\"", "disk.toml:4: log.level: ", "\"warning\""),
         ("[image]\npath = \"a\"\ncreate = \"1 GX\"", "disk.toml:3: image.create: ", "64 KiB"),
         ("[image]\npath = \"a\"\n\ncreate = 513", "disk.toml:4: image.create: ", "512-byte sector"),
+        (
+            "[image]\ntype = \"ram\"\nsize = 512\nchanged_blocks = \"/log\"",
+            "disk.toml:4: image.changed_blocks: ",
+            "nothing of them lasts",
+        ),
+        ("[image]\npath = \"a\"\nchanged_blocks = \"\"", "disk.toml:3: image.changed_blocks: ", "cbt-util create"),
         ("# c\n[image]\ntype = \"ram\"", "disk.toml:2: image.size: ", "missing"),
         (
             "[image]\npath = \"a\"\n[frontend.nbd]\nlisten = \"10.0.0.1:1\"",

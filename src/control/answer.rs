@@ -8,7 +8,8 @@ use zerocopy::IntoBytes;
 
 use super::peer::Peer;
 use super::proto::{List, Message, MinorList, NO_MINOR, Poll, Resized, Stat, kind, poll, state, string};
-use super::{blkif, engine, life, pause};
+use super::{Request, blkif, engine, life, pause};
+use crate::config::ChangedBlocks;
 use crate::disk::{Disk, ResizeError};
 use crate::log::Limiter;
 use crate::memory;
@@ -107,23 +108,24 @@ pub(super) fn without_room(
 
 /// The whole answer to a request; or what it waits for.
 pub fn respond(
-    request: &Message,
+    asked: Request<'_>,
     peer: &Peer,
     minors: &mut Minors,
     polling: &mut Polling,
     log: &Logger,
 ) -> Result<Vec<u8>, Late> {
-    let cookie = request.cookie;
-    if let Err(error) = peer.check(request) {
-        return Ok(refused(cookie, &error));
-    }
+    let (request, cookie) = (asked.message, asked.message.cookie);
+    let named = match peer.check(request).and_then(|()| asked.changed_blocks(peer)) {
+        Ok(named) => named,
+        Err(error) => return Ok(refused(cookie, &error)),
+    };
     Ok(match request.kind {
         kind::PID => {
             let pid = std::process::id() as i32;
             Message::new(kind::PID_RSP, cookie).with(&pid).as_bytes().to_vec()
         }
         kind::ATTACH => life::attach(cookie, minors),
-        kind::OPEN => life::open(request, minors, peer).ok_or(Late::Open(cookie))?,
+        kind::OPEN => life::open(request, named, minors, peer).ok_or(Late::Open(cookie))?,
         kind::CLOSE | kind::FORCE_SHUTDOWN => life::close(request, minors).ok_or(Late::Close(cookie))?,
         kind::DETACH => life::detach(cookie, minors),
         kind::XENBLKIF_CONNECT => blkif::connect(request, minors, polling, log),
@@ -141,21 +143,21 @@ pub fn respond(
             Message::error(cookie, 0, "").as_bytes().to_vec()
         }
         _ => match minors.disk_mut(cookie) {
-            Some(disk) => of_disk(request, peer, disk, polling, log)?,
-            None => without_image(request, minors),
+            Some(disk) => of_disk(request, named, peer, disk, polling, log)?,
+            None => without_image(request, named.as_ref(), minors),
         },
     })
 }
 
 /// The answer to what is asked of a minor that has no image, or that nobody has attached.
-fn without_image(request: &Message, minors: &mut Minors) -> Vec<u8> {
+fn without_image(request: &Message, log: Option<&ChangedBlocks>, minors: &mut Minors) -> Vec<u8> {
     let cookie = request.cookie;
     match request.kind {
         // As blktap's has it.
         kind::STATS if minors.iter().any(|minor| minor.number() == cookie) => {
             with_json(kind::STATS_RSP, cookie, &stats(None))
         }
-        kind::PAUSE | kind::RESUME => pause::without_image(request, minors).unwrap_or_else(|| no_disk(cookie)),
+        kind::PAUSE | kind::RESUME => pause::without_image(request, log, minors).unwrap_or_else(|| no_disk(cookie)),
         kind if is_known(kind) => no_disk(cookie),
         _ => unknown(request),
     }
@@ -164,6 +166,7 @@ fn without_image(request: &Message, minors: &mut Minors) -> Vec<u8> {
 /// The answer to what is asked of one disk.
 fn of_disk(
     request: &Message,
+    named: Option<ChangedBlocks>,
     peer: &Peer,
     disk: &mut Disk,
     polling: &mut Polling,
@@ -173,7 +176,7 @@ fn of_disk(
     Ok(match request.kind {
         kind::ENGINE => engine::change(request, disk).ok_or(Late::Engine(cookie))?,
         kind::PAUSE => pause::pause(cookie, disk).ok_or(Late::Pause(cookie))?,
-        kind::RESUME => pause::resume(request, disk, peer).ok_or(Late::Resume(cookie))?,
+        kind::RESUME => pause::resume(request, named, disk, peer).ok_or(Late::Resume(cookie))?,
         kind::COMMIT => pause::commit(request, disk, peer).ok_or(Late::Commit(cookie))?,
         kind::QUERY_COMMIT => pause::query(cookie, disk),
         kind::CANCEL_COMMIT => pause::cancel(request, disk).ok_or(Late::Cancel(cookie))?,

@@ -6,16 +6,16 @@ use zerocopy::IntoBytes;
 use super::answer::refused;
 use super::peer::Peer;
 use super::proto::{Image, Message, Params, kind, open as flag, text};
+use crate::config::ChangedBlocks;
 use crate::disk::parse_name;
 use crate::frontend::DiskInfo;
 use crate::frontend::xen::xenbus::VDISK_READONLY;
 use crate::minors::{MinorError, Minors, Wanted};
 
 /// Options of OPEN and RESUME that are known, and not here.
-const MISSING: [(u32, &str); 7] = [
+const MISSING: [(u32, &str); 6] = [
     (flag::SECONDARY, "a second image (-2)"),
     (flag::STANDBY, "a second image that takes over where there is no space (-s)"),
-    (flag::ADD_LOG, "a log of changed blocks (-C, -c)"),
     (flag::OPEN_ENCRYPTED, "an encryption key (-E)"),
     (flag::ADD_LCACHE, "a local cache of the parent (-r)"),
     (flag::ADD_CACHE, "a cache of blocks"),
@@ -52,11 +52,11 @@ pub(super) fn check_flags(flags: u32, allowed: u32) -> Result<(), MinorError> {
     Err(MinorError::new(Errno::EOPNOTSUPP, format!("{what}: not supported; open the image without")))
 }
 
-fn wanted(params: &Params, peer: &Peer) -> Result<Wanted, MinorError> {
+fn wanted(params: &Params, changed_blocks: Option<ChangedBlocks>, peer: &Peer) -> Result<Wanted, MinorError> {
     let broken = |what| MinorError::new(Errno::EINVAL, format!("{what} has no end"));
     let name = text(&params.path).ok_or_else(|| broken("the image's name"))?;
     text(&params.secondary).ok_or_else(|| broken("the second image's name"))?;
-    check_flags(params.flags, flag::SHARED | flag::RDONLY | flag::REUSE_PRT | flag::NO_O_DIRECT)?;
+    check_flags(params.flags, flag::SHARED | flag::RDONLY | flag::REUSE_PRT | flag::NO_O_DIRECT | flag::ADD_LOG)?;
     let has = |flag| params.flags & flag != 0;
     if has(flag::SHARED) && !has(flag::RDONLY) {
         return Err(MinorError::new(Errno::EINVAL, "an image that is written can't be shared"));
@@ -67,6 +67,7 @@ fn wanted(params: &Params, peer: &Peer) -> Result<Wanted, MinorError> {
     Ok(Wanted {
         image,
         by: peer.member().cloned(),
+        changed_blocks,
         read_only: has(flag::RDONLY),
         buffered: has(flag::NO_O_DIRECT),
         timeout_s: (params.req_timeout > 0).then_some(params.req_timeout),
@@ -75,8 +76,13 @@ fn wanted(params: &Params, peer: &Peer) -> Result<Wanted, MinorError> {
 }
 
 /// The answer to OPEN, if it is refused at once. None: it comes when the image is open, by [`opened`].
-pub(super) fn open(request: &Message, minors: &mut Minors, peer: &Peer) -> Option<Vec<u8>> {
-    let outcome = wanted(&request.member(), peer).and_then(|wanted| minors.open(request.cookie, wanted));
+pub(super) fn open(
+    request: &Message,
+    log: Option<ChangedBlocks>,
+    minors: &mut Minors,
+    peer: &Peer,
+) -> Option<Vec<u8>> {
+    let outcome = wanted(&request.member(), log, peer).and_then(|wanted| minors.open(request.cookie, wanted));
     outcome.err().map(|error| refused(request.cookie, &error))
 }
 

@@ -7,6 +7,7 @@ mod answer;
 mod blkif;
 pub mod client;
 mod engine;
+pub mod following;
 mod life;
 mod pause;
 mod peer;
@@ -24,8 +25,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use self::answer::without_room;
 pub use self::answer::{Late, respond};
+pub use self::following::Request;
 pub use self::peer::Peer;
-use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, Params, kind, open};
+use self::proto::{MESSAGE_SIZE, Message, NO_MINOR, PATH_SIZE};
 use crate::config;
 use crate::listen::UnixSocket;
 use crate::log::Limiter;
@@ -38,6 +40,8 @@ const CONNECTIONS_MAX: usize = 64;
 /// How long a client may take to say what it wants, and to take the answer, in ns.
 const TIMEOUT: u64 = 10_000_000_000;
 
+/// Bytes of a message and what follows it, at most.
+const REQUEST_SIZE: usize = MESSAGE_SIZE + PATH_SIZE;
 /// Bytes that a client may send although it is answered: more than may follow a message that is refused.
 const LINGERING_MAX: usize = 1024;
 
@@ -70,8 +74,8 @@ struct Connection {
     /// None: nobody who may say something.
     peer: Option<Peer>,
     stage: Stage,
-    /// A message, and a byte that shows that there is more.
-    request: [u8; MESSAGE_SIZE + 1],
+    /// A message, what follows it, and a byte that shows that there is more.
+    request: [u8; REQUEST_SIZE + 1],
     received: usize,
     response: Vec<u8>,
     sent: usize,
@@ -167,10 +171,10 @@ impl Control {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
         let (log, limiter) = (&self.log, &mut self.limiter);
         let goes_on = connection.advance(|request, peer| {
-            if let Some(refusal) = without_room(request, minors, limiter, log) {
+            if let Some(refusal) = without_room(request.message, minors, limiter, log) {
                 return Ok(refusal);
             }
-            if let (Err(error), Peer::Member(member)) = (peer.check(request), peer)
+            if let (Err(error), Peer::Member(member)) = (peer.check(request.message), peer)
                 && let Some(suppressed) = limiter.allow(now())
             {
                 warn!(log, "a member of control.group may not ask for that"; "uid" => member.credentials.uid,
@@ -237,7 +241,7 @@ impl Connection {
             socket,
             peer,
             stage: Stage::Receiving,
-            request: [0; MESSAGE_SIZE + 1],
+            request: [0; REQUEST_SIZE + 1],
             received: 0,
             response: Vec::new(),
             sent: 0,
@@ -251,7 +255,7 @@ impl Connection {
     }
 
     /// Receives, answers and sends as far as the socket allows. False: it is over.
-    fn advance(&mut self, respond: impl FnOnce(&Message, &Peer) -> Result<Vec<u8>, Late>) -> bool {
+    fn advance(&mut self, respond: impl FnOnce(Request<'_>, &Peer) -> Result<Vec<u8>, Late>) -> bool {
         let done = match self.stage {
             Stage::Receiving => self.receive(respond).and_then(|()| self.send()),
             Stage::Waiting(_) => Ok(()),
@@ -266,35 +270,43 @@ impl Connection {
     }
 
     /// Receives a message, and answers it or begins to wait for the answer. Half a message gets an answer too.
-    fn receive(&mut self, respond: impl FnOnce(&Message, &Peer) -> Result<Vec<u8>, Late>) -> io::Result<()> {
+    fn receive(&mut self, respond: impl FnOnce(Request<'_>, &Peer) -> Result<Vec<u8>, Late>) -> io::Result<()> {
         let end = loop {
             match self.socket.read(&mut self.request[self.received..]) {
                 Ok(0) if self.received == 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(0) => break self.received,
                 Ok(n) => self.received += n,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock && self.received >= MESSAGE_SIZE => {
+                Err(error) if error.kind() == ErrorKind::WouldBlock && self.received >= self.wanted()?.1 => {
                     break self.received;
                 }
                 Err(error) => return Err(error),
             }
-            if self.received > MESSAGE_SIZE {
+            if self.received > self.wanted()?.1 {
                 break self.received;
             }
         };
-        let request = Message::read_from_bytes(&self.request[..MESSAGE_SIZE]).map_err(|_| ErrorKind::InvalidData)?;
-        if end == MESSAGE_SIZE || (end > MESSAGE_SIZE && has_more(&request)) {
+        let (message, wanted) = self.wanted()?;
+        if end == wanted || (end > wanted && following::has_key(&message)) {
             let Some(peer) = &self.peer else { return Err(ErrorKind::PermissionDenied.into()) };
-            match respond(&request, peer) {
+            match respond(Request { message: &message, more: &self.request[MESSAGE_SIZE..wanted] }, peer) {
                 Ok(response) => self.answer(response),
                 Err(late) => (self.stage, self.until) = (Stage::Waiting(late), None),
             }
         } else {
-            let size = if end > MESSAGE_SIZE { "more".into() } else { end.to_string() };
-            let text = format!("a message has {MESSAGE_SIZE} bytes, not {size}");
+            let size = if end > wanted { "more".into() } else { end.to_string() };
+            let what = if wanted > MESSAGE_SIZE { "with the path of a log of changed blocks " } else { "" };
+            let text = format!("a message {what}has {wanted} bytes, not {size}");
             self.answer(Message::error(NO_MINOR, Errno::EINVAL as i32, &text).as_bytes().to_vec());
         }
         Ok(())
+    }
+
+    /// The message, and how many bytes it has with what follows it, as far as what was received tells.
+    fn wanted(&self) -> io::Result<(Message, usize)> {
+        let message = Message::read_from_bytes(&self.request[..MESSAGE_SIZE]).map_err(|_| ErrorKind::InvalidData)?;
+        let more = if self.received < MESSAGE_SIZE { 0 } else { following::len(&message) };
+        Ok((message, MESSAGE_SIZE + more))
     }
 
     fn send(&mut self) -> io::Result<()> {
@@ -330,10 +342,4 @@ impl Connection {
         }
         Ok(())
     }
-}
-
-/// Whether more bytes follow the message.
-fn has_more(message: &Message) -> bool {
-    matches!(message.kind, kind::OPEN | kind::RESUME)
-        && message.member::<Params>().flags & (open::ADD_LOG | open::OPEN_ENCRYPTED) != 0
 }

@@ -8,8 +8,9 @@ use std::path::Path;
 use super::answer::{refused as refuse, with_json};
 use super::life::check_flags;
 use super::peer::Peer;
-use super::proto::{Coalesce, Message, Params, Query, coalesce as flag, kind, string, text};
-use crate::disk::{CoalesceError, Disk, PauseError, Stage, parse_name};
+use super::proto::{Coalesce, Message, Params, Query, coalesce as flag, kind, open, string, text};
+use crate::config::ChangedBlocks;
+use crate::disk::{CoalesceError, Disk, PauseError, Resume, Stage, parse_name};
 use crate::minors::{MinorError, Minors};
 
 /// The answer to PAUSE. None: it comes when the disk is paused, by [`paused`].
@@ -21,9 +22,9 @@ pub(super) fn pause(cookie: u16, disk: &mut Disk) -> Option<Vec<u8>> {
 }
 
 /// The answer to PAUSE and RESUME of a minor without an image. None: nobody has attached it.
-pub(super) fn without_image(request: &Message, minors: &mut Minors) -> Option<Vec<u8>> {
+pub(super) fn without_image(request: &Message, log: Option<&ChangedBlocks>, minors: &mut Minors) -> Option<Vec<u8>> {
     let cookie = request.cookie;
-    let named = || text(&request.member::<Params>().path).is_none_or(|name| !name.is_empty());
+    let named = || log.is_some() || text(&request.member::<Params>().path).is_none_or(|name| !name.is_empty());
     let (done, answer) = match request.kind {
         kind::PAUSE => (minors.pause_empty(cookie, true)?, kind::PAUSE_RSP),
         _ if named() && minors.iter().any(|minor| minor.number() == cookie && minor.is_paused_empty()) => {
@@ -47,18 +48,18 @@ pub(super) fn paused(cookie: u16, disk: &Disk, outcome: &Result<(), PauseError>)
 }
 
 /// The answer to RESUME, if it is refused at once. None: it comes when the disk goes on, by [`resumed`].
-pub(super) fn resume(request: &Message, disk: &mut Disk, peer: &Peer) -> Option<Vec<u8>> {
+pub(super) fn resume(request: &Message, log: Option<ChangedBlocks>, disk: &mut Disk, peer: &Peer) -> Option<Vec<u8>> {
     let cookie = request.cookie;
     let params: Params = request.member();
     let broken = |what| MinorError::new(Errno::EINVAL, format!("{what} has no end"));
     let (Some(name), Some(_)) = (text(&params.path), text(&params.secondary)) else {
         return Some(refuse(cookie, &broken("an image's name")));
     };
-    if let Err(error) = check_flags(params.flags, 0) {
+    if let Err(error) = check_flags(params.flags, open::ADD_LOG) {
         return Some(refuse(cookie, &error));
     }
     let image = if name.is_empty() { Ok(None) } else { parse_name(name).map(Some) };
-    match image.and_then(|image| disk.resume(image, peer.member())) {
+    match image.and_then(|image| disk.resume(Resume { image, by: peer.member(), changed_blocks: log })) {
         Ok(()) => disk.resume_outcome().map(|outcome| resumed(cookie, disk, &outcome)),
         Err(error) => Some(refused(cookie, disk, &error)),
     }

@@ -8,6 +8,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// Bytes of a message.
 pub const MESSAGE_SIZE: usize = 544;
+/// Bytes of a path's field, its NUL included.
+pub const PATH_SIZE: usize = 256;
 /// `cookie` that means no disk, or all.
 pub const NO_MINOR: u16 = u16::MAX;
 

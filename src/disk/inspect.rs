@@ -1,5 +1,7 @@
 //! What debug-queue shows of a disk.
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 use super::{CoalesceReport, Disk, EngineReport};
@@ -20,6 +22,9 @@ pub struct DebugQueue {
     pub sector_size: u32,
     /// Writes are refused.
     pub read_only: bool,
+    /// The log of changed blocks that it was given.
+    #[serde(default)]
+    pub changed_blocks: Option<PathBuf>,
     /// The disk's state.
     pub state: String,
     /// Request slots.
@@ -80,6 +85,11 @@ impl Disk {
         if self.is_pausing() { "pausing".into() } else { format!("{:?}", self.state).to_lowercase() }
     }
 
+    /// The log of changed blocks that it was given.
+    fn changed_blocks(&self) -> Option<&Path> {
+        self.reopen.as_ref().and_then(|reopen| reopen.config.image.changed_blocks.as_deref())
+    }
+
     /// Everything there is to see.
     pub fn inspect(&self, polling: &Polling) -> DebugQueue {
         let now = now();
@@ -112,6 +122,7 @@ impl Disk {
             size: self.info.size,
             sector_size: self.info.sector_size,
             read_only: self.info.read_only,
+            changed_blocks: self.changed_blocks().map(Path::to_owned),
             state: self.state_name(),
             slots: self.slots.count(),
             slots_used: self.slots.used(),

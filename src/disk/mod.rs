@@ -24,7 +24,7 @@ use self::coalesce::{Checking, Coalescing};
 pub use self::coalesce::{CoalesceError, CoalesceReport, Stage};
 pub use self::inspect::{DebugQueue, RequestReport};
 use self::pause::{After, Resuming};
-pub use self::pause::{PauseError, Reopen, parse_name};
+pub use self::pause::{PauseError, Reopen, Resume, parse_name};
 use self::recording::Recording;
 pub use self::resize::ResizeError;
 use self::resize::Resizing;

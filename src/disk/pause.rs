@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use slog::{error, info, warn};
 
 use super::{Disk, State};
-use crate::config::{Config, ImageType, Member};
+use crate::config::{self, ChangedBlocks, Config, ImageType, Member};
 use crate::frontend::DiskInfo;
 use crate::image::{self, Image, Lock, Opening};
 use crate::job::{Apart, Job};
@@ -39,6 +39,17 @@ pub struct Reopen {
     pub record: Option<record::Place>,
 }
 
+/// What a disk goes on with that somebody lets go on.
+#[derive(Clone, Debug, Default)]
+pub struct Resume<'a> {
+    /// Another image, by type and path.
+    pub image: Option<(ImageType, PathBuf)>,
+    /// The member of the control socket's group who says so; none: root.
+    pub by: Option<&'a Arc<Member>>,
+    /// Its log of changed blocks; none: what is written from then on is in none, as with blktap, whatever was before.
+    pub changed_blocks: Option<ChangedBlocks>,
+}
+
 /// Why a disk is not paused, or not resumed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum PauseError {
@@ -60,6 +71,9 @@ pub enum PauseError {
     /// The image is its engine.
     #[error("its image is in memory, and there can be no other")]
     OnlyOne,
+    /// Nothing of it lasts.
+    #[error("its image is in memory, and has no log of changed blocks")]
+    NoLog,
     /// A type of image that is not known here.
     #[error("\"{0}\" is no type:path of an image; types are aio and vhd")]
     Name(String),
@@ -91,7 +105,7 @@ impl PauseError {
             | PauseError::LeavingOut
             | PauseError::PausedAgain => Errno::EBUSY,
             PauseError::Flush(errno) | PauseError::Open(_, errno) => *errno,
-            PauseError::OnlyOne => Errno::EOPNOTSUPP,
+            PauseError::OnlyOne | PauseError::NoLog => Errno::EOPNOTSUPP,
             PauseError::NotPaused | PauseError::Name(_) | PauseError::Other(_) => Errno::EINVAL,
         }
     }
@@ -231,35 +245,29 @@ impl Disk {
         old
     }
 
-    /// Begins to go on, with another image if one is named. Whether it does, [`resume_outcome`](Self::resume_outcome) says; on an
-    /// error the disk stays paused. `by` is the member of the control socket's group who names the image; none: root.
-    pub fn resume(
-        &mut self,
-        image: Option<(ImageType, PathBuf)>,
-        by: Option<&Arc<Member>>,
-    ) -> Result<(), PauseError> {
+    /// Begins to go on, with what is wanted. Whether it does, [`resume_outcome`](Self::resume_outcome) says; on an error the disk stays
+    /// paused.
+    pub fn resume(&mut self, wanted: Resume<'_>) -> Result<(), PauseError> {
+        let Resume { image, by, changed_blocks } = wanted;
+        // A log that it has not yet takes that the image is opened again.
+        let same_log = changed_blocks.as_ref().is_none_or(|log| self.keeps_log(log));
         match self.state {
-            State::Paused if self.resuming.is_some() || self.is_recording_resume() => {
-                return Err(PauseError::Resuming);
-            }
-            State::Paused if self.is_leaving_out() => return Err(PauseError::LeavingOut),
-            State::Paused => {}
-            // The pause has not begun, and does not. A flush for it may be under way, whose end is of no account.
+            State::Paused => self.may_open_again()?,
+            // The pause has not begun, and does not. A flush for it may be under way, whose end is of no account. All stays as it was, the
+            // log too.
             State::Draining | State::Flushing
-                if self.after == After::Pause && self.closing.is_none() && image.is_none() =>
+                if self.after == After::Pause && self.closing.is_none() && image.is_none() && same_log =>
             {
                 (self.state, self.after, self.resumed) = (State::Running, After::Close, Ok(()));
                 return Ok(());
             }
             State::Flushing if self.after == After::Pause => return Err(PauseError::Pausing),
+            State::Draining if self.after == After::Pause && !same_log => return Err(PauseError::Pausing),
             _ => return Err(PauseError::NotPaused),
         }
-        let reopen = self.reopen.as_ref().filter(|reopen| reopen.config.image.path.is_some());
-        match reopen {
-            Some(reopen) => {
-                let mut config = (*reopen.config).clone();
-                // One that is not there any more must not become an empty one.
-                config.image.create = None;
+        match self.configured() {
+            Some(mut config) => {
+                config.image.keep_log(changed_blocks.as_ref());
                 // What others have named goes on with their rights, whoever asks.
                 let mut taken_from = None;
                 if let Some((kind, path)) = image {
@@ -268,19 +276,49 @@ impl Disk {
                         .map(|by| (config.image.clone(), Arc::clone(by)));
                     (config.image.kind, config.image.path, config.image.by) = (kind, Some(path), by.cloned());
                 }
-                // A guest's data goes to a member's image only if the member could have had it from the one before.
-                let fits = move |_: &Image| match taken_from {
-                    Some((before, by)) => image::could_open(&before, &by),
-                    None => Ok(()),
-                };
-                let event = Arc::clone(self.queue.engine().submit.event());
-                let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log, fits);
-                self.resuming = Some(Resuming { opening, by_itself: false });
+                self.open_again(config, taken_from, false);
             }
             None if image.is_some() => return Err(PauseError::OnlyOne),
+            None if changed_blocks.is_some() => return Err(PauseError::NoLog),
             None => self.go_on(),
         }
         Ok(())
+    }
+
+    /// Whether nothing is in the way of a paused disk that is to go on.
+    fn may_open_again(&self) -> Result<(), PauseError> {
+        if self.resuming.is_some() || self.is_recording_resume() {
+            return Err(PauseError::Resuming);
+        }
+        if self.is_leaving_out() { Err(PauseError::LeavingOut) } else { Ok(()) }
+    }
+
+    fn keeps_log(&self, named: &ChangedBlocks) -> bool {
+        let image = self.reopen.as_ref().map(|reopen| &reopen.config.image);
+        image.is_some_and(|image| {
+            image.changed_blocks.as_ref() == Some(&named.path) && image.changed_blocks_by == named.by
+        })
+    }
+
+    /// What is to be opened when the disk goes on with all that it had. None: it has no file.
+    fn configured(&self) -> Option<Config> {
+        let reopen = self.reopen.as_ref().filter(|reopen| reopen.config.image.path.is_some())?;
+        let mut config = (*reopen.config).clone();
+        // One that is not there any more must not become an empty one.
+        config.image.create = None;
+        Some(config)
+    }
+
+    /// Begins to open an image for the paused disk. `taken_from` is the one before, if a member has named another.
+    fn open_again(&mut self, config: Config, taken_from: Option<(config::Image, Arc<Member>)>, by_itself: bool) {
+        // A guest's data goes to a member's image only if the member could have had it from the one before.
+        let fits = move |_: &Image| match taken_from {
+            Some((before, by)) => image::could_open(&before, &by),
+            None => Ok(()),
+        };
+        let event = Arc::clone(self.queue.engine().submit.event());
+        let opening = Opening::start(config.into(), Some(Arc::clone(&event)), event, &self.log, fits);
+        self.resuming = Some(Resuming { opening, by_itself });
     }
 
     /// How the last attempt to go on went, if it is over.
@@ -290,13 +328,11 @@ impl Disk {
 
     /// Goes on without being asked. If it can't, it tries again, until somebody pauses the disk.
     pub(super) fn resume_by_itself(&mut self) {
-        match self.resume(None, None) {
-            Ok(()) => {
-                if let Some(resuming) = &mut self.resuming {
-                    resuming.by_itself = true;
-                }
-            }
-            Err(error) => self.try_again_soon(&error),
+        match (self.may_open_again(), self.configured()) {
+            // With its log, too: nobody has said otherwise.
+            (Ok(()), Some(config)) => self.open_again(config, None, true),
+            (Ok(()), None) => self.go_on(),
+            (Err(error), _) => self.try_again_soon(&error),
         }
     }
 

@@ -130,8 +130,11 @@ impl Disk {
         refused: bool,
         outcome: io::Result<()>,
     ) {
-        // Without a record, only another image is dangerous: a start would serve the one before.
-        let other = self.reopen.as_ref().is_some_and(|reopen| reopen.config.image.path != config.image.path);
+        // Without a record, only another image or log is dangerous: a start would serve the one before, and mark writes in the other.
+        let is_other = |now: &Config| {
+            now.image.path != config.image.path || now.image.changed_blocks != config.image.changed_blocks
+        };
+        let other = self.reopen.as_ref().is_some_and(|reopen| is_other(&reopen.config));
         let refusal = match outcome {
             _ if refused => Some(PauseError::PausedAgain),
             Err(error) if other => Some(super::pause::io_error(error)),

@@ -189,6 +189,11 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
     let image = &config.image;
     let depth = config.engine.depth as usize;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
+    // Of an image that is not written, there is nothing to mark. Never without the log that is wanted: a backup would lack what is written.
+    if let Some(log) = image.changed_blocks.as_ref().filter(|_| !image.read_only) {
+        let action = "keep a log of changed blocks (tap-ctl -C and -c, image.changed_blocks) as yet";
+        return Err(Error::Io { path: log.clone(), action, source: Errno::EOPNOTSUPP.into() });
+    }
     let files = |open: fn(&Config, &Path, &Logger) -> Result<Chain, Error>| {
         let _rights = rights_of(image.by.as_deref(), path())?;
         open(config, path(), log)

@@ -17,7 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use slog::{Logger, error, info, o};
 
 use self::marker::{MINOR_MAX, Marker};
-use crate::config::{Config, Direct, ImageType, Member};
+use crate::config::{ChangedBlocks, Config, Direct, ImageType, Member};
 use crate::control::client;
 use crate::disk::{Disk, Turn};
 use crate::frontend::DiskInfo;
@@ -63,6 +63,8 @@ pub struct Wanted {
     pub image: (ImageType, PathBuf),
     /// The member of the control socket's group who names it; none: root.
     pub by: Option<Arc<Member>>,
+    /// What is written is marked in this log.
+    pub changed_blocks: Option<ChangedBlocks>,
     /// Writes are refused.
     pub read_only: bool,
     /// It is read and written through the page cache.
@@ -285,6 +287,7 @@ impl Minors {
         // That is of the configured one: whoever names another one means one that there is.
         image.create = None;
         image.by.clone_from(&wanted.by);
+        image.keep_log(wanted.changed_blocks.as_ref());
         image.read_only |= wanted.read_only;
         if wanted.buffered {
             image.direct = Direct::Off;

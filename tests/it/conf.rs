@@ -32,7 +32,7 @@ fn the_reference_says_the_defaults() {
     let table: String = lines.map(|line| line.trim_start_matches("# ").to_owned() + "\n").collect();
     let with_fault = format!("{minimal}[[fault]]\n{table}");
     assert_eq!(Config::parse(&with_fault, &path).unwrap().faults.len(), 1, "{table}");
-    for key in ["size", "create", "sector_size", "listen", "file", "store", "socket"] {
+    for key in ["size", "create", "changed_blocks", "sector_size", "listen", "file", "store", "socket"] {
         assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
     }
 }

@@ -237,7 +237,6 @@ fn what_open_can_not_do_is_refused_and_nothing_is_ignored() {
         (open::SECONDARY, "a second image (-2)"),
         (open::SECONDARY | open::STANDBY, "a second image"),
         (open::STANDBY, "where there is no space (-s)"),
-        (open::ADD_LOG, "a log of changed blocks (-C, -c)"),
         (open::OPEN_ENCRYPTED, "an encryption key (-E)"),
         (open::ADD_LCACHE, "a local cache of the parent (-r)"),
         (open::ADD_CACHE, "a cache of blocks"),
@@ -246,7 +245,7 @@ fn what_open_can_not_do_is_refused_and_nothing_is_ignored() {
     ] {
         let request = tapdisk.open(minor, &path, flags);
         // What follows the message is sent by who speaks the protocol, and must not be cut off.
-        let more = if flags & (open::ADD_LOG | open::OPEN_ENCRYPTED) != 0 { 256 } else { 0 };
+        let more = if flags & open::OPEN_ENCRYPTED != 0 { 65 } else { 0 };
         let mut stream = UnixStream::connect(&tapdisk.socket).unwrap();
         stream.write_all(request.as_bytes()).unwrap();
         let (errno, said) = told(&receive(&mut stream)).unwrap();
@@ -383,6 +382,7 @@ fn the_configuration_of_disks_that_are_opened_later_names_none() {
     for (text, key) in [
         ("[image]\npath = '/x'\n", "image"),
         ("[image]\ntype = 'vhd'\n", "image"),
+        ("[image]\nchanged_blocks = '/x'\n", "image"),
         ("[frontend.xen]\ndomain = 1\ndevice = 'xvda'\n", "frontend.xen"),
         ("[engine]\nthreads_min = 5\nthreads_max = 4\n", "engine.threads_max"),
     ] {

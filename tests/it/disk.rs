@@ -3,7 +3,7 @@
 use crate::common::double::{Double, Seen};
 use crate::common::world::{self, World};
 use nix::errno::Errno;
-use tapdisk::disk::Turn;
+use tapdisk::disk::{Resume, Turn};
 use tapdisk::engine::Inline;
 use tapdisk::frontend::blkif::wire::*;
 use tapdisk::polling::{Polling, Settings};
@@ -184,7 +184,7 @@ fn a_pause_is_called_off_in_its_flush_and_an_error_of_that_is_the_next_flushs() 
     push(&mut world, OP_WRITE, 2, 8, 1);
     turns(&mut world);
     assert!(world.disk.is_pausing() && world.disk.pause_outcome().is_none());
-    world.disk.resume(None, None).unwrap();
+    world.disk.resume(Resume::default()).unwrap();
     turns(&mut world);
     assert_eq!(double.wait_seen(3)[2], seen(WRITE, 8 * 512), "it goes on");
     // The flush fails, which nobody is told of who could know what that means; then the write is done. What was written before is lost, and
@@ -203,7 +203,7 @@ fn a_pause_is_called_off_in_its_flush_and_an_error_of_that_is_the_next_flushs() 
     double.complete(Some(Err(Errno::EIO)));
     turns(&mut world);
     assert!(matches!(world.disk.pause_outcome(), Some(Err(_))) && world.disk.is_paused());
-    world.disk.resume(None, None).unwrap();
+    world.disk.resume(Resume::default()).unwrap();
     push(&mut world, OP_FLUSH_DISKCACHE, 5, 0, 0);
     turns(&mut world);
     assert_eq!(answers(&mut world), [(5, -1)]);
@@ -220,7 +220,7 @@ fn what_is_to_be_pulled_is_not_due_while_nothing_is_pulled() {
     turns(&mut world);
     assert!(world.disk.is_paused());
     assert_ne!(world.disk.deadline(), Some(1));
-    world.disk.resume(None, None).unwrap();
+    world.disk.resume(Resume::default()).unwrap();
     turns(&mut world);
     assert_eq!(world.disk.deadline(), Some(1));
 }
@@ -233,7 +233,7 @@ fn an_error_that_is_owed_outlives_a_pause_without_one() {
         turns(&mut world);
         double.complete(result);
         turns(&mut world);
-        world.disk.resume(None, None).unwrap();
+        world.disk.resume(Resume::default()).unwrap();
     }
     push(&mut world, OP_FLUSH_DISKCACHE, 1, 0, 0);
     turns(&mut world);

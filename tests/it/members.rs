@@ -222,6 +222,7 @@ fn without_folders_members_name_no_image_and_root_names_any() {
     let image = name("aio", &world.path("images/own/mine"));
     world.may(&["pause"]);
     world.may_not(&["unpause", "-a", &image], libc::EACCES, "none is configured");
+    world.may_not(&["unpause", "-c", "/log"], libc::EACCES, "none is configured");
     world.may(&["unpause"]);
     world.may(&["pause"]);
     assert_eq!(ctl(&world.served, &["unpause", "-a", &image]).code, 0);
@@ -298,6 +299,34 @@ fn a_guests_data_goes_to_a_members_image_only_if_the_member_could_have_had_it_be
         }
         assert_eq!(state(&world.served), "0");
     }
+}
+
+/// The image goes on being root's, and the log is the member's.
+#[test]
+fn a_log_of_changed_blocks_has_the_rights_of_who_has_named_it() {
+    if !needs::root() {
+        return;
+    }
+    let mut world = World::new(&format!("{CONFIGURED}\nread_only = true"), root_configured);
+    let log = world.path("images/own/log").to_str().unwrap().to_owned();
+    let record = |world: &World| {
+        let names =
+            std::fs::read_dir(world.served.sockets().join("tapdisk")).unwrap().map(|name| name.unwrap().path());
+        let mut records = names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("served-"));
+        records.next().map(|path| std::fs::read_to_string(path).unwrap())
+    };
+    world.may(&["pause"]);
+    world.may(&["unpause", "-c", &log]);
+    world.served.start_again(Signal::SIGKILL).unwrap();
+    // What is on record is what it was started again by.
+    world.may(&["pause"]);
+    let text = record(&world).unwrap();
+    let (_, by) = text.split_once("[changed_blocks_by]").unwrap();
+    assert!(by.contains("uid = 65534") && !text.contains("[by]"), "{text}");
+    assert_eq!(ctl(&world.served, &["unpause", "-c", &log]).code, 0);
+    world.may(&["pause"]);
+    let text = record(&world).unwrap();
+    assert!(text.contains("changed_blocks = ") && !text.contains("changed_blocks_by"), "{text}");
 }
 
 /// Puts a link to root's file in the place of a member's image.

@@ -7,15 +7,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use zerocopy::FromZeros;
 
-use super::super::proto::{Blkif, Image, List, Message, Params, Query, kind, open as flag, string, text};
+use super::super::proto::{Blkif, Image, List, Message, PATH_SIZE, Params, Query, kind, open as flag, string, text};
 use super::{Connection, TIMEOUT, ask, errno, path, refused, tell};
 
 /// How long CLOSE is tried again while the disk is busy, as in blktap.
 const BUSY_MAX: Duration = Duration::from_secs(30);
 /// How often.
 const BUSY_EACH: Duration = Duration::from_secs(1);
-/// Bytes of a field for a path, its NUL included.
-const PATH_SIZE: usize = 256;
 
 /// What OPEN opens, and RESUME goes on with.
 #[derive(Clone, Copy, Debug, Default)]

@@ -7,7 +7,7 @@ use mio::Poll;
 use slog::{Discard, Logger, o};
 use tapdisk::config::Config;
 use tapdisk::control::proto::{MESSAGE_SIZE, Message, kind, text};
-use tapdisk::control::{Late, Peer, respond};
+use tapdisk::control::{Late, Peer, Request, following, respond};
 use tapdisk::minors::Minors;
 use tapdisk::minors::marker::Marker;
 use tapdisk::frontend::blkif::wire::Abi;
@@ -35,7 +35,10 @@ fuzz_target!(|data: &[u8]| {
     let poll = Poll::new().unwrap();
     let mut minors = Minors::new(config.into(), poll.registry().try_clone().unwrap(), 1, log.clone()).unwrap();
     minors.add(marker, Some(world.disk), false).unwrap();
-    match respond(&message, &Peer::Owner, &mut minors, &mut polling, &log) {
+    // What follows a message is whole when it is answered.
+    let mut more = data.get(MESSAGE_SIZE..).unwrap_or_default().to_vec();
+    more.resize(following::len(&message), 0);
+    match respond(Request { message: &message, more: &more }, &Peer::Owner, &mut minors, &mut polling, &log) {
         Ok(answer) => assert!(answer.len() >= MESSAGE_SIZE),
         Err(late) => {
             let looks_first = matches!(late, Late::Commit(0) | Late::Coalesce(0));

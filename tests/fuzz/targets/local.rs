@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use slog::{Discard, Logger, o};
 use tapdisk::client::open_socket;
-use tapdisk::disk::{Disk, Turn};
+use tapdisk::disk::{Disk, Resume, Turn};
 use tapdisk::engine::Inline;
 use tapdisk::frontend::blkif::ring::{FrontRing, Shared};
 use tapdisk::frontend::blkif::wire::{Abi, ENTRY_MAX, Entry, OP_INDIRECT, Segment};
@@ -338,7 +338,7 @@ fuzz_target!(|data: &[u8]| {
             3 => {}
             4 => world.double.accept(usize::from(input.byte() & 7).max(1)),
             5 if action & 16 == 0 => drop(world.disk.pause_for_client()),
-            5 => drop(world.disk.resume(None, None)),
+            5 => drop(world.disk.resume(Resume::default())),
             action @ 6..=8 => {
                 if world.clients[place].is_none() {
                     world.connect(place);
@@ -362,6 +362,6 @@ fuzz_target!(|data: &[u8]| {
             }
         }
     }
-    drop(world.disk.resume(None, None));
+    drop(world.disk.resume(Resume::default()));
     world.end();
 });

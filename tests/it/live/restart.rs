@@ -83,7 +83,7 @@ fn what_was_served_last_is_served_again() {
         disk.write(&[2; 512]);
     }
     assert!(std::fs::read(disk.path("a.vhd")).unwrap() == parent, "the parent was written");
-    disk.served.wait_log("goes on with the image that it served last");
+    disk.served.wait_log("goes on with the image and the log of changed blocks that it had last");
     // Back where its configuration has it, there is nothing to tell.
     pause(&disk.served);
     good("coalesce -n {}", &[&disk.path("b.vhd")]);

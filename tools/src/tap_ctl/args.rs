@@ -160,7 +160,8 @@ pub enum Command {
     /// Lets a paused disk go on
     #[command(after_help = "Examples:
   tap-ctl unpause -p 4711 -m 0
-  tap-ctl unpause -p 4711 -m 0 -a vhd:/srv/vm/snapshot.vhd")]
+  tap-ctl unpause -p 4711 -m 0 -a vhd:/srv/vm/snapshot.vhd
+  tap-ctl unpause -p 4711 -m 0 -c /srv/vm/guest.cbtlog")]
     Unpause {
         /// Which disk
         #[command(flatten)]
@@ -171,7 +172,8 @@ pub enum Command {
         /// A secondary image: refused
         #[arg(short = '2', value_name = "PATH")]
         secondary: Option<String>,
-        /// A log of changed blocks: refused
+        /// Marks what is written from now on in this log of changed blocks (cbt-util(8)); not given: in none, whatever was before. As yet
+        /// refused, but for an image that is read-only, of which there is nothing to mark
         #[arg(short = 'c', value_name = "PATH")]
         log: Option<String>,
     },
@@ -445,7 +447,7 @@ pub struct Opened {
     /// How long I/O that fails is tried again; 0 or not given: as the configuration says
     #[arg(short = 't', value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
     pub timeout_s: u16,
-    /// A log of changed blocks: refused
+    /// Marks what is written in this log of changed blocks (cbt-util(8)). As yet refused, but with -R, where there is nothing to mark
     #[arg(short = 'C', value_name = "PATH")]
     pub log: Option<String>,
 }

@@ -15,7 +15,7 @@ use tapdisk::stats::shm;
 
 use super::failure::exact;
 use super::spawn::start;
-use super::{Answer, Disk, Limit, Opened, absolute_name, is_terminal};
+use super::{Answer, Disk, Limit, Opened, absolute_name, absolute_path, is_terminal};
 
 /// The sizes that a key may have, bytes.
 const KEY_SIZES: [usize; 2] = [32, 64];
@@ -32,18 +32,23 @@ impl Limit {
 }
 
 impl Opened {
-    /// What the tapdisk is asked for; `image` is [`absolute_name`]'s.
-    fn opening<'a>(&'a self, image: &'a str, key: &'a [u8]) -> Opening<'a> {
+    /// The image's name and the log's path, which begin at the root.
+    fn names(&self) -> io::Result<(String, Option<String>)> {
+        Ok((absolute_name(&self.image)?, self.log.as_deref().map(absolute_path).transpose()?))
+    }
+
+    /// What the tapdisk is asked for, with [`names`](Self::names).
+    fn opening<'a>(&'a self, names: &'a (String, Option<String>), key: &'a [u8]) -> Opening<'a> {
         let given = |flag, is: bool| if is { flag } else { 0 };
         Opening {
-            image,
+            image: &names.0,
             flags: given(flag::RDONLY, self.read_only)
                 | given(flag::NO_O_DIRECT, self.no_o_direct)
                 | given(flag::ADD_LCACHE, self.local_cache)
                 | given(flag::STANDBY, self.standby),
             parent: self.parent,
             secondary: self.secondary.as_deref(),
-            log: self.log.as_deref(),
+            log: names.1.as_deref(),
             timeout_s: self.timeout_s,
             key,
         }
@@ -118,8 +123,8 @@ pub(super) fn open(directory: &Path, disk: Disk, image: &Opened, encrypted: bool
         }
     }
     let Disk { pid, minor } = disk;
-    let name = absolute_name(&image.image)?;
-    let Image { sectors, sector_size, info } = client::open(directory, pid, minor, &image.opening(&name, &key))?;
+    let names = image.names()?;
+    let Image { sectors, sector_size, info } = client::open(directory, pid, minor, &image.opening(&names, &key))?;
     let value = json!({ "pid": pid, "minor": minor, "sectors": sectors, "sector_size": sector_size, "info": info });
     Ok(Answer::new("", value))
 }
@@ -146,11 +151,11 @@ pub(super) fn exit(directory: &Path, pid: i32) -> io::Result<Answer> {
 
 /// `create`. Nothing is left of it if it fails.
 pub(super) fn create(directory: &Path, slice: Option<&str>, image: &Opened) -> io::Result<Answer> {
-    let name = absolute_name(&image.image)?;
+    let names = image.names()?;
     let (minor, path) = take_minor(directory)?;
     let made = start(directory, slice).and_then(|pid| {
         let attached = client::attach(directory, pid, minor);
-        let opened = attached.and_then(|()| client::open(directory, pid, minor, &image.opening(&name, &[])));
+        let opened = attached.and_then(|()| client::open(directory, pid, minor, &image.opening(&names, &[])));
         opened.map(|_| pid).inspect_err(|_| end(directory, pid, minor))
     });
     // It is the first error that counts.

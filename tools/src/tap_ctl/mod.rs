@@ -106,6 +106,7 @@ fn command(args: &Args, out: &mut impl Write) -> io::Result<()> {
         Command::Pause { disk, limit } => life::pause(directory, find(disk)?, *limit)?,
         Command::Unpause { disk, image, secondary, log } => {
             let (image, secondary) = (absolute_name(image.as_deref().unwrap_or_default())?, secondary.as_deref());
+            let log = log.as_deref().map(absolute_path).transpose()?;
             let opening = Opening { image: &image, secondary, log: log.as_deref(), ..Opening::default() };
             life::unpause(directory, find(disk)?, &opening)?
         }
@@ -179,11 +180,16 @@ fn absolute_name(name: &str) -> io::Result<String> {
         Some((kind, path)) if !kind.contains('/') => (format!("{kind}:"), path),
         _ => (String::new(), name),
     };
-    if path.is_empty() || path.starts_with('/') {
-        return Ok(name.to_owned());
+    Ok(kind + &absolute_path(path)?)
+}
+
+/// A path that begins at the root; none is none.
+fn absolute_path(path: &str) -> io::Result<String> {
+    if path.is_empty() {
+        return Ok(String::new());
     }
-    let path = std::path::absolute(path)?;
-    Ok(format!("{kind}{}", path.to_str().ok_or(Errno::EINVAL)?))
+    let path = if path.starts_with('/') { path.into() } else { std::path::absolute(path)? };
+    Ok(path.to_str().ok_or(Errno::EINVAL)?.to_owned())
 }
 
 /// Whether standard output is a terminal.

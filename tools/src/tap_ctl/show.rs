@@ -54,6 +54,9 @@ pub(super) fn debug_queue(out: &mut impl Write, text: &str, json: bool) -> io::R
         disk.size,
         disk.sector_size
     )?;
+    if let Some(log) = &disk.changed_blocks {
+        writeln!(out, "changed blocks: {}", one_line(&log.display().to_string()))?;
+    }
     let q = &disk.queue;
     writeln!(
         out,
