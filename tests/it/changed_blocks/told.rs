@@ -342,3 +342,24 @@ fn tap_ctl_names_a_log_from_where_it_is_run() {
 fn json(text: &str) -> serde_json::Value {
     serde_json::from_str(text).unwrap()
 }
+
+#[test]
+fn a_disk_that_grows_keeps_its_log_which_has_to_have_bits_for_it() {
+    let (files, folder) = (Files::new(), folder());
+    let path = folder.path().join("disk.vhd");
+    good("create -n {} -s 16 -S 1024", &[&path]);
+    let image = format!("{}\nread_only = true\nchanged_blocks = '{}'", table(&path), files.word("log"));
+    let served = Served::start(&image, BOTH);
+    let set = format!("cbt-util set -n {} -s 33554432", files.word("log"));
+    refused(&served, &["resize", "--size", "31M"], libc::EINVAL, &set);
+    assert_eq!(served.debug_queue()["size"], 16 << 20);
+    run(tool("cbt-util").args(set.split(' ').skip(1)));
+    assert_eq!(run(served.tap_ctl().args(["resize", "--size", "31M"])), "old_size=16777216 new_size=33554432\n");
+    assert_eq!(log_of(&served), Some(files.word("log")));
+    // A raw one, too.
+    let served = files.serve(&format!("changed_blocks = '{}'", files.word("log")), "");
+    refused(&served, &["resize", "--size", "64M"], libc::EINVAL, "is for a disk of 33554432 bytes");
+    assert_eq!(run(served.tap_ctl().args(["resize", "--size", "2M"])), "old_size=1048576 new_size=2097152\n");
+    std::fs::remove_file(files.path("log")).unwrap();
+    refused(&served, &["resize", "--size", "3M"], libc::ENOENT, "cannot open it");
+}

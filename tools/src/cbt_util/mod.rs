@@ -45,6 +45,12 @@ impl Failure {
     }
 }
 
+/// For a disk of how many bytes a log is. The errno and the text of an error tell why that is not known.
+pub fn disk_size(log: &Path) -> std::result::Result<u64, (Errno, String)> {
+    let header = LogFile::open(log, false).and_then(|log| log.header());
+    header.map(|header| header.size()).map_err(|failure| (failure.errno, failure.text))
+}
+
 /// Does what this process' command line says.
 pub fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().collect();
