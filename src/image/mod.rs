@@ -1,6 +1,7 @@
 //! Opens an image: file, lock, geometry, format, engine.
 
 mod file;
+mod filters;
 mod opening;
 mod vhd;
 
@@ -86,6 +87,14 @@ pub enum Error {
         /// Why.
         source: drivers::OpenError,
     },
+    /// A log of changed blocks does not fit its disk.
+    #[error("{}: {source}", path.display())]
+    ChangedBlocks {
+        /// The log.
+        path: PathBuf,
+        /// Why.
+        source: drivers::changed_blocks::Unfit,
+    },
     /// It or what it is based on is no good.
     #[error(transparent)]
     Chain(#[from] chain::Error),
@@ -118,7 +127,7 @@ impl Error {
             Error::ReadOnly { .. } => Errno::EROFS,
             Error::Outside { .. } | Error::Rights { .. } => Errno::EACCES,
             Error::Chain(error) => error.errno(),
-            Error::Format { .. } | Error::Unfit { .. } => Errno::EINVAL,
+            Error::Format { .. } | Error::Unfit { .. } | Error::ChangedBlocks { .. } => Errno::EINVAL,
         }
     }
 }
@@ -189,11 +198,6 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
     let image = &config.image;
     let depth = config.engine.depth as usize;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
-    // Of an image that is not written, there is nothing to mark. Never without the log that is wanted: a backup would lack what is written.
-    if let Some(log) = image.changed_blocks.as_ref().filter(|_| !image.read_only) {
-        let action = "keep a log of changed blocks (tap-ctl -C and -c, image.changed_blocks) as yet";
-        return Err(Error::Io { path: log.clone(), action, source: Errno::EOPNOTSUPP.into() });
-    }
     let files = |open: fn(&Config, &Path, &Logger) -> Result<Chain, Error>| {
         let _rights = rights_of(image.by.as_deref(), path())?;
         open(config, path(), log)
@@ -301,19 +305,22 @@ struct Chain {
 
 fn with_engine(
     blocking: &Blocking,
-    chain: Chain,
+    mut chain: Chain,
     config: &Config,
     event: Option<Arc<EventFd>>,
     log: &Logger,
 ) -> Result<Image, Error> {
+    let image = chain.layers[0].path.clone();
+    filters::add(&config.image, &mut chain)?;
     let Chain { info, mut layers, files, locks } = chain;
     let locks: Arc<[Lock]> = locks.into();
-    let written = layers.iter_mut().filter(|layer| !layer.plain.is_empty());
+    let written = layers.iter_mut().filter(|layer| !layer.plain.is_empty() && layer.held.is_none());
     written.for_each(|layer| layer.held = Some(Arc::new(Arc::clone(&locks))));
-    let path = &layers[0].path;
-    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    let image = image.as_path();
+    let io = |action| move |source| Error::Io { path: image.to_owned(), action, source };
     let (direct, block_device) = (files[0].direct, files[0].block_device);
-    let file_ids = files.iter().map(|file| Ok(file_id(&file.file.metadata()?)));
+    // A filter's file is none that others could be told from the image by.
+    let file_ids = files.iter().take(locks.len()).map(|file| Ok(file_id(&file.file.metadata()?)));
     let file_ids = file_ids.collect::<io::Result<_>>().map_err(io("serve it"))?;
     let files = files.into_iter().map(Means::File).collect();
     let opener = Opener::new(files, config, event, log.clone()).map_err(io("start its engine"))?;
