@@ -76,8 +76,9 @@
 //! ## Ownership
 //!
 //! A request lives in a [slot](request::Slots); a [tiocb](queue) is one transfer of it; an [I/O](sys::io::Io) is one or more
-//! contiguous tiocbs. An I/O owns a share of the memory that it points into, and whoever has it in flight owns the I/O:
-//! main loop, submit thread, or kernel. So a client can go at any moment, and its memory goes after the last I/O on it.
+//! contiguous tiocbs. A request's data can be in [several memories](request::Payload) of its client. An I/O owns a share of each memory
+//! that it points into, and whoever has it in flight owns the I/O: main loop, submit thread, or kernel. So a client can go at any
+//! moment, or take a part of its memory away, and that goes after the last request on it.
 //!
 //! All unsafe code is in [`sys`].
 //!

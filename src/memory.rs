@@ -32,7 +32,7 @@
 //! # What a disk takes
 //!
 //! [`Budget`] adds it up; it is logged at the start and shown by `tap-ctl stats` under `memory`. With the defaults, in KiB:
-//! requests 25, or 540 with the local ring, whose requests may have 256 segments; tiocbs 37; I/Os 550, most of it iovecs
+//! requests 37, or 860 with the local ring, whose requests may have 256 segments; tiocbs 41; I/Os 570, most of it iovecs
 //! (`engine.depth` × `engine.merge_iovecs` × 16 bytes); statistics 140; stacks 128 for each thread. A Xen guest takes
 //! `frontend.xen.buffers` for data, 16 MiB, a client of NBD 4 MiB, one of the local ring what it asks for,
 //! `frontend.local.max_data` at most. The rest is the program itself.

@@ -9,14 +9,14 @@ use crate::sys::memory::{Memory, PAGE_SIZE};
 /// Pages that are lent out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    first: u32,
-    pages: u32,
+    first: usize,
+    pages: usize,
 }
 
 impl Run {
     /// Its first byte in the memory.
-    pub fn offset(self) -> u32 {
-        self.first * PAGE_SIZE as u32
+    pub fn offset(self) -> usize {
+        self.first * PAGE_SIZE
     }
 }
 
@@ -25,7 +25,7 @@ impl Run {
 pub struct Arena {
     memory: Arc<Memory>,
     used: Box<[bool]>,
-    free: u32,
+    free: usize,
     /// No page before this one is free.
     from: usize,
 }
@@ -35,7 +35,7 @@ impl Arena {
     pub fn new(bytes: usize) -> io::Result<Arena> {
         let memory = Arc::new(Memory::anonymous(bytes)?);
         let pages = memory.len() / PAGE_SIZE;
-        Ok(Arena { memory, used: vec![false; pages].into(), free: pages as u32, from: 0 })
+        Ok(Arena { memory, used: vec![false; pages].into(), free: pages, from: 0 })
     }
 
     /// The memory of all runs.
@@ -44,8 +44,8 @@ impl Arena {
     }
 
     /// The first run of free pages that has `bytes`.
-    pub fn alloc(&mut self, bytes: u32) -> Option<Run> {
-        let pages = bytes.div_ceil(PAGE_SIZE as u32);
+    pub fn alloc(&mut self, bytes: usize) -> Option<Run> {
+        let pages = bytes.div_ceil(PAGE_SIZE);
         if pages > self.free {
             return None;
         }
@@ -53,13 +53,13 @@ impl Arena {
         for page in self.from..self.used.len() {
             length = if self.used[page] { 0 } else { length + 1 };
             if length == pages {
-                let first = page + 1 - pages as usize;
+                let first = page + 1 - pages;
                 self.used[first..=page].fill(true);
                 self.free -= pages;
                 if first == self.from {
                     self.from = page + 1;
                 }
-                return Some(Run { first: first as u32, pages });
+                return Some(Run { first, pages });
             }
         }
         None
@@ -67,17 +67,17 @@ impl Arena {
 
     /// Takes a run back.
     pub fn free(&mut self, run: Run) {
-        let first = run.first as usize;
-        let pages = &mut self.used[first..first + run.pages as usize];
+        let Run { first, pages: count } = run;
+        let pages = &mut self.used[first..first + count];
         debug_assert!(pages.iter().all(|used| *used), "a run is given back twice");
         pages.fill(false);
-        self.free += run.pages;
+        self.free += count;
         self.from = self.from.min(first);
     }
 
     /// Bytes that are lent out.
     pub fn lent(&self) -> usize {
-        (self.used.len() - self.free as usize) * PAGE_SIZE
+        (self.used.len() - self.free) * PAGE_SIZE
     }
 }
 
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn the_first_gap_that_fits_is_taken_and_no_page_twice() {
         let mut arena = Arena::new(8 * PAGE_SIZE).unwrap();
-        let at = |page: u32| Run { first: page, pages: 0 }.offset();
+        let at = |page| Run { first: page, pages: 0 }.offset();
         let [a, b, c] = [1, 4097, 4096 * 3].map(|bytes| arena.alloc(bytes).unwrap());
         assert_eq!([a, b, c].map(Run::offset), [at(0), at(1), at(3)]);
         assert_eq!(arena.lent(), 6 * PAGE_SIZE);
@@ -110,12 +110,12 @@ mod tests {
         // Miri takes its time.
         for _ in 0..if cfg!(miri) { 500 } else { 10_000 } {
             random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            match arena.alloc((random >> 16) % 40_000 + 1) {
+            match arena.alloc((random >> 16) as usize % 40_000 + 1) {
                 Some(run) => runs.push(run),
                 None => arena.free(runs.swap_remove((random >> 8) as usize % runs.len())),
             }
         }
-        let mut pages: Vec<u32> = runs.iter().flat_map(|run| run.first..run.first + run.pages).collect();
+        let mut pages: Vec<usize> = runs.iter().flat_map(|run| run.first..run.first + run.pages).collect();
         assert_eq!(pages.len() * PAGE_SIZE, arena.lent());
         pages.sort_unstable();
         pages.dedup();

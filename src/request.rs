@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use crate::sys::io::MAX_MEMORIES;
 use crate::sys::memory::Memory;
 
 /// What a client asks for.
@@ -62,56 +63,102 @@ impl Op {
     }
 }
 
-/// A run of bytes in the payload's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// First byte.
-    pub offset: u32,
+/// A run of bytes of one of the payload's memories. Small, because each slot has room for as many as a request may have: a place has 48
+/// bits, which is more than the addresses of a process.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
     /// Bytes.
-    pub len: u32,
+    len: u32,
+    /// The lower part of its first byte's place in that memory.
+    low: u32,
+    /// The upper one.
+    high: u16,
+    /// Which of the payload's memories.
+    memory: u16,
 }
 
-/// Where a request's data is or goes to: segments of the client's memory.
-#[derive(Debug, Default)]
+impl Segment {
+    fn new(memory: u16, offset: usize, len: u32) -> Segment {
+        debug_assert!(offset >> 48 == 0);
+        Segment { len, low: offset as u32, high: (offset >> 32) as u16, memory }
+    }
+
+    fn offset(&self) -> usize {
+        usize::from(self.high) << 32 | self.low as usize
+    }
+}
+
+/// A request has more segments, or lies in more memories, than there is room for: it is refused where it comes in, and answered as
+/// the frontend's protocol answers what a server does not take (blkif: RSP_ERROR; virtio: VIRTIO_BLK_S_IOERR).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the request's data is in more places than a request can name")]
+pub struct TooScattered;
+
+/// Where a request's data is or goes to: segments of a client's memory, or of several memories of it, which may come and go while the
+/// request is in flight. The payload has a share of each that it names, until the request is answered.
+///
+/// There are no more memories than one I/O holds, so that a request is always one I/O if its extents are contiguous.
+#[derive(Debug)]
 pub struct Payload {
-    memory: Option<Arc<Memory>>,
+    memories: Vec<Arc<Memory>>,
     segments: Vec<Segment>,
 }
 
 impl Payload {
+    /// With room for so many segments, at least one.
+    fn new(segments: usize) -> Payload {
+        assert!(segments > 0);
+        let memories = Vec::with_capacity(segments.min(MAX_MEMORIES));
+        Payload { memories, segments: Vec::with_capacity(segments) }
+    }
+
+    fn bytes(&self) -> usize {
+        self.memories.capacity() * size_of::<Arc<Memory>>() + self.segments.capacity() * size_of::<Segment>()
+    }
+
     fn clear(&mut self) {
-        self.memory = None;
+        // Nearly always there is one, and this is the quickest for one.
+        while self.memories.pop().is_some() {}
         self.segments.clear();
     }
 
-    /// Names the memory.
-    pub fn set_memory(&mut self, memory: &Arc<Memory>) {
-        self.memory = Some(Arc::clone(memory));
+    /// Makes it a single run of `len` bytes at `offset` of `memory`.
+    pub fn set(&mut self, memory: &Arc<Memory>, offset: usize, len: u32) {
+        self.clear();
+        self.memories.push(Arc::clone(memory));
+        self.segments.push(Segment::new(0, offset, len));
     }
 
-    /// Where its first segment is in the memory.
+    /// Where its first segment is in its memory.
     pub fn place(&self) -> usize {
-        self.segments.first().map_or(0, |segment| segment.offset as usize)
+        self.segments.first().map_or(0, Segment::offset)
     }
 
-    /// Adds a segment, which must be in the memory. Panics where there is no room: the limit is the frontend's own.
-    pub fn push(&mut self, offset: u32, len: u32) {
-        match self.segments.last_mut() {
-            Some(last) if last.offset.checked_add(last.len) == Some(offset) => last.len += len,
-            _ => {
-                assert!(self.segments.len() < self.segments.capacity());
-                self.segments.push(Segment { offset, len });
+    /// Adds `len` bytes at `offset` of `memory`, which must be in it. On an error no segment is added.
+    pub fn push(&mut self, memory: &Arc<Memory>, offset: usize, len: u32) -> Result<(), TooScattered> {
+        self.within(memory)?.push(offset, len)
+    }
+
+    /// To add segments of `memory`, of which the payload has a share from here on.
+    pub fn within(&mut self, memory: &Arc<Memory>) -> Result<Within<'_>, TooScattered> {
+        let index = match self.memories.iter().position(|known| Arc::ptr_eq(known, memory)) {
+            Some(index) => index,
+            None if self.memories.len() == self.memories.capacity() => return Err(TooScattered),
+            None => {
+                self.memories.push(Arc::clone(memory));
+                self.memories.len() - 1
             }
-        }
+        };
+        Ok(Within { segments: &mut self.segments, memory: index as u16 })
     }
 
-    /// The memory; none for a request without data.
-    pub fn memory(&self) -> Option<&Arc<Memory>> {
-        self.memory.as_ref()
+    /// The memories that it names, each once; none for a request without data.
+    pub fn memories(&self) -> &[Arc<Memory>] {
+        &self.memories
     }
 
-    /// The segments of `len` bytes from byte `at` on, as (offset, length) in the memory.
-    pub fn slice(&self, at: u64, len: u64) -> impl Iterator<Item = (usize, usize)> {
+    /// The segments of `len` bytes from byte `at` on, as (memory, offset in it, length).
+    pub fn slice(&self, at: u64, len: u64) -> impl Iterator<Item = (&Arc<Memory>, usize, usize)> {
         let (mut skip, mut left) = (at, len);
         self.segments.iter().filter_map(move |segment| {
             let full = u64::from(segment.len);
@@ -119,15 +166,15 @@ impl Payload {
             skip -= from;
             let count = (full - from).min(left);
             left -= count;
-            (count > 0).then_some((segment.offset as usize + from as usize, count as usize))
+            let memory = &self.memories[usize::from(segment.memory)];
+            (count > 0).then_some((memory, segment.offset() + from as usize, count as usize))
         })
     }
 
     /// Copies `bytes`, or what there is memory for, to byte `at` and on.
     pub fn put(&self, at: u64, bytes: &[u8]) {
-        let Some(memory) = &self.memory else { return };
         let mut from = bytes;
-        for (offset, count) in self.slice(at, bytes.len() as u64) {
+        for (memory, offset, count) in self.slice(at, bytes.len() as u64) {
             let (now, rest) = from.split_at(count);
             memory.write(offset, now);
             from = rest;
@@ -136,9 +183,8 @@ impl Payload {
 
     /// Copies the bytes from byte `at` on, as many as `to` has, out.
     pub fn get(&self, at: u64, to: &mut [u8]) {
-        let Some(memory) = &self.memory else { return };
         let mut rest = to;
-        for (offset, count) in self.slice(at, rest.len() as u64) {
+        for (memory, offset, count) in self.slice(at, rest.len() as u64) {
             let (now, later) = rest.split_at_mut(count);
             memory.read(offset, now);
             rest = later;
@@ -152,14 +198,39 @@ impl Payload {
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.segments.is_empty()
+        self.memories.is_empty()
     }
 
     /// Zeroes `len` bytes from byte `at` on.
     pub fn zero(&self, at: u64, len: u64) {
-        if let Some(memory) = &self.memory {
-            self.slice(at, len).for_each(|(offset, count)| memory.zero(offset, count));
+        self.slice(at, len).for_each(|(memory, offset, count)| memory.zero(offset, count));
+    }
+}
+
+/// Adds segments of one memory to a payload.
+#[derive(Debug)]
+pub struct Within<'a> {
+    segments: &'a mut Vec<Segment>,
+    memory: u16,
+}
+
+impl Within<'_> {
+    /// Adds `len` bytes at `offset`, which must be in the memory. On an error nothing is added.
+    pub fn push(&mut self, offset: usize, len: u32) -> Result<(), TooScattered> {
+        let memory = self.memory;
+        if let Some(last) = self.segments.last_mut()
+            && last.memory == memory
+            && last.offset() + last.len as usize == offset
+            && let Some(sum) = last.len.checked_add(len)
+        {
+            last.len = sum;
+            return Ok(());
         }
+        if self.segments.len() == self.segments.capacity() {
+            return Err(TooScattered);
+        }
+        self.segments.push(Segment::new(memory, offset, len));
+        Ok(())
     }
 }
 
@@ -200,7 +271,9 @@ pub struct Request {
 
 impl Request {
     fn reset(&mut self) {
-        self.payload.clear();
+        if !self.payload.is_empty() {
+            self.payload.clear();
+        }
         (self.planned, self.pieces, self.error, self.stuck, self.metadata) = (0, 0, None, false, false);
         self.waits_for = None;
     }
@@ -247,14 +320,14 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// `count` slots for clients, each with room for `segments` segments, and `own` for the stack.
+    /// `count` slots for clients, each with room for `segments` segments, at least one, and `own` for the stack.
     pub fn new(count: usize, segments: usize, own: usize) -> Slots {
         let slot = |segments| Slot {
             request: Request {
                 op: Op::Flush,
                 offset: 0,
                 len: 0,
-                payload: Payload { memory: None, segments: Vec::with_capacity(segments) },
+                payload: Payload::new(segments),
                 frontend: 0,
                 tag: 0,
                 born: 0,
@@ -278,8 +351,8 @@ impl Slots {
 
     /// Memory of all of them, bytes.
     pub fn bytes(&self) -> usize {
-        let segments: usize = self.slots.iter().map(|slot| slot.request.payload.segments.capacity()).sum();
-        self.slots.len() * (size_of::<Slot>() + size_of::<u32>()) + segments * size_of::<Segment>()
+        let payloads: usize = self.slots.iter().map(|slot| slot.request.payload.bytes()).sum();
+        self.slots.len() * (size_of::<Slot>() + size_of::<u32>()) + payloads
     }
 
     /// Clients' slots that are free.
@@ -321,6 +394,13 @@ impl Slots {
         let request = &mut self.slots[index as usize].request;
         request.reset();
         Some(request)
+    }
+
+    /// The same slot is not taken after all, and keeps nothing of what was filled in.
+    pub fn give_up(&mut self) {
+        if let Some(request) = self.filled() {
+            request.payload.clear();
+        }
     }
 
     /// The same slot again, as it was filled in.
@@ -393,17 +473,93 @@ impl Slots {
 mod tests {
     use super::*;
 
+    fn memory() -> Arc<Memory> {
+        Arc::new(Memory::anonymous(8192).unwrap())
+    }
+
+    /// The segments of a slice, with the index of each one's memory.
+    fn slice(payload: &Payload, at: u64, len: u64) -> Vec<(usize, usize, usize)> {
+        let index = |memory| payload.memories().iter().position(|known| Arc::ptr_eq(known, memory)).unwrap();
+        payload.slice(at, len).map(|(memory, offset, count)| (index(memory), offset, count)).collect()
+    }
+
     #[test]
     fn a_slice_of_a_payload_is_cut_at_both_ends() {
-        let mut slots = Slots::new(1, 3, 0);
-        let payload = &mut slots.vacant().unwrap().payload;
-        payload.push(0, 512);
-        payload.push(512, 512);
-        payload.push(4096, 1024);
-        assert_eq!(payload.slice(0, 2048).collect::<Vec<_>>(), [(0, 1024), (4096, 1024)]);
-        assert_eq!(payload.slice(1000, 100).collect::<Vec<_>>(), [(1000, 24), (4096, 76)]);
-        assert_eq!(payload.slice(1536, 512).collect::<Vec<_>>(), [(4608, 512)]);
-        assert_eq!(payload.slice(0, 0).count(), 0);
+        let (a, b) = (memory(), memory());
+        let mut payload = Payload::new(3);
+        payload.push(&a, 0, 512).unwrap();
+        payload.push(&a, 512, 512).unwrap();
+        payload.push(&b, 4096, 1024).unwrap();
+        assert_eq!(slice(&payload, 0, 2048), [(0, 0, 1024), (1, 4096, 1024)]);
+        assert_eq!(slice(&payload, 1000, 100), [(0, 1000, 24), (1, 4096, 76)]);
+        assert_eq!(slice(&payload, 1536, 512), [(1, 4608, 512)]);
+        assert_eq!(slice(&payload, 0, 512), [(0, 0, 512)]);
+        assert_eq!(slice(&payload, 0, 0), []);
+    }
+
+    #[test]
+    fn neighbours_are_one_segment_in_the_same_memory_only() {
+        let (a, b) = (memory(), memory());
+        let mut payload = Payload::new(8);
+        payload.push(&a, 0, 4096).unwrap();
+        payload.push(&b, 4096, 512).unwrap();
+        payload.push(&b, 4608, 512).unwrap();
+        payload.push(&a, 4096, 512).unwrap();
+        assert_eq!(slice(&payload, 0, u64::MAX), [(0, 0, 4096), (1, 4096, 1024), (0, 4096, 512)]);
+        assert_eq!((payload.len(), Arc::strong_count(&a), Arc::strong_count(&b)), (5632, 2, 2), "one share of each");
+        payload.set(&b, 0, 512);
+        assert_eq!((slice(&payload, 0, 4096), Arc::strong_count(&a)), (vec![(0, 0, 512)], 1));
+    }
+
+    #[test]
+    fn places_and_lengths_are_beyond_four_gib() {
+        let memory = memory();
+        let mut payload = Payload::new(3);
+        payload.push(&memory, 1 << 40, u32::MAX - 511).unwrap();
+        let next = (1 << 40) + (u32::MAX - 511) as usize;
+        payload.push(&memory, next, 512).unwrap();
+        assert_eq!(payload.len(), 1 << 32);
+        assert_eq!(slice(&payload, (1 << 32) - 1024, 1024), [(0, next - 512, 512), (0, next, 512)]);
+    }
+
+    #[test]
+    fn what_is_put_and_zeroed_reaches_across_memories() {
+        let (a, b) = (memory(), memory());
+        let mut payload = Payload::new(2);
+        payload.push(&a, 8180, 12).unwrap();
+        payload.push(&b, 0, 8).unwrap();
+        let bytes = || [a.read_once::<12>(8180).as_slice(), &b.read_once::<8>(0)].concat();
+        payload.put(8, b"abcdefgh");
+        assert_eq!(bytes(), b"\0\0\0\0\0\0\0\0abcdefgh\0\0\0\0");
+        payload.put(16, b"ijklmnop");
+        assert_eq!(bytes()[12..], *b"efghijkl", "the rest has no memory");
+        payload.zero(10, 4);
+        assert_eq!(bytes()[8..], *b"ab\0\0\0\0ghijkl");
+    }
+
+    #[test]
+    fn more_places_than_there_is_room_for_are_refused() {
+        let memories: Vec<_> = (0..=MAX_MEMORIES).map(|_| memory()).collect();
+        let mut payload = Payload::new(MAX_MEMORIES + 2);
+        for memory in &memories[..MAX_MEMORIES] {
+            payload.push(memory, 0, 512).unwrap();
+        }
+        assert_eq!(payload.push(&memories[MAX_MEMORIES], 0, 512), Err(TooScattered));
+        assert_eq!(Arc::strong_count(&memories[MAX_MEMORIES]), 1);
+        payload.push(&memories[0], 4096, 512).unwrap();
+        payload.push(&memories[1], 4096, 512).unwrap();
+        assert_eq!(payload.push(&memories[0], 0, 512), Err(TooScattered), "no more segments than there is room for");
+        payload.push(&memories[1], 4608, 512).unwrap();
+        assert_eq!(payload.len(), (MAX_MEMORIES as u64 + 3) * 512);
+    }
+
+    #[test]
+    fn a_slot_that_is_not_taken_after_all_keeps_no_memory() {
+        let memory = memory();
+        let mut slots = Slots::new(1, 1, 0);
+        slots.vacant().unwrap().payload.push(&memory, 0, 512).unwrap();
+        slots.give_up();
+        assert_eq!(Arc::strong_count(&memory), 1);
     }
 
     #[test]

@@ -348,7 +348,7 @@ impl Disk {
     /// Fails a client's flush that would say of what was lost that it is durable.
     fn pay_error(&mut self, id: RequestId) {
         let request = self.slots.get_mut(id);
-        if request.frontend != INTERNAL && matches!(request.op, Op::Flush | Op::Barrier) {
+        if matches!(request.op, Op::Flush | Op::Barrier) && request.frontend != INTERNAL {
             request.error = request.error.or(self.stack.failed_flush()).or_else(|| self.owed_error.take());
         }
     }

@@ -44,8 +44,9 @@ impl DiskInfo {
         if op == Op::Flush || (op == Op::Barrier && len == 0) {
             return Ok(());
         }
-        let unit = u64::from(self.sector_size);
-        if len == 0 || !offset.is_multiple_of(unit) || !len.is_multiple_of(unit) {
+        // The sector is a power of two, and a division is slow.
+        let within_sector = u64::from(self.sector_size) - 1;
+        if len == 0 || (offset | len) & within_sector != 0 {
             return Err(Errno::EINVAL);
         }
         match offset.checked_add(len) {
@@ -82,6 +83,11 @@ impl Intake<'_> {
     /// The next request, with an empty payload, to be filled in: operation, offset, length, payload and tag.
     pub fn vacant(&mut self) -> Option<&mut Request> {
         if self.room() == 0 { None } else { self.slots.vacant() }
+    }
+
+    /// Puts nothing in after all: what [`vacant`](Self::vacant) gave names no memory any more.
+    pub fn give_up(&mut self) {
+        self.slots.give_up();
     }
 
     /// Puts in what [`vacant`](Self::vacant) gave. A request that the disk refuses is answered like any other.

@@ -367,7 +367,7 @@ impl Queue {
                 t.offset == io.offset + io.len
                     && io.len + t.len <= self.merge_bytes
                     && payload.slice(t.at, t.len).count() <= io.room()
-                    && payload.memory().is_some_and(|memory| io.accepts(memory))
+                    && io.accepts(payload.memories())
             }
             IoOp::Discard | IoOp::WriteZeroes { .. } | IoOp::Status => false,
         }
@@ -767,8 +767,8 @@ fn add(io: &mut Io, transfer: &Transfer, done: u64, slots: &Slots) {
         IoOp::Discard | IoOp::WriteZeroes { .. } => io.len += transfer.len,
         IoOp::Read | IoOp::Write { .. } | IoOp::Status => {
             let payload = &slots.get(transfer.owner).payload;
-            let memory = payload.memory().expect("data comes with memory");
-            for (offset, len) in payload.slice(transfer.at + done, transfer.len - done) {
+            debug_assert!(!payload.is_empty(), "data comes with memory");
+            for (memory, offset, len) in payload.slice(transfer.at + done, transfer.len - done) {
                 io.push(memory, offset, len);
             }
             // Of a status the memory is for the answer, and the range is what it is about.

@@ -77,9 +77,8 @@ impl Stack {
         let id = slots.take_own().expect("there are as many slots as places");
         let request = slots.get_mut(id);
         let offset = place as usize * metas.place;
-        request.payload.set_memory(&metas.memory);
         let len = if matches!(meta.op, MetaOp::Read | MetaOp::Write) { meta.len } else { 0 };
-        request.payload.push(offset as u32, len as u32);
+        request.payload.set(&metas.memory, offset, len as u32);
         let op = match meta.op {
             MetaOp::Read => (Op::Read, IoOp::Read),
             MetaOp::Write => (Op::Write { fua: false }, IoOp::Write { fua: false }),

@@ -49,8 +49,7 @@ fn a_request_is_planned_extent_by_extent_as_far_as_there_is_room() {
     memory.write(0, &[0x77; 32768]);
     let request = slots.vacant().unwrap();
     (request.op, request.offset, request.len) = (Op::Read, 2048, 24576);
-    request.payload.set_memory(&memory);
-    request.payload.push(0, 24576);
+    request.payload.set(&memory, 0, 24576);
     let id = slots.take().unwrap();
     assert_eq!(stack.start(id, &mut slots, &mut queue), Started::NoRoom, "a third transfer has no room");
     let mut finished = Vec::new();

@@ -348,8 +348,7 @@ fn own(copies: &Copies, index: u32, op: Op, (offset, len): (u64, u64), at: usize
     let id = slots.take_own().expect("there are as many as copies need");
     let request = slots.get_mut(id);
     let place = index as usize * copies.place + at;
-    request.payload.set_memory(&copies.memory);
-    request.payload.push(place as u32, len as u32);
+    request.payload.set(&copies.memory, place, len as u32);
     (request.op, request.offset, request.len) = (op, offset, len);
     (request.frontend, request.tag, request.born) = (OWN, MARK | u64::from(index), crate::stats::now());
     (request.planning, request.planned) = (false, 0);

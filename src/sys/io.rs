@@ -16,8 +16,9 @@ pub const MAX_IOVECS: usize = 1024;
 /// The most I/Os in one system call.
 pub(super) const BATCH_MAX: usize = 256;
 
-/// Different memories that one merged I/O may point into.
-const MAX_MEMORIES: usize = 8;
+/// Different memories that one I/O may point into. A frontend whose clients bring several takes no more of each: then all requests
+/// fit.
+pub const MAX_MEMORIES: usize = 32;
 
 /// Index of a file that an engine has registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,15 +137,20 @@ impl Io {
         self.iovecs.capacity() - self.iovecs.len()
     }
 
-    /// Whether pieces of `memory` may be added.
-    pub fn accepts(&self, memory: &Arc<Memory>) -> bool {
-        self.memories.len() < MAX_MEMORIES || self.memories.iter().any(|m| Arc::ptr_eq(m, memory))
+    /// Whether pieces of all these `memories`, which are different, may be added.
+    pub fn accepts(&self, memories: &[Arc<Memory>]) -> bool {
+        let room = MAX_MEMORIES - self.memories.len();
+        memories.len() <= room || memories.iter().filter(|memory| !self.has(memory)).count() <= room
+    }
+
+    fn has(&self, memory: &Arc<Memory>) -> bool {
+        self.memories.iter().any(|mine| Arc::ptr_eq(mine, memory))
     }
 
     /// Adds `len` bytes at `offset` of `memory`. Panics where there is no room: the caller has asked.
     pub fn push(&mut self, memory: &Arc<Memory>, offset: usize, len: usize) {
         let base = memory.at(offset, len);
-        if !self.memories.iter().any(|m| Arc::ptr_eq(m, memory)) {
+        if !self.has(memory) {
             assert!(self.memories.len() < MAX_MEMORIES);
             self.memories.push(Arc::clone(memory));
         }

@@ -32,8 +32,8 @@ impl Pages for DataPages {
     fn memory(&self) -> &Arc<Memory> {
         &self.0
     }
-    fn offset(&self, gref: u32) -> Option<u32> {
-        (gref < PAGES).then(|| (gref + 1) * PAGE_SIZE as u32)
+    fn offset(&self, gref: u32) -> Option<usize> {
+        (gref < PAGES).then(|| (gref as usize + 1) * PAGE_SIZE)
     }
 }
 

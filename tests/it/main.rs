@@ -21,6 +21,7 @@ mod privileges;
 mod process;
 mod queue;
 mod real_input;
+mod regions;
 mod style;
 mod tap_ctl;
 mod vhd;

@@ -12,7 +12,7 @@ use tapdisk::engine::Inline;
 use tapdisk::queue::{Limits, Queue, Submission, SubmitMode, Transfer};
 use tapdisk::request::{Op, RequestId, Slots};
 use tapdisk::retry::Retry;
-use tapdisk::sys::io::{FileId, IoOp};
+use tapdisk::sys::io::{FileId, IoOp, MAX_MEMORIES};
 use tapdisk::sys::memory::Memory;
 
 const WRITE: IoOp = IoOp::Write { fua: false };
@@ -26,26 +26,38 @@ struct Bench {
 
 impl Bench {
     fn new(depth: usize, mode: SubmitMode) -> Bench {
+        Self::with_iovecs(depth, mode, 16)
+    }
+
+    fn with_iovecs(depth: usize, mode: SubmitMode, iovecs: usize) -> Bench {
         let inline = if mode == SubmitMode::Inline { Inline::Always } else { Inline::Never };
         Bench::with(depth, mode, inline)
     }
 
     fn with(depth: usize, mode: SubmitMode, inline: Inline) -> Bench {
         let (double, engine) = Double::engine(depth, inline);
-        let limits = Limits { tiocbs: 256, iovecs: 16, merge_bytes: 64 << 10, retry: Retry::default() };
+        let limits = Limits { tiocbs: 256, iovecs, merge_bytes: 64 << 10, retry: Retry::default() };
         let submission = Submission::start(&Blocking::before_main_loop(), engine, mode).unwrap();
         let queue = Queue::new(submission.into(), mode, limits);
         let memory = Arc::new(Memory::anonymous(1 << 20).unwrap());
-        Bench { slots: Slots::new(256, 16, 0), queue, double, memory }
+        Bench { slots: Slots::new(256, MAX_MEMORIES, 0), queue, double, memory }
     }
 
     /// Queues a request of one transfer, with memory that is apart from the others'.
     fn push(&mut self, op: IoOp, file: u16, offset: u64, len: u64) -> RequestId {
-        let used = self.slots.used() as u32;
+        let place = self.slots.used() * 4096;
+        let memory = Arc::clone(&self.memory);
+        self.push_into(op, file, offset, &[(&memory, place, len as u32)])
+    }
+
+    /// The same with these segments of memory.
+    fn push_into(&mut self, op: IoOp, file: u16, offset: u64, data: &[(&Arc<Memory>, usize, u32)]) -> RequestId {
         let request = self.slots.vacant().unwrap();
         request.op = Op::Read;
-        request.payload.set_memory(&self.memory);
-        request.payload.push(used * 4096, len as u32);
+        for (memory, place, len) in data {
+            request.payload.push(memory, *place, *len).unwrap();
+        }
+        let len = request.payload.len();
         let owner = self.slots.take().unwrap();
         assert!(self.queue.push(Transfer { op, file: FileId(file), offset, len, owner, at: 0, piece: None }));
         owner
@@ -128,6 +140,49 @@ fn merging_stops_at_its_limits() {
     assert_eq!(sizes, [16 * 512, 4 * 512, 40 << 10, 40 << 10]);
     bench.double.complete_all();
     bench.finished(22);
+}
+
+#[test]
+fn requests_whose_data_is_in_different_memories_are_one_io() {
+    let mut bench = Bench::new(8, SubmitMode::Thread);
+    let [a, b] = [(); 2].map(|()| Arc::new(Memory::anonymous(8192).unwrap()));
+    bench.push_into(IoOp::Read, 0, 0, &[(&a, 7680, 512), (&b, 0, 1024)]);
+    bench.push_into(IoOp::Read, 0, 1536, &[(&b, 4096, 512), (&a, 0, 512)]);
+    bench.kick();
+    assert_eq!(bench.double.wait_seen(1), [seen(IoOp::Read, 0, 2560)]);
+    let shares = || (Arc::strong_count(&a), Arc::strong_count(&b));
+    assert_eq!(shares(), (4, 4), "those of two requests and of the I/O");
+    // Short, within the second piece; the rest is submitted again.
+    bench.double.complete(Some(Ok(1024)));
+    bench.queue.reap();
+    bench.double.wait_seen(2);
+    bench.double.complete_all();
+    assert_eq!(bench.finished(2), [(0, Ok(1536)), (1, Ok(1024))]);
+    assert_eq!(shares(), (3, 3));
+    let filled = |memory: &Memory| -> Vec<bool> {
+        let mut bytes = [0; 8192];
+        memory.read(0, &mut bytes);
+        bytes.chunks(512).map(|sector| sector.iter().all(|byte| *byte == 0xab)).collect()
+    };
+    let expected = |sectors: &[usize]| (0..16).map(|i| sectors.contains(&i)).collect::<Vec<_>>();
+    assert_eq!((filled(&a), filled(&b)), (expected(&[0, 15]), expected(&[0, 1, 8])));
+}
+
+#[test]
+fn merging_stops_where_an_io_would_point_into_too_many_memories() {
+    let mut bench = Bench::with_iovecs(8, SubmitMode::Thread, 256);
+    let memories: Vec<_> = (0..=MAX_MEMORIES).map(|_| Arc::new(Memory::anonymous(4096).unwrap())).collect();
+    let most: Vec<_> = memories[1..].iter().map(|memory| (memory, 0, 512)).collect();
+    let len = 512 * MAX_MEMORIES as u64;
+    bench.push_into(WRITE, 0, 0, &most);
+    bench.push_into(WRITE, 0, len, &[(&memories[1], 1024, 512), (&memories[2], 1024, 512)]);
+    bench.push_into(WRITE, 0, len + 1024, &[(&memories[1], 2048, 512), (&memories[0], 2048, 512)]);
+    bench.push_into(WRITE, 0, len + 2048, &most);
+    bench.kick();
+    let expected = [seen(WRITE, 0, len + 1024), seen(WRITE, len + 1024, 1024), seen(WRITE, len + 2048, len)];
+    assert_eq!(bench.double.wait_seen(3), expected);
+    bench.double.complete_all();
+    bench.finished(4);
 }
 
 #[test]

@@ -85,11 +85,12 @@ pub fn parse(
     if segments.is_empty() && !matches!(op, Op::Flush | Op::Barrier) {
         return Err(RSP_ERROR);
     }
-    let unit = (u64::from(sector_size) / drivers::SECTOR_SIZE) as u8;
+    // Of 512-byte sectors, in one of the disk's: a power of two.
+    let within_sector = (u64::from(sector_size) / drivers::SECTOR_SIZE) as u8 - 1;
     let mut len = 0;
     for segment in &*segments {
         let (first, last) = (segment.first_sect, segment.last_sect);
-        if first > last || last > 7 || !first.is_multiple_of(unit) || !(last + 1).is_multiple_of(unit) {
+        if first > last || last > 7 || (first | (last + 1)) & within_sector != 0 {
             return Err(RSP_ERROR);
         }
         len += u64::from(last - first + 1) * drivers::SECTOR_SIZE;

@@ -8,7 +8,7 @@ use super::ring::{BackRing, Indices, Overflow};
 use super::wire::{Entry, RSP_OKAY, Response, Segment};
 use super::{parse, response_operation, status};
 use crate::frontend::Intake;
-use crate::request::Request;
+use crate::request::{Request, TooScattered};
 use crate::sys::memory::Memory;
 
 /// The memory that a client's grant references name.
@@ -17,7 +17,7 @@ pub trait Pages {
     fn memory(&self) -> &Arc<Memory>;
 
     /// The page's byte offset in it; none if the client has no such page.
-    fn offset(&self, gref: u32) -> Option<u32>;
+    fn offset(&self, gref: u32) -> Option<usize>;
 }
 
 /// What a client may ask for.
@@ -224,19 +224,21 @@ impl RingQueue {
         let entry = self.ring.pop();
         let (id, operation) = (entry.id(), response_operation(&entry));
         let read_page =
-            |gref, to: &mut [u8]| pages.offset(gref).map(|offset| pages.memory().read(offset as usize, to)).is_some();
+            |gref, to: &mut [u8]| pages.offset(gref).map(|offset| pages.memory().read(offset, to)).is_some();
         let Limits { indirect_segments, sector_size } = self.limits;
         let parsed = parse(&entry, indirect_segments, sector_size, &mut self.segments, read_page);
         let filled = parsed.and_then(|command| {
             let request = intake.vacant().ok_or(super::wire::RSP_ERROR)?;
             (request.op, request.offset, request.len) = (command.op, command.offset, command.len);
             if !self.segments.is_empty() {
-                request.payload.set_memory(pages.memory());
-            }
-            for segment in &self.segments {
-                let page = pages.offset(segment.gref).ok_or(super::wire::RSP_ERROR)?;
-                let (first, last) = (u32::from(segment.first_sect), u32::from(segment.last_sect));
-                request.payload.push(page + first * 512, (last + 1 - first) * 512);
+                let mut data =
+                    request.payload.within(pages.memory()).map_err(|TooScattered| super::wire::RSP_ERROR)?;
+                for segment in &self.segments {
+                    let page = pages.offset(segment.gref).ok_or(super::wire::RSP_ERROR)?;
+                    let (first, last) = (u32::from(segment.first_sect), u32::from(segment.last_sect));
+                    let (offset, len) = (page + first as usize * 512, (last + 1 - first) * 512);
+                    data.push(offset, len).map_err(|TooScattered| super::wire::RSP_ERROR)?;
+                }
             }
             let place = self.free.pop().ok_or(super::wire::RSP_ERROR)?;
             self.pending[usize::from(place)] = (id, operation);
@@ -245,7 +247,10 @@ impl RingQueue {
         });
         match filled {
             Ok(()) => intake.accept(),
-            Err(status) => self.ring.refuse(Response { id, operation, status }),
+            Err(status) => {
+                intake.give_up();
+                self.ring.refuse(Response { id, operation, status });
+            }
         }
     }
 

@@ -25,12 +25,17 @@ pub struct Shared {
     base: usize,
     abi: Abi,
     entries: u32,
+    /// Place of the first entry, bytes of each, and what of an index is its number: worked out once for all requests.
+    first: usize,
+    entry_size: usize,
+    mask: u32,
 }
 
 impl Shared {
     /// A ring of `1 << order` pages at byte `base` of `memory`.
     pub fn new(memory: Arc<Memory>, base: usize, abi: Abi, order: u32) -> Shared {
-        Shared { memory, base, abi, entries: abi.entries(order) }
+        let (entries, entry_size) = (abi.entries(order), abi.entry_size());
+        Shared { memory, base, abi, entries, first: base + RING_HEADER, entry_size, mask: entries - 1 }
     }
 
     /// Entries, a power of two.
@@ -57,7 +62,7 @@ impl Shared {
     }
 
     fn entry(&self, index: u32) -> usize {
-        self.base + RING_HEADER + (index & (self.entries - 1)) as usize * self.abi.entry_size()
+        self.first + (index & self.mask) as usize * self.entry_size
     }
 
     /// Moves a producer index, and says whether the other side asked for an event in between.

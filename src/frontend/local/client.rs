@@ -46,7 +46,7 @@ impl Tag {
 /// The data pages of a queue.
 struct DataPages {
     memory: Arc<Memory>,
-    base: u32,
+    base: usize,
     count: u32,
 }
 
@@ -55,8 +55,8 @@ impl Pages for DataPages {
         &self.memory
     }
 
-    fn offset(&self, gref: u32) -> Option<u32> {
-        (gref < self.count).then(|| self.base + gref * PAGE_SIZE as u32)
+    fn offset(&self, gref: u32) -> Option<usize> {
+        (gref < self.count).then(|| self.base + gref as usize * PAGE_SIZE)
     }
 }
 
@@ -164,7 +164,7 @@ impl Client {
         for queue in 0..queues as usize {
             let base = queue * queue_bytes;
             let ring = BackRing::attach(Shared::new(Arc::clone(&memory), base, abi, ring_page_order));
-            let base = (base + (PAGE_SIZE << ring_page_order)) as u32;
+            let base = base + (PAGE_SIZE << ring_page_order);
             let pages = DataPages { memory: Arc::clone(&memory), base, count: data_pages };
             let queue = Queue::new(RingQueue::new(ring, limits), pages).map_err(failed)?;
             self.queues.push(queue);

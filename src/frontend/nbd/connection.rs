@@ -365,7 +365,7 @@ impl Connection {
         if intake.room() == 0 {
             return Stop::Slots;
         }
-        let run = if bytes == 0 { None } else { self.arena.alloc(bytes) };
+        let run = if bytes == 0 { None } else { self.arena.alloc(bytes as usize) };
         if bytes > 0 && run.is_none() {
             return Stop::Room;
         }
@@ -384,7 +384,7 @@ impl Connection {
         let (len, _) = command.next_part();
         if command.error.is_some() {
             self.stream = Stream::Drain(id, command.len - command.issued);
-        } else if let Some(run) = self.arena.alloc(len) {
+        } else if let Some(run) = self.arena.alloc(len as usize) {
             self.stream = Stream::Fill { command: id, run, len, have: 0 };
         } else {
             return Stop::Room;
@@ -396,7 +396,7 @@ impl Connection {
     fn fill(&mut self, intake: &mut Intake, id: u16, run: Run, len: u32, have: u32) -> Stop {
         let data = self.received.data();
         let now = data.len().min((len - have) as usize);
-        self.arena.memory().write((run.offset() + have) as usize, &data[..now]);
+        self.arena.memory().write(run.offset() + have as usize, &data[..now]);
         self.received.consume(now);
         let have = have + now as u32;
         self.stream = Stream::Fill { command: id, run, len, have };
@@ -439,10 +439,9 @@ impl Connection {
         (request.op, request.offset, request.len) = (op, command.offset + u64::from(at), u64::from(len));
         if let Some(run) = run {
             let (_, bytes) = command.next_part();
-            request.payload.set_memory(self.arena.memory());
-            request.payload.push(run.offset(), bytes);
+            request.payload.set(self.arena.memory(), run.offset(), bytes);
             if op == Op::Status {
-                self.arena.memory().zero(run.offset() as usize, bytes as usize);
+                self.arena.memory().zero(run.offset(), bytes as usize);
             }
         }
         command.issued += len;
@@ -468,7 +467,7 @@ impl Connection {
                 return self.send_in_order(part.command);
             }
             (Op::Status, Ok(()) | Err(Errno::EOPNOTSUPP), Some(run)) => {
-                let offset = run.offset() as usize;
+                let offset = run.offset();
                 let bytes = status::describe(self.arena.memory(), offset, part.len, command.one_descriptor);
                 self.transmit.status_chunk(command, run, bytes);
             }
@@ -558,7 +557,7 @@ impl Connection {
         let (mut direct, mut buffer) =
             ((self.arena.memory().as_ref(), 0, 0), &mut self.received.bytes[self.received.end..]);
         if let Stream::Fill { command, run, len, have } = self.stream {
-            direct = (self.arena.memory(), (run.offset() + have) as usize, (len - have) as usize);
+            direct = (self.arena.memory(), run.offset() + have as usize, (len - have) as usize);
             let command = self.commands.get(command);
             if command.issued + len < command.len {
                 // What comes behind is payload too, and should get to its place without a copy.

@@ -98,10 +98,10 @@ impl Served {
             if self.bad.is_some_and(|bad| range.contains(&bad)) {
                 request.error.get_or_insert(Errno::EIO);
             }
-            if let (None, Some(memory)) = (request.error, request.payload.memory()) {
+            if request.error.is_none() && !request.payload.is_empty() {
                 let image = &mut self.data[range.start as usize..range.end as usize];
                 let mut at = 0;
-                for (offset, len) in request.payload.slice(0, request.len) {
+                for (memory, offset, len) in request.payload.slice(0, request.len) {
                     match request.op {
                         Op::Read => memory.write(offset, &image[at..at + len]),
                         Op::Status => memory.write(offset, [512_u64, 1024].as_bytes()),

@@ -173,7 +173,7 @@ impl Transmit {
         let replies = self.replies.iter().flat_map(|reply| {
             let data = reply.data.map(|(run, len)| Piece::Memory {
                 memory: arena.memory(),
-                offset: run.offset() as usize,
+                offset: run.offset(),
                 len: len as usize,
             });
             [Some(Piece::Bytes(&reply.head[..usize::from(reply.head_len)])), data].into_iter().flatten()

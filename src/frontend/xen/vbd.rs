@@ -187,7 +187,7 @@ impl Vbd {
         let descriptor_bytes = INDIRECT_MAX * PAGE_SIZE;
         let mut arena = Arena::new(limits.buffers + descriptor_bytes).map_err(ConnectError::Memory)?;
         let none = || ConnectError::Memory(io::ErrorKind::OutOfMemory.into());
-        let descriptors = arena.alloc(descriptor_bytes as u32).ok_or_else(none)?;
+        let descriptors = arena.alloc(descriptor_bytes).ok_or_else(none)?;
         // Each copy fills at least a part of a page that is lent out.
         let copies = limits.buffers / PAGE_SIZE;
         let flight = || Flight {
@@ -393,7 +393,7 @@ impl Vbd {
             let entry = ring.held.take().unwrap_or_else(|| ring.ring.pop());
             let pages = pages(&entry, &self.limits);
             indirect += usize::from(entry.operation() == OP_INDIRECT);
-            let run = if pages > 0 { self.arena.alloc((pages * PAGE_SIZE) as u32) } else { None };
+            let run = if pages > 0 { self.arena.alloc(pages * PAGE_SIZE) } else { None };
             self.starved = pages > 0 && run.is_none();
             if self.starved || indirect > INDIRECT_MAX {
                 if self.starved {
@@ -424,7 +424,7 @@ impl Vbd {
             let count = entry.indirect_count();
             if entry.operation() == OP_INDIRECT && self.flights[usize::from(passing.flight)].run.is_some() {
                 let first = self.incoming.len();
-                let to = self.descriptors.offset() as usize + first * PAGE_SIZE;
+                let to = self.descriptors.offset() + first * PAGE_SIZE;
                 let len = (count * SEGMENT_SIZE) as u16;
                 self.incoming.push_from(guest.domain, entry.indirect_page(0), 0, len, to);
                 passing.copies = (first, 1);
@@ -443,7 +443,7 @@ impl Vbd {
         let memory = self.arena.memory();
         for (entry, passing) in &mut self.taken {
             let flight = &mut self.flights[usize::from(passing.flight)];
-            let at = self.descriptors.offset() as usize + passing.copies.0 * PAGE_SIZE;
+            let at = self.descriptors.offset() + passing.copies.0 * PAGE_SIZE;
             let copied = passing.copies.1 > 0 && passing.status.is_ok();
             let read_page = |_: GrantRef, to: &mut [u8]| {
                 if copied {
@@ -501,8 +501,7 @@ impl Vbd {
                 if let Some(run) = flight.run
                     && !flight.segments.is_empty()
                 {
-                    request.payload.set_memory(self.arena.memory());
-                    request.payload.push(run.offset(), request.len as u32);
+                    request.payload.set(self.arena.memory(), run.offset(), request.len as u32);
                 }
                 request.tag = tag + u64::from(passing.flight);
                 self.statistics.submitted(request.op, request.len);
@@ -658,7 +657,7 @@ fn extent(segment: &Segment) -> (u16, u16) {
 
 /// The segments of a request, each with its place in payload memory.
 fn placed(flight: &Flight) -> impl Iterator<Item = (&Segment, usize)> {
-    let mut at = flight.run.map_or(0, |run| run.offset() as usize);
+    let mut at = flight.run.map_or(0, |run| run.offset());
     flight.segments.iter().map(move |segment| {
         let here = at;
         at += usize::from(extent(segment).1);

@@ -134,10 +134,8 @@ impl Bench {
         let id = self.slots.take()?;
         let data = matches!(op, IoOp::Read | IoOp::Write { .. });
         if data {
-            let at = self.at(id) as u32;
-            let payload = &mut self.slots.get_mut(id).payload;
-            payload.set_memory(&self.memory);
-            payload.push(at, len as u32);
+            let at = self.at(id);
+            self.slots.get_mut(id).payload.set(&self.memory, at, len as u32);
         }
         let file = self.file(offset);
         assert!(self.queue.push(Transfer { op, file, offset, len, owner: id, at: 0, piece: None }));

@@ -171,13 +171,13 @@ impl Chain {
         (request.op, request.offset, request.len, request.planning) = (op, offset, len, true);
         request.tag = self.next << 8 | place as u64;
         if len > 0 {
-            request.payload.set_memory(&self.memory);
             // In two segments.
-            let half = (len / 1024 * 512) as u32;
-            let first = (place * PLACE) as u32;
-            request.payload.push(first, half.max(512));
+            let half = len / 1024 * 512;
+            let first = place * PLACE;
+            let mut payload = request.payload.within(&self.memory).unwrap();
+            payload.push(first, half.max(512) as u32).unwrap();
             if half > 0 {
-                request.payload.push(first + half, len as u32 - half);
+                payload.push(first + half as usize, (len - half) as u32).unwrap();
             }
         }
         self.next += 1;
