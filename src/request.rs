@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use drivers::Origin;
 use nix::errno::Errno;
 
 use crate::sys::io::MAX_MEMORIES;
@@ -246,7 +247,7 @@ pub struct Request {
     /// The data of reads and writes, `len` bytes; of a status, room for the answer.
     pub payload: Payload,
     /// Whose it is.
-    pub frontend: u16,
+    pub origin: Origin,
     /// The frontend's own mark.
     pub tag: u64,
     /// When it was pulled, ns of [`crate::stats::now`].
@@ -276,6 +277,14 @@ impl Request {
         }
         (self.planned, self.pieces, self.error, self.stuck, self.metadata) = (0, 0, None, false, false);
         self.waits_for = None;
+    }
+
+    /// What it does, for those who look.
+    pub fn name(&self) -> &'static str {
+        match self.origin {
+            Origin::Layer(_) => "metadata",
+            Origin::Frontend(_) | Origin::Disk => self.op.name(),
+        }
     }
 
     /// Its end, as the frontend answers it.
@@ -328,7 +337,7 @@ impl Slots {
                 offset: 0,
                 len: 0,
                 payload: Payload::new(segments),
-                frontend: 0,
+                origin: Origin::Disk,
                 tag: 0,
                 born: 0,
                 stuck: false,

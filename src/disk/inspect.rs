@@ -8,7 +8,7 @@ use super::{CoalesceReport, Disk, EngineReport};
 use crate::engine::fault::FaultsReport;
 use crate::polling::{Polling, PollingReport};
 use crate::queue::{QueueReport, TiocbReport};
-use crate::stack::{LayerReport, OWN};
+use crate::stack::LayerReport;
 use crate::stats::{OpReport, now};
 
 /// All that debug-queue shows.
@@ -103,7 +103,7 @@ impl Disk {
             .iter()
             .map(|(id, request)| RequestReport {
                 slot: id.index(),
-                op: if request.frontend == OWN { "metadata" } else { request.op.name() }.to_owned(),
+                op: request.name().to_owned(),
                 offset: request.offset,
                 len: request.len,
                 age_us: (now - request.born) / 1000,

@@ -1,15 +1,19 @@
 //! What metrics tell of a disk.
 
+use drivers::Origin;
+
 use super::Disk;
 use crate::metrics::{DiskMetrics, LayerMetrics};
-use crate::stack::{OWN, Stack};
+use crate::request::Request;
+use crate::stack::Stack;
 use crate::stats::{Traffic, now};
 
 impl Disk {
     /// Its metrics; it is minor `minor` of this process. It answers while the disk is stuck in I/O.
     pub fn metrics(&self, minor: u16) -> DiskMetrics {
         let now = now();
-        let requests = || self.slots.iter().map(|(_, request)| request).filter(|request| request.frontend != OWN);
+        let metadata = |request: &&Request| matches!(request.origin, Origin::Layer(_));
+        let requests = || self.slots.iter().map(|(_, request)| request).filter(|request| !metadata(request));
         let memory = self.memory();
         let engine = self.engine_report();
         let layers = self.stack.files().zip(self.queue.traffic()).map(|(layer, traffic)| LayerMetrics {

@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use drivers::Origin;
 use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
@@ -43,9 +44,6 @@ use crate::stack::{Hits, HostLayer, Stack, Started};
 use crate::stats::{Stats, now};
 use crate::sys;
 use crate::sys::file::FileIdentity;
-
-/// The disk's own requests.
-const INTERNAL: u16 = u16::MAX;
 
 /// A disk's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -301,7 +299,7 @@ impl Disk {
                 started: &mut self.started,
                 barrier: &mut self.barrier,
                 disk: &self.info,
-                frontend: i as u16,
+                origin: Origin::Frontend(i as u16),
                 now,
             });
             if self.started.len() > had && self.frontends[i].in_memory() {
@@ -348,7 +346,7 @@ impl Disk {
     /// Fails a client's flush that would say of what was lost that it is durable.
     fn pay_error(&mut self, id: RequestId) {
         let request = self.slots.get_mut(id);
-        if matches!(request.op, Op::Flush | Op::Barrier) && request.frontend != INTERNAL {
+        if matches!(request.op, Op::Flush | Op::Barrier) && request.origin != Origin::Disk {
             request.error = request.error.or(self.stack.failed_flush()).or_else(|| self.owed_error.take());
         }
     }
@@ -462,17 +460,20 @@ impl Disk {
                     "len" => request.len, "age_s" => (now - request.born) / 1_000_000_000, "result" => ?request.result());
             }
             self.stats.record(request.op, request.len, request.error.is_none(), now - request.born);
-            if request.frontend == INTERNAL {
-                let error = request.error;
-                self.slots.release(id);
-                self.flushed(error);
-                continue;
-            } else {
-                let frontend = &mut self.frontends[usize::from(request.frontend)];
-                in_memory |= frontend.in_memory();
-                frontend.answer(request);
+            match request.origin {
+                Origin::Frontend(index) => {
+                    let frontend = &mut self.frontends[usize::from(index)];
+                    in_memory |= frontend.in_memory();
+                    frontend.answer(request);
+                    self.slots.release(id);
+                }
+                Origin::Disk => {
+                    let error = request.error;
+                    self.slots.release(id);
+                    self.flushed(error);
+                }
+                Origin::Layer(_) => unreachable!("the stack keeps those to itself"),
             }
-            self.slots.release(id);
         }
         if in_memory {
             self.last_in_memory = Some(now);
@@ -535,7 +536,7 @@ impl Disk {
         }
         if let Some(request) = self.slots.vacant() {
             (request.op, request.offset, request.len) = (Op::Flush, 0, 0);
-            (request.frontend, request.born, request.planning) = (INTERNAL, now(), true);
+            (request.origin, request.born, request.planning) = (Origin::Disk, now(), true);
         }
         self.started.extend(self.slots.take());
         true

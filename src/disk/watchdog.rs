@@ -91,7 +91,7 @@ impl Disk {
             let held_by = tiocb.map_or("stack", |tiocb| &tiocb.held_by);
             let (layer, path) =
                 tiocb.map_or_else(|| (0, self.info.name.clone()), |tiocb| self.stack.place(tiocb.file));
-            warn!(self.log, "request is stuck"; "op" => request.op.name(),
+            warn!(self.log, "request is stuck"; "op" => request.name(),
                 "age_s" => (now() - born) / 1_000_000_000, "held_by" => held_by, "layer" => layer, "file" => path,
                 "offset" => tiocb.map_or(request.offset, |tiocb| tiocb.offset),
                 "len" => tiocb.map_or(request.len, |tiocb| tiocb.len));

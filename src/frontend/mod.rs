@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use drivers::Origin;
 use mio::Registry;
 use mio::event::Event;
 use nix::errno::Errno;
@@ -70,7 +71,7 @@ pub struct Intake<'a> {
     /// Set by a barrier; nothing is pulled behind it until it is answered.
     pub(crate) barrier: &'a mut Option<RequestId>,
     pub(crate) disk: &'a DiskInfo,
-    pub(crate) frontend: u16,
+    pub(crate) origin: Origin,
     pub(crate) now: u64,
 }
 
@@ -92,9 +93,9 @@ impl Intake<'_> {
 
     /// Puts in what [`vacant`](Self::vacant) gave. A request that the disk refuses is answered like any other.
     pub fn accept(&mut self) {
-        let (frontend, now, disk) = (self.frontend, self.now, self.disk);
+        let (origin, now, disk) = (self.origin, self.now, self.disk);
         let Some(request) = self.slots.filled() else { return };
-        (request.frontend, request.born, request.planning) = (frontend, now, true);
+        (request.origin, request.born, request.planning) = (origin, now, true);
         request.error = disk.check(request.op, request.offset, request.len).err();
         let barrier = request.op == Op::Barrier && request.error.is_none();
         if let Some(id) = self.slots.take() {

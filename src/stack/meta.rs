@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use drivers::{Meta, MetaId, MetaOp};
+use drivers::{Meta, MetaId, MetaOp, Origin};
 use nix::errno::Errno;
 
-use super::{OWN, Stack};
+use super::Stack;
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, Slots};
 use crate::stats::now;
@@ -92,7 +92,7 @@ impl Stack {
             metas.memory.write(offset, bytes);
         }
         (request.op, request.offset, request.len) = (op.0, meta.at, meta.len);
-        (request.frontend, request.tag, request.born) = (OWN, meta.id.0, now());
+        (request.origin, request.tag, request.born) = (Origin::Layer(layer as u16), meta.id.0, now());
         (request.planning, request.planned, request.pieces) = (false, meta.len, 1);
         let file = self.layers[layer].file(meta.file);
         request.meta_seen = self.meta_written;

@@ -38,9 +38,6 @@ pub const METAS: usize = 32;
 /// Requests of the stack's own at a time, at most.
 pub const OWN_REQUESTS: usize = METAS + COPIES_MAX * READS_MAX;
 
-/// The frontend of the stack's own requests.
-pub const OWN: u16 = u16::MAX - 1;
-
 /// What a layer has moved for requests, in 512-byte sectors: read and written. Each layer counts what it served itself, with or
 /// without error, and the last one also what nobody has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -268,7 +265,7 @@ impl Stack {
         };
         let request = slots.get_mut(id);
         (request.metadata, request.waits_for) = (matches!(op, IoOp::Write { fua: true }), None);
-        let (origin, own) = (origin(slots.get(id).frontend), own_tag(slots.get(id)));
+        let (origin, own) = (slots.get(id).origin, own_tag(slots.get(id)));
         let first = own.and_then(|tag| self.begins_at(tag)).unwrap_or(self.first);
         loop {
             let request = slots.get(id);
@@ -423,7 +420,7 @@ impl Stack {
 
     /// Says which parts of a range have data. It ends where that is not known without waiting, if something is known.
     fn status(&mut self, id: RequestId, slots: &mut Slots) -> Started {
-        let (offset, len, origin) = (slots.get(id).offset, slots.get(id).len, origin(slots.get(id).frontend));
+        let (offset, len, origin) = (slots.get(id).offset, slots.get(id).len, slots.get(id).origin);
         let words = slots.get(id).payload.len() / 8;
         let (mut at, mut word, mut data, mut run) = (0, 0, true, 0_u64);
         let put = |slots: &Slots, word: u64, run: u64| slots.get(id).payload.put(word * 8, &run.to_ne_bytes());
@@ -467,7 +464,7 @@ impl Stack {
         }
         let request = slots.get_mut(id);
         request.meta_seen = self.meta_written;
-        let (planned, origin) = (request.planned, origin(request.frontend));
+        let (planned, origin) = (request.planned, request.origin);
         let mut ask = Ask {
             op: drivers::Op::Flush,
             extent: Extent { offset: 0, len: 0 },
@@ -686,15 +683,7 @@ pub struct LayerReport {
 
 /// The tag of a request of the stack's own.
 fn own_tag(request: &Request) -> Option<u64> {
-    (request.frontend == OWN).then_some(request.tag)
-}
-
-/// Whose a request is.
-fn origin(frontend: u16) -> Origin {
-    match frontend {
-        u16::MAX => Origin::Disk,
-        frontend => Origin::Frontend(frontend),
-    }
+    matches!(request.origin, Origin::Layer(_)).then_some(request.tag)
 }
 
 fn errno(why: Fail) -> Errno {

@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use drivers::{Extent, Op as Ask, Through};
+use drivers::{Extent, Op as Ask, Origin, Through};
 use nix::errno::Errno;
 
 use super::pieces::{Over, PieceId};
-use super::{OWN, Stack, Started};
+use super::{Stack, Started, own_tag};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::sys::io::IoOp;
@@ -152,7 +152,7 @@ impl Stack {
         let Wanted { owner, at, offset, op, layer, through, piece } = wanted;
         let request = slots.get_mut(owner);
         request.pieces += 1;
-        let own = (request.frontend == OWN).then_some(request.tag);
+        let own = own_tag(request);
         let copies = self.copies.as_mut().expect("a layer with blocks has memory for them");
         let depth = copies.depth(own);
         let index = copies.free.pop().expect("somebody has looked");
@@ -350,7 +350,8 @@ fn own(copies: &Copies, index: u32, op: Op, (offset, len): (u64, u64), at: usize
     let place = index as usize * copies.place + at;
     request.payload.set(&copies.memory, place, len as u32);
     (request.op, request.offset, request.len) = (op, offset, len);
-    (request.frontend, request.tag, request.born) = (OWN, MARK | u64::from(index), crate::stats::now());
+    (request.tag, request.born) = (MARK | u64::from(index), crate::stats::now());
+    request.origin = Origin::Layer(copies.copies[index as usize].map_or(0, |copy| copy.layer as u16));
     (request.planning, request.planned) = (false, 0);
     id
 }

@@ -31,10 +31,10 @@ impl Bench {
 
     fn with_iovecs(depth: usize, mode: SubmitMode, iovecs: usize) -> Bench {
         let inline = if mode == SubmitMode::Inline { Inline::Always } else { Inline::Never };
-        Bench::with(depth, mode, inline)
+        Bench::with(depth, mode, inline, iovecs)
     }
 
-    fn with(depth: usize, mode: SubmitMode, inline: Inline) -> Bench {
+    fn with(depth: usize, mode: SubmitMode, inline: Inline, iovecs: usize) -> Bench {
         let (double, engine) = Double::engine(depth, inline);
         let limits = Limits { tiocbs: 256, iovecs, merge_bytes: 64 << 10, retry: Retry::default() };
         let submission = Submission::start(&Blocking::before_main_loop(), engine, mode).unwrap();
@@ -209,7 +209,7 @@ fn no_more_than_the_depth_is_in_flight_and_the_rest_merges_meanwhile() {
 #[test]
 fn who_submits_is_for_the_file_to_say_and_one_that_must_not_wait_turns_off_no_other() {
     let inline = Inline::ByFile([Inline::Never, Inline::Always, Inline::Idle { writes: false }].into());
-    let mut bench = Bench::with(16, SubmitMode::Auto, inline);
+    let mut bench = Bench::with(16, SubmitMode::Auto, inline, 16);
     for file in [0, 1, 2, 0, 1, 1] {
         bench.push(WRITE, file, u64::from(file) * 65536 + bench.slots.used() as u64 * 8192, 512);
     }
