@@ -7,6 +7,7 @@ use zerocopy::IntoBytes;
 use super::answer::with_json;
 use super::proto::{EngineChange, FaultChange, Message, engine, fault, kind};
 use crate::disk::{Disk, SwitchError, Wanted};
+use crate::engine::fault::Faults;
 
 /// The answer to ENGINE. None: it comes when the disk has changed, by [`switched`].
 pub(super) fn change(request: &Message, disk: &mut Disk) -> Option<Vec<u8>> {
@@ -50,7 +51,7 @@ pub(super) fn switched(cookie: u16, disk: &Disk, outcome: &Result<(), SwitchErro
 /// The answer to FAULT.
 pub(super) fn faults(request: &Message, disk: &Disk, log: &Logger) -> Vec<u8> {
     let FaultChange { flags } = request.member();
-    let Some(faults) = &disk.engine().faults else {
+    let Some(faults) = disk.engine().submit.capability::<Faults>() else {
         let text = "no faults are configured: [[fault]] in its configuration";
         return Message::error(request.cookie, Errno::EOPNOTSUPP as i32, text).as_bytes().to_vec();
     };

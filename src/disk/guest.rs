@@ -29,6 +29,6 @@ impl Disk {
     }
 
     fn tapback(&mut self) -> Option<&mut Tapback> {
-        self.frontends.iter_mut().find_map(|frontend| frontend.tapback())
+        self.frontends.iter_mut().find_map(|frontend| frontend.kind_mut())
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{CoalesceReport, Disk, EngineReport};
-use crate::engine::fault::FaultsReport;
+use crate::engine::fault::{Faults, FaultsReport};
 use crate::polling::{Polling, PollingReport};
 use crate::queue::{QueueReport, TiocbReport};
 use crate::stack::LayerReport;
@@ -131,7 +131,7 @@ impl Disk {
             layers: self.stack.inspect(),
             coalesce: self.coalesce_report(),
             engine: self.engine_report(),
-            faults: self.queue.engine().faults.as_ref().map(|faults| faults.report()),
+            faults: self.queue.engine().submit.capability().map(Faults::report),
             queue: self.queue.report(),
             polling: polling.report(),
             requests,

@@ -33,7 +33,7 @@ use self::switch::Switching;
 pub use self::switch::{EngineReport, SwitchError, Wanted};
 pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
-use crate::frontend::{DiskInfo, Frontend, Intake, gathered};
+use crate::frontend::{DiskInfo, Frontend, Intake, gathered, xen};
 use crate::image::Lock;
 use crate::job::{self, Apart, Job};
 use crate::log::Limiter;
@@ -683,7 +683,7 @@ impl Disk {
 
     /// What STATS shows of a Xen guest.
     pub fn xenbus(&self) -> Option<serde_json::Value> {
-        self.frontends.iter().find_map(|frontend| frontend.xenbus())
+        self.frontends.iter().find_map(|frontend| xen::xenbus_stats(&**frontend))
     }
 
     /// Requests that are not answered.

@@ -214,7 +214,7 @@ impl Disk {
 
     /// Sets how many threads the engine's pool has at least and at most; what is not given stays.
     pub fn set_threads(&mut self, min: Option<u32>, max: Option<u32>) -> Result<(), SwitchError> {
-        let pool = self.queue.engine().submit.pool().ok_or(SwitchError::OnlyOne)?;
+        let pool = self.queue.engine().submit.capability::<Pool>().ok_or(SwitchError::OnlyOne)?;
         let report = pool.report();
         let given = |value: Option<u32>, now| value.map_or(now, |value| value as usize);
         let (min, max) = (given(min, report.min), given(max, report.max));
@@ -236,7 +236,7 @@ impl Disk {
             name: engine.name.to_owned(),
             submit: self.queue.mode(),
             depth: engine.depth,
-            pool: engine.submit.pool().map(Pool::report),
+            pool: engine.submit.capability().map(Pool::report),
         }
     }
 }

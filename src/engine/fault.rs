@@ -4,6 +4,7 @@
 //! disk misbehaves. An I/O that is hit by an error is not done; one that is delayed or stuck is done, and only its
 //! completion is held back. Chances come from a seed, so that a run can be repeated as far as the order of I/Os is the same.
 
+use std::any::{Any, TypeId};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,7 +15,6 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 
-use super::pool::Pool;
 use super::{Completion, Engine, Reap, Submit, hand_out};
 use crate::blocking::{Blocking, Caller, spawn};
 use crate::config::{Distribution, Fault, FaultKind, FaultOp};
@@ -298,8 +298,8 @@ impl Submit for FaultSubmit {
         self.inner.tidy();
     }
 
-    fn pool(&self) -> Option<&Pool> {
-        self.inner.pool()
+    fn offers(&self, kind: TypeId) -> Option<&dyn Any> {
+        if kind == TypeId::of::<Faults>() { Some(&*self.faults) } else { self.inner.offers(kind) }
     }
 
     fn event(&self) -> &Arc<EventFd> {
@@ -378,6 +378,28 @@ pub fn wrap(blocking: &Blocking, engine: Engine, faults: &[Fault]) -> std::io::R
     let clock = spawn(blocking, "fault clock", STACK_SIZE, move |_| mine.run_clock())?;
     let submit = FaultSubmit { inner: engine.submit, faults: Arc::clone(&shared), clock: Some(clock) };
     let taken = VecDeque::with_capacity(depth);
-    let reap = FaultReap { inner: engine.reap, faults: Arc::clone(&shared), taken };
-    Ok(Engine { submit: Arc::new(submit), reap: Box::new(reap), faults: Some(shared), ..engine })
+    let reap = FaultReap { inner: engine.reap, faults: shared, taken };
+    Ok(Engine { submit: Arc::new(submit), reap: Box::new(reap), ..engine })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::pool::{self, Pool};
+    use crate::engine::{Setup, memory};
+
+    #[test]
+    #[cfg_attr(miri, ignore = "threads and their eventfd")]
+    fn what_is_special_to_the_engine_within_is_reached_through_faults() {
+        let blocking = Blocking::before_main_loop();
+        let special = |engine: &Engine| {
+            let pool = engine.submit.capability::<Pool>().map(|pool| pool.report().max);
+            (pool, engine.submit.capability::<Faults>().map(|faults| faults.report().enabled))
+        };
+        let pool = || pool::open(&blocking, &Setup::new([].into(), 4).unwrap()).unwrap();
+        assert_eq!(special(&pool()), (Some(64), None));
+        assert_eq!(special(&wrap(&blocking, pool(), &[]).unwrap()), (Some(64), Some(true)));
+        assert_eq!(special(&wrap(&blocking, memory::null(4).unwrap(), &[]).unwrap()), (None, Some(true)));
+        assert_eq!(special(&memory::idle(&pool())), (None, None));
+    }
 }

@@ -1,5 +1,6 @@
 //! What the kernel's asynchronous engines have in common: a pool behind them, for what the kernel would do by waiting.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ pub(super) fn engine(
         Arc::new(KernelSubmit { kernel, pool, batch, event })
     };
     let reap = Box::new(KernelReap { completions, finished });
-    Ok(Engine { name, depth: setup.depth, inline, submit, reap, faults: None })
+    Ok(Engine { name, depth: setup.depth, inline, submit, reap })
 }
 
 /// The kernel's side for the files that are open with O_DIRECT.
@@ -121,8 +122,8 @@ impl<K: Kernel> Submit for KernelSubmit<K> {
         self.kernel.tidy();
     }
 
-    fn pool(&self) -> Option<&Pool> {
-        Some(&self.pool)
+    fn offers(&self, kind: TypeId) -> Option<&dyn Any> {
+        self.pool.offers(kind)
     }
 
     fn event(&self) -> &Arc<EventFd> {

@@ -1,5 +1,6 @@
 //! Bytes in memory: RAM, and memory that keeps nothing, which measures everything else.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -37,7 +38,7 @@ pub(super) fn open(name: &'static str, files: Arc<[Arc<Ram>]>, depth: usize, eve
         event,
     });
     let reap = Box::new(MemoryReap { shared: Arc::clone(&shared), taken: VecDeque::with_capacity(depth) });
-    Engine { name, depth, inline: Inline::Always, submit: shared, reap, faults: None }
+    Engine { name, depth, inline: Inline::Always, submit: shared, reap }
 }
 
 struct Shared {
@@ -94,6 +95,10 @@ impl Submit for Shared {
             self.wake();
         }
         Ok(count)
+    }
+
+    fn offers(&self, _: TypeId) -> Option<&dyn Any> {
+        None
     }
 
     fn event(&self) -> &Arc<EventFd> {

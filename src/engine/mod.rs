@@ -1,6 +1,7 @@
 //! Engines: what moves data between memory and a file. They know nothing of formats, and get I/Os that the queue
 //! has merged already.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -20,7 +21,6 @@ pub mod pool;
 pub mod route;
 pub mod uring;
 
-use self::fault::Faults;
 pub use self::open::Opener;
 use self::pool::Threads;
 
@@ -43,10 +43,9 @@ pub trait Submit: Send + Sync {
     /// Lets go of what it has prepared for clients that are gone. Called from the main loop, before it sleeps.
     fn tidy(&self) {}
 
-    /// The pool that all or some of the I/Os go to, for those who steer it.
-    fn pool(&self) -> Option<&pool::Pool> {
-        None
-    }
+    /// What it has of that type, which is special to it; asked by `capability`. An engine around another
+    /// one passes on what that has.
+    fn offers(&self, kind: TypeId) -> Option<&dyn Any>;
 
     /// Becomes readable with each completion; every engine of a disk has the same one.
     fn event(&self) -> &Arc<EventFd>;
@@ -54,6 +53,14 @@ pub trait Submit: Send + Sync {
     /// Makes [`event`](Self::event) readable.
     fn wake(&self) {
         wake(self.event());
+    }
+}
+
+impl dyn Submit {
+    /// What is special to some engines, and is asked for by its type: [`Pool`](pool::Pool), that all or some of the I/Os go to, and
+    /// [`Faults`](fault::Faults) around it, for those who steer them.
+    pub fn capability<T: Any>(&self) -> Option<&T> {
+        self.offers(TypeId::of::<T>())?.downcast_ref()
     }
 }
 
@@ -186,8 +193,6 @@ pub struct Engine {
     pub submit: Arc<dyn Submit>,
     /// The completing half.
     pub reap: Box<dyn Reap>,
-    /// The hand on the faults around it, if there are some.
-    pub faults: Option<Arc<Faults>>,
 }
 
 impl std::fmt::Debug for Engine {

@@ -4,6 +4,7 @@
 //! renamed on its way in and, done or refused, on its way out. All have the disk's one event and depth. A disk with files of one kind has
 //! none of this.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -11,7 +12,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::pool::Pool;
 use super::{Engine, Inline, Reap, Submit};
 use crate::blocking::Caller;
 use crate::sys::io::{FileId, Io};
@@ -48,7 +48,7 @@ pub fn route(engines: Vec<Engine>, places: &[Place]) -> Engine {
     let reap = Box::new(RouteReap { engines: reaps.into(), files: Arc::clone(&files) });
     let with = std::iter::repeat_with(AtomicU8::default).take(depth).collect();
     let submit = Arc::new(RouteSubmit { engines: submits.into(), places: places.into(), files, with, event });
-    Engine { name, depth, inline, submit, reap, faults: None }
+    Engine { name, depth, inline, submit, reap }
 }
 
 struct RouteSubmit {
@@ -102,8 +102,8 @@ impl Submit for RouteSubmit {
         self.engines.iter().for_each(|engine| engine.tidy());
     }
 
-    fn pool(&self) -> Option<&Pool> {
-        self.engines.iter().find_map(|engine| engine.pool())
+    fn offers(&self, kind: TypeId) -> Option<&dyn Any> {
+        self.engines.iter().find_map(|engine| engine.offers(kind))
     }
 
     fn event(&self) -> &Arc<EventFd> {
@@ -157,6 +157,10 @@ mod tests {
             Ok(count)
         }
 
+        fn offers(&self, _: TypeId) -> Option<&dyn Any> {
+            None
+        }
+
         fn cancel(&self, tag: u32) -> bool {
             self.asked.lock().unwrap().push(tag);
             true
@@ -192,7 +196,6 @@ mod tests {
             inline: if name == "first" { Inline::Never } else { Inline::Always },
             submit: Arc::clone(noting) as Arc<dyn Submit>,
             reap: Box::new(Finishing(Arc::clone(noting))),
-            faults: None,
         };
         let engines = noting.iter().zip(["first", "second"]).map(engine).collect();
         (noting, engines)

@@ -1,5 +1,6 @@
 //! Frontends: where requests come from and answers go to.
 
+use std::any::Any;
 use std::collections::VecDeque;
 
 use drivers::Origin;
@@ -107,8 +108,9 @@ impl Intake<'_> {
     }
 }
 
-/// One way for clients to reach the disk. All is called on the main loop, and nothing may block.
-pub trait Frontend {
+/// One way for clients to reach the disk. All is called on the main loop, and nothing may block. What is special to one kind is its
+/// own, and reached by `kind` and `kind_mut`.
+pub trait Frontend: Any {
     /// Registers what it listens on. Its tokens are `base` and up.
     fn register(&mut self, registry: Registry, base: usize) -> std::io::Result<()>;
 
@@ -164,23 +166,25 @@ pub trait Frontend {
         false
     }
 
-    /// Itself, if it lets in guests that tapback shakes hands with.
-    fn tapback(&mut self) -> Option<&mut xen::tapback::Tapback> {
-        None
-    }
-
     /// What its memory is, and what its clients' will be.
     fn memory(&self) -> Vec<Part> {
         Vec::new()
     }
 
-    /// What STATS shows as `xenbus`, in blktap's words.
-    fn xenbus(&self) -> Option<serde_json::Value> {
-        None
-    }
-
     /// For debug-queue and LIST.
     fn inspect(&self) -> serde_json::Value;
+}
+
+impl dyn Frontend {
+    /// Itself, if it is of that kind.
+    pub fn kind<T: Frontend>(&self) -> Option<&T> {
+        (self as &dyn Any).downcast_ref()
+    }
+
+    /// The same, to be changed.
+    pub fn kind_mut<T: Frontend>(&mut self) -> Option<&mut T> {
+        (self as &mut dyn Any).downcast_mut()
+    }
 }
 
 #[cfg(test)]

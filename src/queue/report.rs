@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::{Finished, Queue, State, Tiocb, Transfer};
-use crate::engine::pool::PoolReport;
+use crate::engine::pool::{Pool, PoolReport};
 use crate::memory::Part;
 use crate::request::RequestId;
 use crate::stats::now;
@@ -117,7 +117,7 @@ impl Queue {
         if self.submission.thread.is_some() {
             parts.push(Part::threads("submit thread", 1));
         }
-        if let Some(pool) = self.submission.engine.submit.pool() {
+        if let Some(pool) = self.submission.engine.submit.capability::<Pool>() {
             let PoolReport { min, max, .. } = pool.report();
             parts.push(Part::threads("pool and its maker", min + 1));
             parts.push(Part::each("thread of the pool", STACK_SIZE, max - min));

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::gettid;
 use tapdisk::blocking::{Blocking, Caller};
-use tapdisk::engine::pool::{self, Threads};
+use tapdisk::engine::pool::{self, Pool, Threads};
 use tapdisk::engine::{Engine, Setup};
 use tapdisk::stats::now;
 use tapdisk::sys::file::Backing;
@@ -98,7 +98,7 @@ fn threads_are_the_loops_and_never_the_requesters() {
     }
     requester.join().unwrap();
     // The last one that was made may not have its name yet.
-    let report = || engine.submit.pool().unwrap().report();
+    let report = || engine.submit.capability::<Pool>().unwrap().report();
     while report().idle < report().threads {
         assert!(Instant::now() < end, "{:?}", report());
     }
@@ -136,7 +136,7 @@ mod in_own_process {
         let folder = folder();
         let mut engine = open(&folder.path().join("disk.img"), 1, 8);
         let submit = Arc::clone(&engine.submit);
-        let pool = submit.pool().unwrap();
+        let pool = submit.capability::<Pool>().unwrap();
         let mut batch = reads(64);
         // What threads need of the heap is there, between what is in use: only their stacks are to find no room.
         let mut blocks: Vec<_> = (0..17).map(|_| vec![1_u8; 65536]).collect();

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use tapdisk::blocking::{Blocking, Caller};
-use tapdisk::engine::pool::{self, Threads};
+use tapdisk::engine::pool::{self, Pool, Threads};
 use tapdisk::engine::{Engine, Setup};
 use tapdisk::submit::STACK_SIZE;
 use tapdisk::sys::file::Backing;
@@ -222,7 +222,7 @@ fn compare(what: &str, files: &Arc<[Backing]>, depth: usize, all: bool, rounds: 
         let setup = Setup { threads, event: Arc::clone(&event), ..Setup::new(Arc::clone(files), depth)? };
         let mut engine = pool::open(&Blocking::before_main_loop(), &setup)?;
         let submit = Arc::clone(&engine.submit);
-        let pool = submit.pool().expect("it is one");
+        let pool = submit.capability::<Pool>().expect("it is one");
         if all {
             pool.set(THREADS, THREADS).map_err(io::Error::other)?;
         }

@@ -1,6 +1,7 @@
 //! An engine that does what a test tells it: it holds I/Os until they are completed, accepts as many at a time as it
 //! may, refuses, or blocks in submit.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -55,14 +56,7 @@ impl Double {
         let event = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
         let shared = Arc::new(Shared { state: Mutex::new(state), reaped: Condvar::new(), event });
         let reap = Box::new(Reaper(Arc::clone(&shared)));
-        let engine = Engine {
-            name: "double",
-            depth,
-            inline,
-            submit: Arc::clone(&shared) as Arc<dyn Submit>,
-            reap,
-            faults: None,
-        };
+        let engine = Engine { name: "double", depth, inline, submit: Arc::clone(&shared) as Arc<dyn Submit>, reap };
         (Double { shared }, engine)
     }
 
@@ -155,6 +149,10 @@ impl Submit for Shared {
             state.held.push_back(io);
         }
         Ok(count)
+    }
+
+    fn offers(&self, _: TypeId) -> Option<&dyn Any> {
+        None
     }
 
     fn event(&self) -> &Arc<EventFd> {

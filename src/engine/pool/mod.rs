@@ -17,6 +17,7 @@
 //! system has none for us (EAGAIN, ENOMEM), that is counted and tried again [a while](RETRY) later. Nothing else here
 //! allocates: the queues have their room from the start.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -66,7 +67,6 @@ pub fn open(blocking: &Blocking, setup: &Setup) -> io::Result<Engine> {
         inline: Inline::Always,
         submit: Arc::new(pool),
         reap: Box::new(finishing),
-        faults: None,
     })
 }
 
@@ -222,8 +222,8 @@ impl Submit for Pool {
         Pool::cancel(self, tag)
     }
 
-    fn pool(&self) -> Option<&Pool> {
-        Some(self)
+    fn offers(&self, kind: TypeId) -> Option<&dyn Any> {
+        (kind == TypeId::of::<Pool>()).then_some(self)
     }
 
     fn event(&self) -> &Arc<EventFd> {

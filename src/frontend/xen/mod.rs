@@ -22,6 +22,7 @@ use mio::{Interest, Registry, Token};
 use slog::{Logger, error, info, warn};
 
 use self::handshake::Stage;
+use self::tapback::Tapback;
 use self::vbd::{Connection, Limits, Vbd};
 use self::xenbus::{Backend, End, Handshake};
 use super::{DiskInfo, Frontend, Intake};
@@ -205,6 +206,15 @@ fn watch_store(store: &Store, registry: &Registry, base: usize) -> io::Result<()
     registry.register(&mut SourceFd(&fd), Token(base + STORE), Interest::READABLE | Interest::WRITABLE)
 }
 
+/// What STATS shows as `xenbus`, in blktap's words, of a frontend for Xen guests.
+pub fn xenbus_stats(frontend: &dyn Frontend) -> Option<serde_json::Value> {
+    let xen = frontend.kind().map(|xen: &Xen| {
+        let device = &xen.config.device;
+        xen.shared.vbd.borrow().xenbus("", device.domain, device.device)
+    });
+    xen.or_else(|| frontend.kind::<Tapback>()?.xenbus())
+}
+
 impl Frontend for Xen {
     fn register(&mut self, registry: Registry, base: usize) -> io::Result<()> {
         let fd = self.shared.vbd.borrow().evtchn().as_fd().as_raw_fd();
@@ -288,11 +298,6 @@ impl Frontend for Xen {
     fn resized(&mut self, disk: &DiskInfo) {
         *self.shared.disk.borrow_mut() = disk.clone();
         self.shared.resized.set(true);
-    }
-
-    fn xenbus(&self) -> Option<serde_json::Value> {
-        let device = &self.config.device;
-        Some(self.shared.vbd.borrow().xenbus("", device.domain, device.device))
     }
 
     fn memory(&self) -> Vec<Part> {

@@ -216,6 +216,14 @@ impl Tapback {
     }
 }
 
+impl Tapback {
+    /// What STATS shows as `xenbus`, in blktap's words: of the first guest.
+    pub(super) fn xenbus(&self) -> Option<serde_json::Value> {
+        let guest = self.present().find(|guest| !guest.leaving)?;
+        Some(guest.vbd.xenbus(&guest.pool, guest.domain, guest.device))
+    }
+}
+
 impl Guest {
     fn leave(&mut self) {
         self.vbd.disconnect();
@@ -299,15 +307,6 @@ impl Frontend for Tapback {
 
     fn is_closed(&self) -> bool {
         self.present().next().is_none()
-    }
-
-    fn tapback(&mut self) -> Option<&mut Tapback> {
-        Some(self)
-    }
-
-    fn xenbus(&self) -> Option<serde_json::Value> {
-        let guest = self.present().find(|guest| !guest.leaving)?;
-        Some(guest.vbd.xenbus(&guest.pool, guest.domain, guest.device))
     }
 
     fn memory(&self) -> Vec<Part> {

@@ -74,7 +74,7 @@ impl Bench {
     }
 
     fn pool(&self) -> &pool::Pool {
-        self.engine.submit.pool().unwrap()
+        self.engine.submit.capability().unwrap()
     }
 
     fn report(&self) -> PoolReport {

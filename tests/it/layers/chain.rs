@@ -1,5 +1,6 @@
 //! A chain of layers, its queue, and an engine that a test steers.
 
+use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
@@ -86,6 +87,10 @@ impl Submit for Shared {
         Ok(count)
     }
 
+    fn offers(&self, _: TypeId) -> Option<&dyn Any> {
+        None
+    }
+
     fn event(&self) -> &Arc<EventFd> {
         &self.event
     }
@@ -144,7 +149,7 @@ impl Chain {
         let shared = || Shared { state: Arc::clone(&engine), event: Arc::clone(&event) };
         let submit = Arc::new(shared());
         let reap = Box::new(shared());
-        let double = Engine { name: "double", depth: 8, inline: Inline::Always, submit, reap, faults: None };
+        let double = Engine { name: "double", depth: 8, inline: Inline::Always, submit, reap };
         let limits = Limits { tiocbs: 64, iovecs: 16, merge_bytes: 1 << 20, retry: Retry::default() };
         let submission = Submission::start(&Blocking::before_main_loop(), double, SubmitMode::Inline).unwrap();
         Chain {
