@@ -384,10 +384,7 @@ impl Disk {
             self.stack.note_failed_fua(file, errno);
         }
         self.log_failed_flush();
-        while let Some(id) = self.stack.next_done() {
-            worked = true;
-            self.done.push_back(id);
-        }
+        worked |= self.stack.take_done(&mut self.done);
         if let Some((transfer, errno)) = self.queue.next_retried() {
             self.log_failure(&transfer, errno, true);
         }

@@ -258,11 +258,10 @@ impl Queue {
     /// Whether it would take `count` of them.
     pub fn has_room_for(&self, count: usize) -> bool {
         let mut free = self.free;
-        for _ in 1..count {
-            if free == NONE {
-                return false;
-            }
+        let mut more = count;
+        while more > 1 && free != NONE {
             free = self.tiocbs[free as usize].next;
+            more -= 1;
         }
         free != NONE
     }

@@ -144,8 +144,8 @@ impl Stack {
         let metas = if longest > 0 { Some(MetaMemory::new(METAS, longest)?) } else { None };
         let block = layers.iter().map(|layer| layer.layer.block_len()).max().unwrap_or(0);
         let copies = if block > 0 { Some(Copies::new(block)?) } else { None };
-        let hearing = layers.iter().filter(|layer| layer.layer.descends()).count();
-        assert!(hearing < HOLDERS_MAX, "more filters than a piece can have");
+        let hearing = || layers.iter().filter(|layer| layer.layer.descends());
+        assert!(hearing().count() < HOLDERS_MAX, "more filters than a piece can have");
         let mut files = vec![(0, LayerFile(0)); layers.iter().map(|layer| layer.files.len()).sum()];
         for (index, layer) in (0..).zip(layers.iter()) {
             for (number, FileId(id)) in (0..).zip(&layer.files) {
@@ -161,8 +161,9 @@ impl Stack {
             grown_at: 0,
             time: 0,
             draining: false,
-            passed: Vec::with_capacity(hearing),
-            transfers_most: 1 + hearing,
+            passed: Vec::with_capacity(hearing().count()),
+            // Who does something itself has a file for it.
+            transfers_most: 1 + hearing().filter(|layer| !layer.files.is_empty()).count(),
             locates_by_file: layers.iter().filter(is_image).count() == 1 && layers[leaf].layer.meta_len() == 0,
             pieces: Pieces::new(layers.iter().map(|layer| layer.layer.tickets())),
             ask_again_at: None,
@@ -265,35 +266,56 @@ impl Stack {
         };
         let request = slots.get_mut(id);
         (request.metadata, request.waits_for) = (matches!(op, IoOp::Write { fua: true }), None);
-        let (origin, own) = (slots.get(id).origin, own_tag(slots.get(id)));
+        let (origin, own) = (request.origin, own_tag(request).filter(|_| self.copies.is_some()));
         let first = own.and_then(|tag| self.begins_at(tag)).unwrap_or(self.first);
         loop {
-            let request = slots.get(id);
+            let request = slots.get_mut(id);
             if request.planned == request.len {
                 return Started::Planned;
             }
             if !queue.has_room_for(self.transfers_most) {
                 return Started::NoRoom;
             }
-            if !self.may_copy(own) {
+            if self.copies.is_some() && !self.may_copy(own) {
                 return Started::Waits;
             }
             let extent = Extent { offset: request.offset + request.planned, len: request.len - request.planned };
-            let mut ask = Ask { op: plan_as, extent, origin, begins: request.planned == 0, now: self.time };
-            match self.walk(&mut ask, first) {
-                (layer, Plan::Wait { until }) => {
-                    self.wait(until);
-                    slots.get_mut(id).waits_for = Some(layer as u16);
-                    return Started::Waits;
+            let ask = Ask { op: plan_as, extent, origin, begins: request.planned == 0, now: self.time };
+            let layer = &mut self.layers[first];
+            match layer.layer.plan(&ask) {
+                // Nearly always this is all there is to it.
+                Plan::Data { file, at: offset, count, ticket: None } => {
+                    let (file, at) = (layer.file(file), request.planned);
+                    let pushed = queue.push(Transfer { op, file, offset, len: count, owner: id, at, piece: None });
+                    debug_assert!(pushed);
+                    request.pieces += 1;
+                    request.planned += count;
                 }
-                (_, Plan::Fail(why)) => {
-                    let request = slots.get_mut(id);
-                    request.error.get_or_insert(errno(why));
-                    request.planned = request.len;
+                plan => {
+                    if !self.start_part(Part { id, op, ask }, (first, plan), slots, queue) {
+                        return Started::Waits;
+                    }
                 }
-                found => self.go(Part { id, op, ask }, found, slots, queue),
             }
         }
+    }
+
+    /// Begins what the first layer does not answer with data alone. False: it has to wait.
+    fn start_part(&mut self, mut part: Part, first: (usize, Plan), slots: &mut Slots, queue: &mut Queue) -> bool {
+        match self.walk(&mut part.ask, first) {
+            (layer, Plan::Wait { until }) => {
+                self.wait(until);
+                slots.get_mut(part.id).waits_for = Some(layer as u16);
+                return false;
+            }
+            (_, Plan::Fail(why)) => {
+                let request = slots.get_mut(part.id);
+                request.error.get_or_insert(errno(why));
+                request.planned = request.len;
+            }
+            found => self.go(part, found, slots, queue),
+        }
+        true
     }
 
     fn wait(&mut self, until: Option<u64>) {
@@ -301,13 +323,15 @@ impl Stack {
         self.ask_again_at = self.ask_again_at.into_iter().chain(until).min();
     }
 
-    /// Where the beginning of an extent is, and in which layer; the extent is cut to that. Which layers it passed is in `passed`.
-    fn walk(&mut self, ask: &mut Ask, first: usize) -> (usize, Plan) {
+    /// Where the beginning of an extent is, and in which layer, of which the first one has said its plan; the extent is cut to that. Which layers it
+    /// passed is in `passed`.
+    fn walk(&mut self, ask: &mut Ask, (first, plan): (usize, Plan)) -> (usize, Plan) {
         self.passed.clear();
         let mut waits = None;
+        let mut said = Some(plan);
         for index in first..self.layers.len() {
             let layer = &mut self.layers[index].layer;
-            if index > self.leaf {
+            if index > self.leaf && said.is_none() {
                 if !matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) {
                     // Nothing but the leaf is written.
                     debug_assert!(false, "{} sends {:?} below itself", self.layers[self.leaf].layer.name(), ask.op);
@@ -320,7 +344,7 @@ impl Stack {
                 }
                 ask.extent.len = ask.extent.len.min(size - ask.extent.offset);
             }
-            let plan = layer.plan(ask);
+            let plan = said.take().unwrap_or_else(|| layer.plan(ask));
             let both = match plan {
                 Plan::Below { .. } => None,
                 Plan::Both { file, at, .. } => Some((file, at)),
@@ -427,7 +451,8 @@ impl Stack {
         while at < len && word < words {
             let extent = Extent { offset: offset + at, len: len - at };
             let mut ask = Ask { op: drivers::Op::Locate, extent, origin, begins: true, now: self.time };
-            let (_, plan) = self.walk(&mut ask, self.first);
+            let first = self.layers[self.first].layer.plan(&ask);
+            let (_, plan) = self.walk(&mut ask, (self.first, first));
             let (here, count) = match plan {
                 Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
                 Plan::Zeros { count, .. } => (false, count),
@@ -472,7 +497,8 @@ impl Stack {
             begins: true,
             now: self.time,
         };
-        match self.walk(&mut ask, self.first) {
+        let first = self.layers[self.first].layer.plan(&ask);
+        match self.walk(&mut ask, (self.first, first)) {
             (_, Plan::Wait { until }) => {
                 self.wait(until);
                 return false;
@@ -485,7 +511,7 @@ impl Stack {
     }
 
     /// A transfer has ended. Gives its error, for what the caller logs. Requests that are done by
-    /// it are told by [`next_done`](Self::next_done).
+    /// it are told by [`take_done`](Self::take_done).
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
         let mut result = self.whole(transfer, result, slots);
         if transfer.op == IoOp::Flush {
@@ -591,20 +617,24 @@ impl Stack {
 
     /// All of a request is planned and done: it is finished, or the metadata that says where its data is, which may be that of an
     /// earlier write, is to be made durable with it.
+    #[inline]
     pub fn all_done(&mut self, id: RequestId, slots: &mut Slots) {
-        if own_tag(slots.get(id)).is_some() {
-            self.copied(id, slots);
-            return;
-        }
         let request = slots.get_mut(id);
-        let first = std::mem::take(&mut request.metadata);
-        let flush = first && request.error.is_none() && self.meta_durable < self.meta_written;
-        if flush { self.to_flush.push_back(id) } else { self.done.push_back(id) }
+        let lasting = std::mem::take(&mut request.metadata) && request.error.is_none();
+        if lasting && self.meta_durable < self.meta_written {
+            self.to_flush.push_back(id);
+        } else if self.copies.is_some() && own_tag(request).is_some() {
+            self.copied(id, slots);
+        } else {
+            self.done.push_back(id);
+        }
     }
 
-    /// A request that is finished.
-    pub fn next_done(&mut self) -> Option<RequestId> {
-        self.done.pop_front()
+    /// Puts the requests that are finished behind those in `to`. True: there are some.
+    pub fn take_done(&mut self, to: &mut VecDeque<RequestId>) -> bool {
+        let some = !self.done.is_empty();
+        to.append(&mut self.done);
+        some
     }
 
     /// A write that was to be durable has failed. Through the page cache it is a write and a flush, and gets the error of what others wrote.

@@ -242,7 +242,9 @@ impl Chain {
             self.stack.finish(&transfer, result, &mut self.slots);
             worked = true;
         }
-        while let Some(id) = self.stack.next_done() {
+        let mut done = VecDeque::new();
+        self.stack.take_done(&mut done);
+        for id in done {
             let request = self.slots.get(id);
             let data = (request.op == Op::Read).then(|| {
                 let mut data = vec![0; request.len as usize];
