@@ -104,7 +104,9 @@ impl Error {
     pub fn errno(&self) -> Errno {
         match self {
             Error::Open { source, .. } => sys::errno_of(source),
-            Error::Image { source: ReadError::Io { source, .. }, .. } => sys::errno_of(source),
+            Error::Image { source: ReadError::Io { source, .. } | ReadError::Size(source), .. } => {
+                sys::errno_of(source)
+            }
             Error::NoParent { .. } => Errno::ENOENT,
             Error::Replaced { .. } => Errno::EAGAIN,
             Error::Image { .. }
@@ -127,8 +129,8 @@ pub struct Opened {
 }
 
 impl Opened {
-    fn id(&self) -> FileIdentity {
-        self.file.metadata().map_or_else(|_| FileIdentity::default(), |meta| file_id(&meta))
+    fn id(&self) -> io::Result<FileIdentity> {
+        Ok(file_id(&self.file.metadata()?))
     }
 
     /// Its path without links, of which that by which it was opened is one.
@@ -139,9 +141,8 @@ impl Opened {
 }
 
 impl Source for Opened {
-    fn size(&self) -> u64 {
-        // Now: a program may be writing it.
-        geometry(&self.file).map_or(0, |geometry| geometry.size)
+    fn size(&self) -> io::Result<u64> {
+        Ok(geometry(&self.file)?.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
@@ -149,9 +150,9 @@ impl Source for Opened {
     }
 }
 
-/// An image of a chain.
+/// An image of a chain, as it was found.
 #[derive(Debug)]
-pub struct Layer {
+pub struct Link {
     /// Its path.
     pub path: PathBuf,
     /// The file that was looked at.
@@ -164,17 +165,16 @@ pub struct Layer {
     pub problems: Vec<Problem>,
 }
 
-impl Layer {
+impl Link {
     /// A raw image.
-    pub fn raw(path: &Path) -> Result<Layer, Error> {
-        let opened = open(path)?;
-        Ok(Layer {
-            path: path.to_owned(),
-            id: opened.id(),
-            file_size: opened.size(),
-            image: None,
-            problems: Vec::new(),
-        })
+    pub fn raw(path: &Path) -> Result<Link, Error> {
+        Link::of(path, &open(path)?, None, Vec::new())
+    }
+
+    fn of(path: &Path, opened: &Opened, image: Option<Image>, problems: Vec<Problem>) -> Result<Link, Error> {
+        let explain = |source| Error::Open { path: path.to_owned(), source };
+        let (id, file_size) = (opened.id().map_err(explain)?, opened.size().map_err(explain)?);
+        Ok(Link { path: path.to_owned(), id, file_size, image, problems })
     }
 
     /// Whether an open file, which was opened by the same path later, is the one that was looked at: what was allowed is that one.
@@ -194,17 +194,17 @@ fn open(path: &Path) -> Result<Opened, Error> {
 }
 
 /// The VHD image in a file, without its parents.
-pub fn layer(path: &Path) -> Result<Layer, Error> {
+pub fn layer(path: &Path) -> Result<Link, Error> {
     layer_with(path, Image::read)
 }
 
 /// The same of one that has children, or is to be merged: with all that they may have of it.
-pub fn parent_layer(path: &Path) -> Result<Layer, Error> {
+pub fn parent_layer(path: &Path) -> Result<Link, Error> {
     layer_with(path, Image::read_parent)
 }
 
 /// Parts of it. `by_copy`: by the footer's copy at the beginning, whatever is at the end; an image that is in use has none there.
-pub fn parts(path: &Path, parts: Parts, by_copy: bool) -> Result<Layer, Error> {
+pub fn parts(path: &Path, parts: Parts, by_copy: bool) -> Result<Link, Error> {
     let read = if by_copy { Image::read_by_copy } else { Image::read_parts };
     layer_with(path, |source, problems| read(source, parts, problems))
 }
@@ -212,7 +212,7 @@ pub fn parts(path: &Path, parts: Parts, by_copy: bool) -> Result<Layer, Error> {
 fn layer_with(
     path: &Path,
     read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
-) -> Result<Layer, Error> {
+) -> Result<Link, Error> {
     read_layer(path, &open(path)?, read)
 }
 
@@ -220,10 +220,10 @@ fn read_layer(
     path: &Path,
     opened: &Opened,
     read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
-) -> Result<Layer, Error> {
+) -> Result<Link, Error> {
     let mut problems = Vec::new();
     let image = read(opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
-    Ok(Layer { path: path.to_owned(), id: opened.id(), file_size: opened.size(), image: Some(image), problems })
+    Link::of(path, opened, Some(image), problems)
 }
 
 /// All that is wrong with the image in a file, without its parents. `bitmaps`: those of its blocks are looked at, too.
@@ -314,15 +314,15 @@ pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
 }
 
 /// An image and all that it is made of, the leaf first.
-pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
+pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Link>, Error> {
     let mut layers = vec![parts(leaf, rules.parts, false)?];
     let mut seen = vec![layers[0].id];
     loop {
-        let Layer { path, image: Some(image), .. } = &layers[layers.len() - 1] else { return Ok(layers) };
+        let Link { path, image: Some(image), .. } = &layers[layers.len() - 1] else { return Ok(layers) };
         let Some(next) = parent(path, image)? else { return Ok(layers) };
         let endless = |why| Error::Endless { path: path.clone(), why };
         let opened = open(&next)?;
-        let id = opened.id();
+        let id = opened.id().map_err(|source| Error::Open { path: next.clone(), source })?;
         if seen.contains(&id) {
             return Err(endless(format!("{} is its parent and its child", next.display())));
         }
@@ -342,16 +342,10 @@ pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Layer>, Error> {
 }
 
 /// What is in the place of an image's parent, if it is that.
-fn identified(path: &Path, image: &Image, parent: PathBuf, opened: &Opened, read: Parts) -> Result<Layer, Error> {
+fn identified(path: &Path, image: &Image, parent: PathBuf, opened: &Opened, read: Parts) -> Result<Link, Error> {
     let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
     if expected == Uuid::NIL {
-        return Ok(Layer {
-            path: parent,
-            id: opened.id(),
-            file_size: opened.size(),
-            image: None,
-            problems: Vec::new(),
-        });
+        return Link::of(&parent, opened, None, Vec::new());
     }
     let layer = match read {
         Parts::All => read_layer(&parent, opened, Image::read_parent)?,
@@ -366,7 +360,7 @@ fn identified(path: &Path, image: &Image, parent: PathBuf, opened: &Opened, read
 }
 
 /// The parent of an image, without its own parents, wherever it is. None: it has none.
-pub fn below(path: &Path, image: &Image) -> Result<Option<Layer>, Error> {
+pub fn below(path: &Path, image: &Image) -> Result<Option<Link>, Error> {
     let Some(parent) = parent(path, image)? else { return Ok(None) };
     let opened = open(&parent)?;
     identified(path, image, parent, &opened, Parts::All).map(Some)
@@ -378,7 +372,7 @@ const CLOCK_SLACK: u32 = 1800;
 /// Looks whether a parent was written after its child was made. Its footer has the time when it was written last, by us, or when it was
 /// made, by others. A child of ours has that time, and so no clock matters; one of others has the time when the parent's file was
 /// changed last, by the file server's clock.
-fn unchanged(path: &Path, image: &Image, parent: &Layer) -> Result<(), Error> {
+fn unchanged(path: &Path, image: &Image, parent: &Link) -> Result<(), Error> {
     let in_header = image.header.as_ref().map_or(0, |header| header.parent_timestamp.get());
     let (found, expected, slack) = match &parent.image {
         Some(parent) => match image.parent_time {

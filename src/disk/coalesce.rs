@@ -466,7 +466,8 @@ fn leave_out(chain: &[PathBuf], merged: &Path) -> Result<(), String> {
     let file = ImageFile::open(child).map_err(|error| explain(&error))?;
     let image = file.image().map_err(|error| explain(&error))?;
     let named = new_parent(child, &below).map_err(|error| explain(&error))?;
-    let device_end = file.is_device().then(|| file.size() - FOOTER_SIZE as u64);
+    let size = file.size().map_err(|error| format!("{}: cannot see its size: {error}", child.display()))?;
+    let device_end = file.is_device().then(|| size.saturating_sub(FOOTER_SIZE as u64));
     let steps = relink(&image, &named, device_end).map_err(|error| format!("{}: {error}", child.display()))?;
     let written = steps.iter().try_for_each(|step| write_pieces(&file, step).and_then(|()| file.sync()));
     let end = steps.last().and_then(|step| step.last()).map_or(0, |last| last.at + FOOTER_SIZE as u64);

@@ -68,7 +68,7 @@ pub(super) fn open(config: &Config, path: &Path, log: &Logger) -> Result<Chain, 
 }
 
 /// Reads the metadata of all images. Others may be changing that of the leaf: they are waited for.
-fn read_chain(path: &Path, leaf: &Opened, unlocked: bool, rules: &Rules) -> Result<Vec<chain::Layer>, Error> {
+fn read_chain(path: &Path, leaf: &Opened, unlocked: bool, rules: &Rules) -> Result<Vec<chain::Link>, Error> {
     if unlocked {
         return Ok(chain::chain(path, rules)?);
     }
@@ -91,7 +91,7 @@ fn read_chain(path: &Path, leaf: &Opened, unlocked: bool, rules: &Rules) -> Resu
 /// What an image of the chain is served by.
 fn layer(
     config: &Config,
-    found: chain::Layer,
+    found: chain::Link,
     opened: &Opened,
     file: FileId,
     tickets: usize,

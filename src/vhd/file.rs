@@ -221,7 +221,7 @@ impl UsedFile {
                 self.write_at(0, footer.as_bytes())?;
             }
             // It is there only if the image is fixed, or its tapdisk does not write it.
-            let last_at = self.size().saturating_sub(FOOTER_SIZE as u64);
+            let last_at = self.size()?.saturating_sub(FOOTER_SIZE as u64);
             let mut last = [0; FOOTER_SIZE];
             self.read_at(last_at, &mut last)?;
             if Footer::parse(&last).is_ok_and(|last| last.uuid == footer.uuid) {
@@ -263,8 +263,8 @@ pub enum UseError {
 }
 
 impl Source for UsedFile {
-    fn size(&self) -> u64 {
-        geometry(&self.file).map_or(0, |geometry| geometry.size)
+    fn size(&self) -> io::Result<u64> {
+        Ok(geometry(&self.file)?.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
@@ -288,8 +288,8 @@ impl Source for UsedFile {
 }
 
 impl Source for ImageFile {
-    fn size(&self) -> u64 {
-        geometry(&self.file).map_or(0, |geometry| geometry.size)
+    fn size(&self) -> io::Result<u64> {
+        Ok(geometry(&self.file)?.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
@@ -348,8 +348,8 @@ impl ReadFile {
 }
 
 impl Source for ReadFile {
-    fn size(&self) -> u64 {
-        geometry(&self.file).map_or(0, |geometry| geometry.size)
+    fn size(&self) -> io::Result<u64> {
+        Ok(geometry(&self.file)?.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
@@ -378,7 +378,7 @@ pub fn write_footers(to: &dyn Medium, footer: &Footer, end: u64) -> io::Result<(
         to.write_at(0, footer.as_bytes())?;
         to.sync()?;
     }
-    let at = footer_place(to, end);
+    let at = footer_place(to, end)?;
     to.write_at(at, footer.as_bytes())?;
     to.set_len(at + FOOTER_SIZE as u64)?;
     to.sync()
@@ -397,8 +397,8 @@ pub fn cut_footer(of: &dyn Medium, footer: &Footer, end: u64) -> io::Result<()> 
 }
 
 /// Where the footer at the end goes.
-pub fn footer_place(of: &dyn Medium, end: u64) -> u64 {
-    if of.is_device() { of.size() - FOOTER_SIZE as u64 } else { end }
+pub fn footer_place(of: &dyn Medium, end: u64) -> io::Result<u64> {
+    if of.is_device() { Ok(of.size()?.saturating_sub(FOOTER_SIZE as u64)) } else { Ok(end) }
 }
 
 /// The sectors of a table that have the entries of some blocks, from the first to the last.

@@ -18,7 +18,7 @@ use zerocopy::IntoBytes;
 use super::file::{
     ImageFile, Medium, ReadFile, cut_footer, footer_place, table_part, write_batmap, write_footers, write_pieces,
 };
-use crate::chain::{self, Layer, Rules};
+use crate::chain::{self, Link, Rules};
 use crate::image;
 
 const SECTOR: u64 = 512;
@@ -146,7 +146,7 @@ pub fn merge(
     };
     let unfit = |path: &Path, text| Error::Unfit { path: path.to_owned(), errno: Errno::EINVAL, text };
     let child_file = ReadFile::open(path)?;
-    let Layer { image, .. } = chain::parent_layer(path)?;
+    let Link { image, .. } = chain::parent_layer(path)?;
     let child = image
         .filter(|image| image.kind == Kind::Differencing)
         .ok_or_else(|| unfit(path, "it is no differencing image: there is no parent to merge it into"))?;
@@ -157,7 +157,11 @@ pub fn merge(
     let parent = ImageFile::open(parent_path)?;
     chain[1].is(&parent.file)?;
     let nil = child.header.as_ref().is_some_and(|header| header.parent_uuid == Uuid::NIL);
-    let mut target = if nil { Target::raw(&parent) } else { Target::image(&parent, parent.parent_image()?) };
+    let mut target = if nil {
+        Target::raw(&parent).map_err(io(parent_path, "see its size"))?
+    } else {
+        Target::image(&parent, parent.parent_image()?)
+    };
     if key_hash(Some(&child)) != key_hash(target.image.as_ref()) {
         let text = "it and its child are not encrypted with the same key: what is merged could not be read";
         return Err(unfit(parent_path, text));
@@ -269,8 +273,8 @@ pub struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    fn raw(to: &'a dyn Medium) -> Target<'a> {
-        Target { to, image: None, size: to.size(), end: 0, added: None, unsynced: 0 }
+    fn raw(to: &'a dyn Medium) -> io::Result<Target<'a>> {
+        Ok(Target { to, image: None, size: to.size()?, end: 0, added: None, unsynced: 0 })
     }
 
     /// An image in a file.
@@ -434,7 +438,7 @@ impl<'a> Target<'a> {
         }
         let at = layout::block_place(self.end, &header);
         let end = at + header.block_len();
-        if at / SECTOR >= SECTORS_MAX || self.to.is_device() && end > footer_place(self.to, 0) {
+        if at / SECTOR >= SECTORS_MAX || self.to.is_device() && end > footer_place(self.to, 0)? {
             return Err(Errno::ENOSPC.into());
         }
         if self.to.is_device() {

@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 use drivers::vhd::layout::NewParent;
 use drivers::vhd::{Uuid, unix_seconds};
 
-use crate::chain::Layer;
+use crate::chain::Link;
 use crate::image;
 use crate::volume;
 
@@ -16,7 +16,7 @@ fn missing(path: &Path) -> impl Fn(io::Error) -> image::Error + '_ {
 }
 
 /// What a child at `child` says of its parent.
-pub fn new_parent(child: &Path, parent: &Layer) -> Result<NewParent, image::Error> {
+pub fn new_parent(child: &Path, parent: &Link) -> Result<NewParent, image::Error> {
     let uuid = match &parent.image {
         None => Uuid::NIL,
         Some(image) if image.footer.uuid == Uuid::NIL => {

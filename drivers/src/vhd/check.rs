@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::image::{Image, Problem, ReadError, Source, read};
+use super::image::{Image, Problem, ReadError, Source, read, size};
 use super::{Corrupt, Header, Kind, Table, bitmap, unix_seconds};
 use crate::SECTOR_SIZE;
 
@@ -126,7 +126,7 @@ fn check_batmap(image: &Image, header: &Header) -> Vec<Corrupt> {
 fn check_unused(source: &dyn Source, image: &Image, header: &Header) -> Result<Vec<Corrupt>, ReadError> {
     let (blocks, entries) = (image.table.blocks(), header.entries());
     let (at, len) = (header.table_at() + 4 * u64::from(blocks), 4 * u64::from(entries - blocks));
-    if at + len > source.size() {
+    if at + len > size(source)? {
         return Ok(Vec::new());
     }
     let rest = Table::parse(&read(source, at, len)?, entries - blocks);

@@ -16,8 +16,8 @@ const BATMAP_MAX: u64 = 256 << 10;
 
 /// What metadata is read from, while the image is not served.
 pub trait Source {
-    /// Bytes of the file, or the device.
-    fn size(&self) -> u64;
+    /// Bytes of the file, or the device, now: a program may be writing it.
+    fn size(&self) -> io::Result<u64>;
 
     /// Fills `to` with what is at byte `at`. Nothing beyond the end is asked for.
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()>;
@@ -53,6 +53,9 @@ pub enum ReadError {
         /// Why.
         source: io::Error,
     },
+    /// The system does not say how long it is.
+    #[error("cannot see its size: {0}")]
+    Size(#[source] io::Error),
     /// It is no image that can be used.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
@@ -73,6 +76,11 @@ pub(super) fn read(source: &dyn Source, at: u64, len: u64) -> Result<Vec<u8>, Re
     bytes.resize(len, 0);
     source.read_at(at, &mut bytes).map_err(|source| ReadError::Io { at, len, source })?;
     Ok(bytes)
+}
+
+/// Bytes that there are.
+pub(super) fn size(source: &dyn Source) -> Result<u64, ReadError> {
+    source.size().map_err(ReadError::Size)
 }
 
 /// Something that is not as it should be.
@@ -184,14 +192,18 @@ struct Reader<'a> {
 const TRIES: usize = 100;
 
 impl Reader<'_> {
+    fn size(&self) -> Result<u64, ReadError> {
+        size(self.source)
+    }
+
     /// Reads an image that a program may be writing: where something is not as it should be, and the file has got another size meanwhile, it is
     /// read again, since parts of it are from before that, and others from after it.
     fn settled(mut self, read: impl Fn(&mut Self) -> Result<Image, ReadError>) -> Result<Image, ReadError> {
         let known = self.problems.len();
         for _ in 1..TRIES {
-            let size = self.source.size();
+            let size = self.size()?;
             let image = read(&mut self);
-            if image.is_ok() && self.problems.len() == known || self.source.size() == size {
+            if image.is_ok() && self.problems.len() == known || self.size()? == size {
                 return image;
             }
             self.problems.truncate(known);
@@ -216,7 +228,7 @@ impl Reader<'_> {
             footer: *footer,
             kind,
             size,
-            footer_at: footer_at.unwrap_or(self.source.size()),
+            footer_at: footer_at.map_or_else(|| self.size(), Ok)?,
             metadata_end: 0,
             header: None,
             table: Table::default(),
@@ -261,7 +273,7 @@ impl Reader<'_> {
         // It is written sector by sector.
         let own = Region { at: header.table_at(), len: Table::bytes(blocks as u32) };
         if !own.at.is_multiple_of(SECTOR_SIZE) || taken.iter().any(|region| region.meets(own)) {
-            let (at, len, file) = (own.at, 4 * blocks, self.source.size());
+            let (at, len, file) = (own.at, 4 * blocks, self.size()?);
             return Err(Corrupt::Place { what: "table", at, len, file }.into());
         }
         taken.push(own);
@@ -273,7 +285,7 @@ impl Reader<'_> {
             self.minor(Corrupt::AbsentFull { block, blocks });
         }
         // A file that is in use has grown by what the table had when it was read.
-        image.footer_at = footer_at.unwrap_or(self.source.size());
+        image.footer_at = footer_at.map_or_else(|| self.size(), Ok)?;
         if self.parts == Parts::All {
             table.check(block_len, &taken, image.footer_at)?;
         }
@@ -287,7 +299,7 @@ impl Reader<'_> {
 
     /// `len` bytes at byte `at`, which `what` is to be in.
     fn bytes(&self, what: &'static str, at: u64, len: u64) -> Result<Vec<u8>, ReadError> {
-        let file = self.source.size();
+        let file = self.size()?;
         if at.checked_add(len).is_none_or(|end| end > file) {
             return Err(Corrupt::Place { what, at, len, file }.into());
         }
@@ -308,7 +320,7 @@ impl Reader<'_> {
 
     /// The footer, and where it is, or is to be.
     fn footer(&mut self) -> Result<(Footer, u64), ReadError> {
-        let size = self.source.size();
+        let size = self.size()?;
         if size < OLD_FOOTER_SIZE as u64 {
             return Err(Corrupt::Short { what: "footer", len: size }.into());
         }
@@ -360,11 +372,11 @@ impl Reader<'_> {
             let (at, len) = locator.place();
             let what = "parent locator";
             if len > NAME_MAX || len > locator.space() {
-                self.minor(Corrupt::Place { what, at, len, file: self.source.size() });
+                self.minor(Corrupt::Place { what, at, len, file: self.size()? });
                 continue;
             }
             // Others may say that there is more room for the name than the file has.
-            let space = locator.space().min(NAME_MAX).min(self.source.size().saturating_sub(at)).max(len);
+            let space = locator.space().min(NAME_MAX).min(self.size()?.saturating_sub(at)).max(len);
             match self.bytes(what, at, space) {
                 Ok(bytes) => {
                     taken.push(Region { at, len: locator.space() });
@@ -396,14 +408,14 @@ impl Reader<'_> {
             let mut blocks = table.allocated().map(|(_, at)| Region { at, len: block_len });
             !blocks.any(|block| region.meets(block)) && !others.iter().any(|other| region.meets(*other))
         };
-        if at + SECTOR_SIZE > self.source.size() || !free(at, SECTOR_SIZE) {
+        if at + SECTOR_SIZE > self.size()? || !free(at, SECTOR_SIZE) {
             return Ok(None);
         }
         let found = self.bytes("batmap", at, SECTOR_SIZE).and_then(|bytes| {
             let Some(place) = Batmap::parse_header(&bytes)? else { return Ok(None) };
             let (bits_at, len) = (place.bits_at, place.len);
             if len > BATMAP_MAX || !free(bits_at, len) {
-                let file = self.source.size();
+                let file = self.size()?;
                 return Err(Corrupt::Place { what: "batmap", at: bits_at, len, file }.into());
             }
             let bits = self.bytes("batmap", bits_at, len)?;

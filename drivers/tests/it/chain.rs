@@ -28,8 +28,8 @@ impl Drop for Seed {
 struct File(Vec<u8>);
 
 impl Source for File {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.0.len() as u64)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
@@ -81,7 +81,7 @@ impl OpenImage {
             file.0.truncate(image.end() as usize);
             file.0.resize(image.end() as usize + 512, 0);
         }
-        let usable = if on == Where::File { file.size() } else { image.footer_at };
+        let usable = if on == Where::File { file.0.len() as u64 } else { image.footer_at };
         let settings = Settings {
             durability: if rng.bool() { Durability::Flush } else { Durability::Order },
             zeros: on == Where::File,

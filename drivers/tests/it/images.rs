@@ -13,8 +13,8 @@ use zerocopy::IntoBytes;
 struct Bytes(Vec<u8>);
 
 impl Source for Bytes {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.0.len() as u64)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
@@ -63,8 +63,8 @@ impl Changing {
 }
 
 impl Source for Changing {
-    fn size(&self) -> u64 {
-        self.now().len() as u64
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.now().len() as u64)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
@@ -133,7 +133,7 @@ fn a_bad_footer_is_told_of_and_its_copy_taken() {
         let (fatal, minor) = check(&bytes);
         assert!(fatal.is_none() && minor == [Corrupt::Cookie { what: "footer" }], "{fatal:?} {minor:?}");
         let image = Image::read(&bytes, &mut Vec::new()).unwrap();
-        assert_eq!((image.footer.size(), image.footer_at), (64 << 20, bytes.size()));
+        assert_eq!((image.footer.size(), image.footer_at), (64 << 20, bytes.size().unwrap()));
     }
     let mut copy = Bytes(whole.0.clone());
     copy.0[20] ^= 1;
@@ -161,7 +161,7 @@ fn changed(image: &Bytes, change: impl FnOnce(&mut Header, &mut [u8])) -> Corrup
 fn blocks_that_are_not_their_own_are_refused() {
     let image = image("dynamic");
     let entry = |block: usize| 4 * block..4 * block + 4;
-    let end = image.size() - FOOTER_SIZE as u64;
+    let end = image.size().unwrap() - FOOTER_SIZE as u64;
     let (_, own) = read(&image).table.allocated().next().unwrap();
     let own_sector = (own / 512) as u32;
     // Beyond the end, over the footer at the end, and in the table itself.
@@ -177,7 +177,7 @@ fn blocks_that_are_not_their_own_are_refused() {
 #[test]
 fn metadata_that_is_nowhere_is_refused() {
     let image = image("dynamic");
-    let file = image.size();
+    let file = image.size().unwrap();
     // Beyond the end, not in whole sectors, in the header, over the footer's copy.
     for at in [file - 100, u64::MAX - 50, 1537, 1024, 0] {
         let what = changed(&image, |header, _| *header = Header::new(at, header.entries(), header.block_size()));
@@ -209,7 +209,7 @@ fn sizes_that_cannot_be_are_refused() {
 #[test]
 fn a_name_of_the_parent_that_is_nowhere_is_told_of() {
     let image = image("dynamic");
-    let file = image.size();
+    let file = image.size().unwrap();
     let mut bytes = Bytes(image.0.clone());
     let mut header = Header::parse(&bytes.0[HEADER]).unwrap();
     header.locators[0] = Locator::new(Platform::MacX, file - 3, 20);
@@ -330,4 +330,28 @@ fn who_does_not_ask_for_the_blocks_does_not_hear_of_them() {
     assert_eq!((heads.size, heads.table.blocks()), (64 << 20, 0));
     let unchecked = Image::read_parts(&bytes, Parts::Unchecked, &mut Vec::new()).unwrap();
     assert_eq!(unchecked.table.allocated().count(), 2);
+}
+
+/// What nobody can see the size of, since it is on a disk that has gone, say.
+struct Gone;
+
+impl Source for Gone {
+    fn size(&self) -> std::io::Result<u64> {
+        Err(std::io::Error::from_raw_os_error(5))
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_size_that_cannot_be_seen_is_that_error_and_no_empty_file() {
+    for parts in [Parts::Heads, Parts::Unchecked, Parts::All] {
+        for read in [Image::read_parts, Image::read_by_copy] {
+            let error = read(&Gone, parts, &mut Vec::new()).unwrap_err();
+            assert!(error.to_string().starts_with("cannot see its size: "), "{error}");
+        }
+    }
+    assert!(Image::check(&Gone, 0).is_err());
 }

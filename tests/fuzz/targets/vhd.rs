@@ -16,8 +16,8 @@ const BLOCKS: usize = NAME + 512;
 struct Bytes(Vec<u8>);
 
 impl Source for Bytes {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.0.len() as u64)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {

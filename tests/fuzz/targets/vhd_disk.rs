@@ -31,8 +31,8 @@ impl Input<'_> {
 struct File(Vec<u8>);
 
 impl Source for File {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.0.len() as u64)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
@@ -115,7 +115,7 @@ impl Use {
         let disk = Disk::new(&image, &settings)?;
         let header = image.header.as_ref()?;
         let bitmaps = u64::from(bitmaps) * (1536 + 200) + 32 * (header.bitmap_size() + 200);
-        assert!(disk.bytes() as u64 <= 2 * file.size() + bitmaps, "{} bytes of memory", disk.bytes());
+        assert!(disk.bytes() as u64 <= 2 * file.0.len() as u64 + bitmaps, "{} bytes of memory", disk.bytes());
         let places = image.table.allocated().map(|(block, at)| (at, (block, at + header.block_len()))).collect();
         Some(Use {
             file,

@@ -7,7 +7,7 @@ use crate::common::served::{Served, folder, output, run, tool};
 use crate::common::vhd_made as vhd;
 use drivers::vhd::{FOOTER_SIZE, Kind, Parts, Uuid};
 use serde_json::Value;
-use tapdisk::chain::{self, Error, Layer, Rules};
+use tapdisk::chain::{self, Error, Link, Rules};
 
 const SIZE: u64 = 64 << 20;
 const NAME: u64 = vhd::TABLE + 512;
@@ -30,7 +30,7 @@ fn uuid(path: &Path) -> Uuid {
 }
 
 /// An image's chain, whose parents are below a folder.
-fn below(folder: &Path, leaf: &Path) -> Result<Vec<Layer>, Error> {
+fn below(folder: &Path, leaf: &Path) -> Result<Vec<Link>, Error> {
     chain::chain(leaf, &Rules::tool(&[folder.to_owned()], Parts::All))
 }
 

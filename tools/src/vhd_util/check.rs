@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use drivers::vhd::{Corrupt, Image, Parts, Problem, Uuid};
 use nix::errno::Errno;
-use tapdisk::chain::{self, Error, Layer, Rules};
+use tapdisk::chain::{self, Error, Link, Rules};
 
 use super::Check;
 use super::create::now;
@@ -84,7 +84,7 @@ fn parent_problem(check: &Check, path: &Path) -> Result<Option<String>> {
     }
     Ok(match chain::parts(&parent, Parts::Heads, false) {
         Err(error) => Some(format!("its parent is no good: {error}")),
-        Ok(Layer { image: Some(found), .. }) if found.footer.uuid != expected => {
+        Ok(Link { image: Some(found), .. }) if found.footer.uuid != expected => {
             let found = found.footer.uuid;
             Some(format!("its parent has the UUID {expected}, and {} has {found}", parent.display()))
         }
@@ -104,7 +104,7 @@ const WINDOW: u64 = 1 << 17;
 /// An image whose sectors are counted, and what was counted.
 struct Counted {
     file: std::fs::File,
-    layer: Layer,
+    layer: Link,
     /// The bitmap of a window.
     held: Vec<u8>,
     /// Sectors that it holds; of those, the ones that the image above does not, and that none above does.
@@ -154,7 +154,7 @@ fn count(held: &[u8], but: Option<&[u8]>) -> u64 {
 }
 
 impl Counted {
-    fn new(layer: Layer) -> Result<Counted> {
+    fn new(layer: Link) -> Result<Counted> {
         let file = std::fs::File::open(&layer.path).map_err(Failure::io(&layer.path, "open it"))?;
         Ok(Counted { file, layer, held: Vec::new(), own: 0, not_one: 0, not_all: 0 })
     }

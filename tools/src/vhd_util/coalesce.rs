@@ -147,7 +147,7 @@ mod tests {
         let child = testing::image(Kind::Differencing, false, &[(0, 0..8), (1, 7..8), (3, 7..8)], 2);
         let before = testing::content(&[&child, &parent]);
         // Room for one more block, and not for two.
-        let full = parent.device_of(parent.size() + 2 * 4096 + 1024);
+        let full = parent.device_of(parent.size().unwrap() + 2 * 4096 + 1024);
         let error = merge(&child, &full).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc_enospc()));
         assert_eq!(testing::problems(&full), []);

@@ -93,8 +93,9 @@ impl Copier<'_> {
     /// Writes the disk's bytes, one after the other.
     fn raw(&mut self, disk: &Disk) -> Result<()> {
         let target = self.target;
-        if target.is_device() && target.size() < disk.size {
-            let text = format!("the device has {} bytes, and the disk {}", target.size(), disk.size);
+        let size = target.size().map_err(Failure::io(&target.path, "see its size"))?;
+        if target.is_device() && size < disk.size {
+            let text = format!("the device has {size} bytes, and the disk {}", disk.size);
             return Err(Failure::new(Errno::ENOSPC, &target.path, text));
         }
         target.set_len(disk.size).map_err(Failure::io(&target.path, "write it"))?;
@@ -255,7 +256,8 @@ impl Copier<'_> {
             return Ok(false);
         }
         if target.is_device() {
-            if at + layout.header.block_len() + FOOTER_SIZE as u64 > target.size() {
+            let size = target.size().map_err(Failure::io(&target.path, "see its size"))?;
+            if at + layout.header.block_len() + FOOTER_SIZE as u64 > size {
                 return Err(Failure::io(&target.path, "write it")(Errno::ENOSPC.into()));
             }
             target.zero(at, layout.header.block_len()).map_err(Failure::io(&target.path, "write it"))?;

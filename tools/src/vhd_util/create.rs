@@ -8,7 +8,7 @@ use drivers::vhd::layout::{self, Layout, NewImage};
 use drivers::vhd::{BLOCK_SIZE, FOOTER_SIZE, Footer, Kind, Parts, Source, Uuid};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use tapdisk::chain::{self, Layer, Rules};
+use tapdisk::chain::{self, Link, Rules};
 
 use tapdisk::vhd::parent::new_parent;
 use tapdisk::volume;
@@ -71,8 +71,9 @@ fn write(path: &Path, layout: &Layout) -> Result<()> {
 /// Whether a device is large enough for so many bytes and a footer. A file may be, or grows until there is no space left.
 pub(super) fn fits(file: &ImageFile, bytes: u64) -> Result<()> {
     let needed = bytes.saturating_add(FOOTER_SIZE as u64);
-    if file.is_device() && file.size() < needed {
-        let text = format!("the device has {} bytes, and at least {needed} are needed", file.size());
+    let size = file.size().map_err(Failure::io(&file.path, "see its size"))?;
+    if file.is_device() && size < needed {
+        let text = format!("the device has {size} bytes, and at least {needed} are needed");
         return Err(Failure::new(Errno::ENOSPC, &file.path, text));
     }
     Ok(())
@@ -141,18 +142,18 @@ pub(super) fn snapshot(args: &Snapshot, parents: &[PathBuf]) -> Result<()> {
 }
 
 /// A raw image.
-pub(super) fn raw(path: &Path) -> Result<Layer> {
-    Ok(Layer::raw(path)?)
+pub(super) fn raw(path: &Path) -> Result<Link> {
+    Ok(Link::raw(path)?)
 }
 
 /// The size of an image's disk; of a raw one whole sectors.
-fn disk_size(layer: &Layer) -> u64 {
+fn disk_size(layer: &Link) -> u64 {
     layer.image.as_ref().map_or(layer.file_size.next_multiple_of(512), |image| image.size)
 }
 
 /// The first of a chain that has a block: an image without one is no use as a parent.
-fn not_empty(layer: Layer, parents: &[PathBuf]) -> Result<Layer> {
-    let is_empty = |layer: &Layer| {
+fn not_empty(layer: Link, parents: &[PathBuf]) -> Result<Link> {
+    let is_empty = |layer: &Link| {
         let image = layer.image.as_ref().filter(|image| image.kind == Kind::Differencing);
         image.is_some_and(|image| image.table.allocated().next().is_none())
     };

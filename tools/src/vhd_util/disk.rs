@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use drivers::SECTOR_SIZE;
 use drivers::vhd::{Header, Image, Kind, Parts, Source, bitmap};
 use nix::errno::Errno;
-use tapdisk::chain::{self, Layer, Rules};
+use tapdisk::chain::{self, Link, Rules};
 
 use super::create::raw;
 use super::failure::{Failure, Result};
@@ -36,7 +36,7 @@ pub(super) struct Disk {
 
 /// One of its images, the leaf first.
 struct Open {
-    layer: Layer,
+    layer: Link,
     file: ReadFile,
     /// The block whose bitmap was looked at last, and that.
     bitmap: RefCell<(u64, Vec<u8>)>,
@@ -47,8 +47,8 @@ impl Disk {
     pub(super) fn open(path: &Path, vhd: bool, parents: &[PathBuf]) -> Result<Disk> {
         let rules = Rules::tool(parents, Parts::All);
         let layers =
-            || -> Result<Vec<Layer>> { if vhd { Ok(chain::chain(path, &rules)?) } else { Ok(vec![raw(path)?]) } };
-        let paths = |layers: &[Layer]| layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>();
+            || -> Result<Vec<Link>> { if vhd { Ok(chain::chain(path, &rules)?) } else { Ok(vec![raw(path)?]) } };
+        let paths = |layers: &[Link]| layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>();
         // Only from its lock on, nobody writes a file: what was read before may be old.
         let mut before = layers()?;
         let (files, layers) = loop {

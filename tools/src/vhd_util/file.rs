@@ -81,6 +81,6 @@ pub(super) fn forget_image(to: &dyn Medium) -> io::Result<()> {
         return Ok(());
     }
     to.zero(0, FOOTER_SIZE as u64)?;
-    to.zero(footer_place(to, 0), FOOTER_SIZE as u64)?;
+    to.zero(footer_place(to, 0)?, FOOTER_SIZE as u64)?;
     to.sync()
 }

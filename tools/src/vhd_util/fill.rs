@@ -154,7 +154,7 @@ mod tests {
         let image = testing::image(Kind::Dynamic, false, &[(1, 0..3)], 1);
         let before = testing::content(&[&image]);
         // Room for one more block, and not for two.
-        let full = image.device_of(image.size() + 2 * 4096 + 1024);
+        let full = image.device_of(image.size().unwrap() + 2 * 4096 + 1024);
         let read = testing::image_of(&full).unwrap();
         let blocks = absent(&read, 0..read.table.blocks());
         let error = Target::image(&full, read).add_zeros(&blocks, &mut || Ok(())).unwrap_err();

@@ -73,7 +73,7 @@ impl Journal {
             of.read_at(*at, &mut bytes)?;
             saved.push((*at, bytes));
         }
-        Ok(Journal { uuid, len: of.size(), saved })
+        Ok(Journal { uuid, len: of.size()?, saved })
     }
 
     /// Writes it. When this returns, it can be reverted to.
@@ -149,11 +149,12 @@ impl Journal {
 
     /// Reads what may be one.
     pub(super) fn read(from: &dyn Source) -> io::Result<State> {
-        if from.size() == 0 {
+        let size = from.size()?;
+        if size == 0 {
             return Ok(State::Idle);
         }
         let mut header = [0; HEADER as usize];
-        if from.size() < HEADER {
+        if size < HEADER {
             return Ok(State::Foreign);
         }
         from.read_at(0, &mut header)?;
@@ -183,7 +184,7 @@ impl Journal {
         let mut saved = Vec::new();
         for _ in 0..count.min(RANGES_MAX) {
             let (place, len) = (next(), next());
-            let end = at.checked_add(len).filter(|end| *end - HEADER <= SAVED_MAX && *end <= from.size());
+            let end = at.checked_add(len).filter(|end| *end - HEADER <= SAVED_MAX && *end <= size);
             if end.is_none() {
                 return Ok(State::Foreign);
             }

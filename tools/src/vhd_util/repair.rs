@@ -48,7 +48,9 @@ pub(super) fn repair(args: &Repair, out: &mut dyn Write) -> Result<()> {
 /// What could be done about an image that is not mended.
 fn remedy(error: &ReadError) -> &'static str {
     match error {
-        ReadError::Io { .. } => "what can't be read can't be mended: look at the disk that it is on",
+        ReadError::Io { .. } | ReadError::Size(_) => {
+            "what can't be read can't be mended: look at the disk that it is on"
+        }
         ReadError::Corrupt(Corrupt::BlocksOverlap { .. }) => {
             "whose data is there is not known, and it is not mended: restore the image from a backup, or read the other \
              blocks by other means"

@@ -11,13 +11,14 @@ use drivers::vhd::{
 };
 use nix::errno::Errno;
 use tapdisk::chain;
+use tapdisk::sys::errno_of;
 use tapdisk::text::one_line;
 use zerocopy::IntoBytes;
 
 use super::create::{mebibytes, whole_blocks};
 use super::failure::{Failure, Result};
 use super::file::table_piece;
-use super::file::{ImageFile, Medium, NewFile, footer_place, write_footers, write_pieces};
+use super::file::{ImageFile, Medium, NewFile, write_footers, write_pieces};
 use super::journal::{Journal, State};
 use super::set::open;
 use super::{Resize, Revert};
@@ -91,7 +92,7 @@ fn disable(file: &dyn Medium, image: &Image) -> io::Result<()> {
         file.sync()?;
     }
     // One that was in use when the host stopped has none there, and its file may end with a block.
-    let last = file.size() - FOOTER_SIZE as u64;
+    let last = file.size()?.saturating_sub(FOOTER_SIZE as u64);
     let at = if file.is_device() { last } else { last.max(image.end()) };
     file.write_at(at, footer.as_bytes())?;
     file.sync()
@@ -203,10 +204,14 @@ pub(super) fn revert(args: &Revert) -> Result<()> {
     remove(&journal)
 }
 
+fn size_of(file: &dyn Medium) -> std::result::Result<u64, (Errno, String)> {
+    file.size().map_err(|error| (errno_of(&error), format!("cannot see its size: {error}")))
+}
+
 /// The UUIDs of the image's footers, as far as these are good.
 fn uuids(file: &dyn Source) -> Vec<drivers::vhd::Uuid> {
-    let last = file.size().saturating_sub(FOOTER_SIZE as u64);
-    let footers = [0, last].into_iter().filter_map(|at| {
+    let last = file.size().ok().map(|size| size.saturating_sub(FOOTER_SIZE as u64));
+    let footers = std::iter::once(0).chain(last).filter_map(|at| {
         let mut bytes = [0; FOOTER_SIZE];
         file.read_at(at, &mut bytes).ok()?;
         Footer::parse_disabled(&bytes).ok()
@@ -252,14 +257,15 @@ impl Plan {
             plan.zeros = Some((old_size, size - old_size));
             plan.end = size;
         }
-        if file.is_device() && plan.end > footer_place(file, 0) {
+        let there = size_of(file)?;
+        // In a file, its data may grow over it.
+        let footer = there.saturating_sub(FOOTER_SIZE as u64);
+        if file.is_device() && plan.end > footer {
             let needed = plan.end + FOOTER_SIZE as u64;
-            return Err((Errno::ENOSPC, format!("the device has {} bytes, and {needed} are needed", file.size())));
+            return Err((Errno::ENOSPC, format!("the device has {there} bytes, and {needed} are needed")));
         }
-        // The footer, which a file's data may grow over.
-        let footer = file.size() - FOOTER_SIZE as u64;
         let metadata = plan.overwritten.last().map_or(0, |(at, len)| at + len);
-        plan.overwritten.push((footer.max(metadata), file.size() - footer.max(metadata)));
+        plan.overwritten.push((footer.max(metadata), there.saturating_sub(footer.max(metadata))));
         Ok(plan)
     }
 
@@ -315,7 +321,7 @@ impl Plan {
         self.pieces.push(Piece { at: header_at, bytes: header.as_bytes().to_vec() });
         self.image.header = Some(header);
         self.image.batmap = batmap;
-        self.overwritten.push((0, at.min(file.size())));
+        self.overwritten.push((0, at.min(size_of(file)?)));
         Ok(())
     }
 
@@ -402,7 +408,7 @@ mod tests {
     fn the_room_that_locators_claim_is_not_taken_with_them() {
         let image = testing::image(Kind::Differencing, false, &[(1, 0..8)], 3);
         let mut read = testing::image_of(&image).unwrap();
-        let at = image.size();
+        let at = image.size().unwrap();
         let mut bytes = image.bytes();
         bytes.resize(at as usize + (1 << 20), 0);
         bytes[at as usize..][..12].copy_from_slice(b"file://p.vhd");
@@ -453,7 +459,7 @@ mod tests {
                         undo(after).unwrap();
                         assert_eq!(testing::fatal(after), None);
                         assert_eq!(testing::content(&[after]), before);
-                        assert_eq!(after.size(), image.size());
+                        assert_eq!(after.size().unwrap(), image.size().unwrap());
                         grow(after, size).unwrap();
                         assert_eq!(testing::problems(after), []);
                         grown(after);
@@ -499,7 +505,7 @@ mod tests {
     #[test]
     fn a_device_that_is_too_small_is_refused() {
         let image = testing::image(Kind::Dynamic, false, &[(3, 0..3)], 3);
-        let full = image.device_of(image.size() + 100);
+        let full = image.device_of(image.size().unwrap() + 100);
         assert_eq!(grow(&full, 4096 * 5000).unwrap_err().raw_os_error(), Some(Errno::ENOSPC as i32));
         assert_eq!(testing::problems(&full), []);
     }

@@ -169,7 +169,7 @@ fn look(
             Box::new(Opened { file })
         }
     };
-    let size = source.size();
+    let size = source.size().map_err(|error| bad("opening file")(io(error)))?;
     let mut found =
         Found { path: path_shown, capacity: size, size, hidden: 1, marker: 0, key_hash: None, parent: None };
     if raw {
@@ -222,7 +222,7 @@ fn volume_name(child: &Path, path: &str) -> Option<String> {
 /// The footer's copy and the header that follows it, of an image that is as blktap makes them.
 fn headers(source: &dyn Source) -> Option<(Footer, Header)> {
     let mut bytes = [0; FOOTER_SIZE + HEADER_SIZE];
-    if source.size() < bytes.len() as u64 {
+    if source.size().ok()? < bytes.len() as u64 {
         return None;
     }
     source.read_at(0, &mut bytes).ok()?;

@@ -16,8 +16,7 @@ use tapdisk::volume;
 use super::create::raw;
 use super::failure::{self, Failure, Result};
 use super::file::{
-    ImageFile, Medium, UseError, UsedFile, cut_footer, footer_place, names_outside, table_piece, write_footers,
-    write_pieces,
+    ImageFile, Medium, UseError, UsedFile, cut_footer, names_outside, table_piece, write_footers, write_pieces,
 };
 use super::{Field, Modify, Set};
 
@@ -162,8 +161,9 @@ fn move_footer(file: &ImageFile, image: &Image, size: u64) -> Result<()> {
         let text = format!("it takes {least} bytes, and would lose data with {size}");
         return Err(Failure::new(Errno::EINVAL, &file.path, text));
     }
-    if file.is_device() && size > file.size() {
-        let text = format!("the device has {} bytes: enlarge it first", file.size());
+    let there = file.size().map_err(Failure::io(&file.path, "see its size"))?;
+    if file.is_device() && size > there {
+        let text = format!("the device has {there} bytes: enlarge it first");
         return Err(Failure::new(Errno::ENOSPC, &file.path, text));
     }
     let mut footer = image.footer;
@@ -175,7 +175,8 @@ fn move_footer(file: &ImageFile, image: &Image, size: u64) -> Result<()> {
 /// Changes the parent.
 fn set_parent(file: &ImageFile, image: &mut Image, path: &Path, parent_raw: bool) -> Result<()> {
     let named = named(&file.path, image, path, parent_raw)?;
-    let names = name_parent(file, image, &named).map_err(failure::layout(&file.path))?;
+    let size = file.size().map_err(Failure::io(&file.path, "see its size"))?;
+    let names = name_parent(file.is_device().then_some(size), image, &named).map_err(failure::layout(&file.path))?;
     write_parent(file, image, &names).map_err(Failure::io(&file.path, "write it"))
 }
 
@@ -189,9 +190,9 @@ fn named(child: &Path, image: &Image, path: &Path, parent_raw: bool) -> Result<N
     Ok(new_parent(child, &parent)?)
 }
 
-/// Names the parent in the header, and says where the names go.
+/// Names the parent in the header, and says where the names go. A file's size does not matter, a device's does.
 fn name_parent(
-    to: &dyn Medium,
+    device_size: Option<u64>,
     image: &mut Image,
     parent: &NewParent,
 ) -> std::result::Result<Vec<Piece>, LayoutError> {
@@ -199,7 +200,7 @@ fn name_parent(
     // New names can go where the file has nothing: before the first block, or, without one, at the end.
     let at = image.metadata_end;
     let first = image.table.allocated().map(|(_, at)| at).min();
-    let end = first.unwrap_or_else(|| if to.is_device() { footer_place(to, at) } else { u64::MAX });
+    let end = first.unwrap_or_else(|| device_size.map_or(u64::MAX, |size| size.saturating_sub(FOOTER_SIZE as u64)));
     layout::name_parent(header, parent, at, end.saturating_sub(at))
 }
 
@@ -243,7 +244,7 @@ mod tests {
     fn reparent(image: &Memory, path: &str, uuid: Uuid) -> io::Result<()> {
         let parent = NewParent { path: path.into(), uuid, unix_seconds: 0 };
         let mut read = testing::image_of(image).unwrap();
-        let names = name_parent(image, &mut read, &parent).unwrap();
+        let names = name_parent(None, &mut read, &parent).unwrap();
         write_parent(image, &mut read, &names)
     }
 

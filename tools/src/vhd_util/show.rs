@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use drivers::vhd::{Header, Image, Kind, Parts};
 use serde_json::Value;
-use tapdisk::chain::{self, Error, Layer, Rules};
+use tapdisk::chain::{self, Error, Link, Rules};
 use tapdisk::text::{one_line, plain_json};
 
 use super::Query;
@@ -83,7 +83,7 @@ pub(super) fn info(path: &Path, parents: &[PathBuf], json: bool, out: &mut dyn W
     print(&layers, json, out).map_err(Failure::output)
 }
 
-fn print(layers: &[Layer], json: bool, out: &mut dyn Write) -> io::Result<()> {
+fn print(layers: &[Link], json: bool, out: &mut dyn Write) -> io::Result<()> {
     let layers = layers.iter().map(describe);
     if json {
         let layers: Vec<serde_json::Map<_, _>> =
@@ -103,7 +103,7 @@ fn print(layers: &[Layer], json: bool, out: &mut dyn Write) -> io::Result<()> {
 }
 
 /// Names and values, in the order in which they are printed.
-fn describe(layer: &Layer) -> Vec<(&'static str, Value)> {
+fn describe(layer: &Link) -> Vec<(&'static str, Value)> {
     let path = ("path", layer.path.to_string_lossy().into());
     let file_size = ("file_size", layer.file_size.into());
     let Some(image) = &layer.image else { return vec![path, ("format", "raw".into()), file_size] };

@@ -105,8 +105,8 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) {
 }
 
 impl Source for Memory {
-    fn size(&self) -> u64 {
-        self.now.borrow().len() as u64
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.now.borrow().len() as u64)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
@@ -119,7 +119,7 @@ impl Source for Memory {
 
 impl Medium for Memory {
     fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        assert!(!self.device || at + bytes.len() as u64 <= self.size(), "beyond the device's end");
+        assert!(!self.device || at + bytes.len() as u64 <= self.now.borrow().len() as u64, "beyond the device's end");
         self.change(Change::Write(at, bytes.to_vec()))
     }
 

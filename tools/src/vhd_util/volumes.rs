@@ -99,8 +99,8 @@ pub(super) struct OpenVolume {
 }
 
 impl Source for OpenVolume {
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {

@@ -34,8 +34,8 @@ pub(crate) struct Image {
 }
 
 impl Source for Image {
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.size)
     }
 
     fn read_at(&self, at: u64, to: &mut [u8]) -> std::io::Result<()> {
