@@ -1,16 +1,18 @@
-//! Chains of VHD images on the host's file systems: an image, its parent, that one's parent, and so on.
+//! Chains of VHD images: an image, its parent, that one's parent, and so on.
 
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::{self, Image, Kind, Parts, Platform, Problem, ReadError, Source, Uuid};
 use nix::errno::Errno;
 
+use crate::blocking::Blocking;
+use crate::store::{self, FileStore, Identity, Store, is_within};
 use crate::sys;
-use crate::sys::file::{FileIdentity, file_id, geometry, open_storage};
+use crate::sys::file::file_id;
 use crate::volume;
 
 /// Images of a chain, at most. Toolstacks make no more than 30.
@@ -19,14 +21,9 @@ pub const DEPTH_MAX: usize = 256;
 /// Why a chain can't be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The system says no.
-    #[error("{}: cannot open it: {source}", path.display())]
-    Open {
-        /// The image.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    /// One of its stores can't be had.
+    #[error(transparent)]
+    Store(#[from] store::Error),
     /// The image is no good.
     #[error("{}: {source}", path.display())]
     Image {
@@ -83,12 +80,6 @@ pub enum Error {
         /// The parent.
         parent: PathBuf,
     },
-    /// Another file has taken an image's place while it was opened.
-    #[error("{}: another file has taken its place meanwhile: try again", path.display())]
-    Replaced {
-        /// The image.
-        path: PathBuf,
-    },
     /// An image is its own ancestor, or there are too many.
     #[error("{}: {why}", path.display())]
     Endless {
@@ -103,12 +94,11 @@ impl Error {
     /// The errno that it stands for.
     pub fn errno(&self) -> Errno {
         match self {
-            Error::Open { source, .. } => sys::errno_of(source),
+            Error::Store(error) => error.errno(),
             Error::Image { source: ReadError::Io { source, .. } | ReadError::Size(source), .. } => {
                 sys::errno_of(source)
             }
             Error::NoParent { .. } => Errno::ENOENT,
-            Error::Replaced { .. } => Errno::EAGAIN,
             Error::Image { .. }
             | Error::OtherParent { .. }
             | Error::ChangedParent { .. }
@@ -122,41 +112,13 @@ fn list(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// A file of which metadata is read.
-pub struct Opened {
-    /// The file.
-    pub file: File,
-}
-
-impl Opened {
-    fn id(&self) -> io::Result<FileIdentity> {
-        Ok(file_id(&self.file.metadata()?))
-    }
-
-    /// Its path without links, of which that by which it was opened is one.
-    fn real_path(&self, path: &Path) -> Option<PathBuf> {
-        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        std::fs::read_link(link).or_else(|_| path.canonicalize()).ok()
-    }
-}
-
-impl Source for Opened {
-    fn size(&self) -> io::Result<u64> {
-        Ok(geometry(&self.file)?.size)
-    }
-
-    fn read_at(&self, at: u64, to: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(to, at)
-    }
-}
-
 /// An image of a chain, as it was found.
 #[derive(Debug)]
 pub struct Link {
     /// Its path.
     pub path: PathBuf,
-    /// The file that was looked at.
-    pub id: FileIdentity,
+    /// What was looked at.
+    pub id: Identity,
     /// Bytes of its file or device.
     pub file_size: u64,
     /// Its metadata. None: it is raw, and the last of its chain.
@@ -168,29 +130,36 @@ pub struct Link {
 impl Link {
     /// A raw image.
     pub fn raw(path: &Path) -> Result<Link, Error> {
-        Link::of(path, &open(path)?, None, Vec::new())
+        look(path, |found| Link::of(&found, None, Vec::new()))
     }
 
-    fn of(path: &Path, opened: &Opened, image: Option<Image>, problems: Vec<Problem>) -> Result<Link, Error> {
-        let explain = |source| Error::Open { path: path.to_owned(), source };
-        let (id, file_size) = (opened.id().map_err(explain)?, opened.size().map_err(explain)?);
-        Ok(Link { path: path.to_owned(), id, file_size, image, problems })
+    fn of(store: &Looked, image: Option<Image>, problems: Vec<Problem>) -> Result<Link, Error> {
+        let path = store.0.path().to_owned();
+        let size = store.0.size_now(store.1);
+        let file_size =
+            size.map_err(|source| store::Error::Io { path: path.clone(), action: "see its size", source })?;
+        Ok(Link { path, id: store.0.identity(), file_size, image, problems })
     }
 
     /// Whether an open file, which was opened by the same path later, is the one that was looked at: what was allowed is that one.
     pub fn is(&self, file: &File) -> Result<(), Error> {
         match file.metadata() {
-            Ok(meta) if file_id(&meta) == self.id => Ok(()),
-            _ => Err(Error::Replaced { path: self.path.clone() }),
+            Ok(meta) if Identity::File(file_id(&meta)) == self.id => Ok(()),
+            _ => Err(store::Error::Replaced { path: self.path.clone() }.into()),
         }
     }
 }
 
-/// A path comes from an image that anybody may have made, and opening a FIFO would wait for its writer, which never comes.
-fn open(path: &Path) -> Result<Opened, Error> {
-    let explain = |source| Error::Open { path: path.to_owned(), source };
-    let (file, _) = open_storage(path).map_err(explain)?;
-    Ok(Opened { file })
+/// A store that is open, and leave to read it.
+#[derive(Clone, Copy)]
+struct Looked<'a>(&'a dyn Store, &'a Blocking);
+
+/// Looks at what is in the file of that name.
+fn look<T>(path: &Path, see: impl FnOnce(Looked) -> Result<T, Error>) -> Result<T, Error> {
+    // Tools have no main loop, and a tapdisk does this in jobs alone.
+    let blocking = Blocking::of_thread();
+    let store = FileStore::look(&blocking, path)?;
+    see(Looked(&store, &blocking))
 }
 
 /// The VHD image in a file, without its parents.
@@ -213,30 +182,32 @@ fn layer_with(
     path: &Path,
     read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
 ) -> Result<Link, Error> {
-    read_layer(path, &open(path)?, read)
+    look(path, |store| read_link(store, read))
 }
 
-fn read_layer(
-    path: &Path,
-    opened: &Opened,
+fn read_link(
+    store: Looked,
     read: impl FnOnce(&dyn Source, &mut Vec<Problem>) -> Result<Image, ReadError>,
 ) -> Result<Link, Error> {
     let mut problems = Vec::new();
-    let image = read(opened, &mut problems).map_err(|source| Error::Image { path: path.to_owned(), source })?;
-    Link::of(path, opened, Some(image), problems)
+    let image = read(&store.0.reading(store.1), &mut problems);
+    let image = image.map_err(|source| Error::Image { path: store.0.path().to_owned(), source })?;
+    Link::of(&store, Some(image), problems)
 }
 
 /// All that is wrong with the image in a file, without its parents. `bitmaps`: those of its blocks are looked at, too.
 pub fn check(path: &Path, unix_seconds: u64, bitmaps: bool) -> Result<Vec<Problem>, Error> {
-    let opened = open(path)?;
-    let check = || {
-        let mut problems = Image::check(&opened, unix_seconds)?;
-        if bitmaps && !problems.iter().any(|problem| problem.fatal) {
-            problems.extend(Image::check_bitmaps(&opened)?);
-        }
-        Ok(problems)
-    };
-    check().map_err(|source| Error::Image { path: path.to_owned(), source })
+    look(path, |Looked(store, blocking)| {
+        let source = store.reading(blocking);
+        let check = || {
+            let mut problems = Image::check(&source, unix_seconds)?;
+            if bitmaps && !problems.iter().any(|problem| problem.fatal) {
+                problems.extend(Image::check_bitmaps(&source)?);
+            }
+            Ok(problems)
+        };
+        check().map_err(|source| Error::Image { path: path.to_owned(), source })
+    })
 }
 
 /// Which parents are taken.
@@ -259,9 +230,14 @@ impl<'a> Rules<'a> {
 
     /// Whether a parent that is open may be where it is, of an image whose leaf is at `leaf`. A file is where it is without links; a block device
     /// is where the link or node is that was named.
-    fn allow(&self, leaf: &Path, path: &Path, parent: &Opened) -> bool {
+    fn allow(&self, leaf: &Path, parent: &dyn Store) -> bool {
+        // What is on no file of the host is none that an image could have found out about.
+        let Some(file) = parent.file() else { return true };
+        let path = parent.path();
         let device = |meta: io::Result<Metadata>| meta.is_ok_and(|meta| meta.file_type().is_block_device());
-        let place = if device(parent.file.metadata()) { Some(path.to_owned()) } else { parent.real_path(path) };
+        let real =
+            || std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).or_else(|_| path.canonicalize());
+        let place = if device(file.metadata()) { Some(path.to_owned()) } else { real().ok() };
         let Some(folder) = place.as_deref().and_then(Path::parent) else { return false };
         // Volumes of one group are beside each other. All else that the host has is in /dev, too.
         let group = |path: &Path| Some(volume::group_and_name(path)?.0);
@@ -272,20 +248,6 @@ impl<'a> Rules<'a> {
             || beside.any(|own| own.canonicalize().is_ok_and(|own| folder == own))
             || is_within(folder, self.folders)
     }
-}
-
-/// Whether a folder without links is one of those, or below one.
-fn is_within(folder: &Path, folders: &[PathBuf]) -> bool {
-    folders.iter().any(|allowed| allowed.canonicalize().is_ok_and(|allowed| folder.starts_with(allowed)))
-}
-
-/// Whether an open file or block device is in one of those folders, or below one: by what is open, and not by the name or the link that it was
-/// opened by. Where a device is, its node says, or the device mapper's name of it.
-pub fn is_below(file: &File, folders: &[PathBuf]) -> bool {
-    let node = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok();
-    let mapped = || file.metadata().ok().as_ref().and_then(volume::mapper_name);
-    let below = |place: PathBuf| place.parent().is_some_and(|folder| is_within(folder, folders));
-    node.is_some_and(below) || mapped().is_some_and(below)
 }
 
 /// Where the parent of a differencing image is, as an absolute path. None: it has none.
@@ -313,57 +275,78 @@ pub fn parent(path: &Path, image: &Image) -> Result<Option<PathBuf>, Error> {
     Err(Error::NoParent { path: path.to_owned(), tried })
 }
 
-/// An image and all that it is made of, the leaf first.
+/// An image and all that it is made of, the leaf first: only to look at them.
 pub fn chain(leaf: &Path, rules: &Rules) -> Result<Vec<Link>, Error> {
-    let mut layers = vec![parts(leaf, rules.parts, false)?];
-    let mut seen = vec![layers[0].id];
+    let blocking = Blocking::of_thread();
+    let open = |path: &Path| -> store::OpenResult { Ok(Box::new(FileStore::look(&blocking, path)?)) };
+    let found = descend(&blocking, open(leaf)?, rules, &open)?;
+    Ok(found.into_iter().map(|found| found.link).collect())
+}
+
+/// An image of a chain and its store.
+#[derive(Debug)]
+pub struct Found {
+    /// What it says.
+    pub link: Link,
+    /// Where it is.
+    pub store: Box<dyn Store>,
+}
+
+/// Finds all that an image is made of, the image first. Each parent is opened by `open`, looked at, whether it may be one, locked, and read.
+pub fn descend(
+    blocking: &Blocking,
+    leaf: Box<dyn Store>,
+    rules: &Rules,
+    open: &dyn Fn(&Path) -> store::OpenResult,
+) -> Result<Vec<Found>, Error> {
+    let read = |source: &dyn Source, problems: &mut Vec<Problem>| Image::read_parts(source, rules.parts, problems);
+    let link = read_link(Looked(&*leaf, blocking), read)?;
+    let mut chain = vec![Found { link, store: leaf }];
     loop {
-        let Link { path, image: Some(image), .. } = &layers[layers.len() - 1] else { return Ok(layers) };
-        let Some(next) = parent(path, image)? else { return Ok(layers) };
+        let Link { path, image: Some(image), .. } = &chain[chain.len() - 1].link else { return Ok(chain) };
+        let Some(next) = parent(path, image)? else { return Ok(chain) };
         let endless = |why| Error::Endless { path: path.clone(), why };
-        let opened = open(&next)?;
-        let id = opened.id().map_err(|source| Error::Open { path: next.clone(), source })?;
-        if seen.contains(&id) {
+        let mut store = open(&next)?;
+        if chain.iter().any(|found| found.link.id == store.identity()) {
             return Err(endless(format!("{} is its parent and its child", next.display())));
         }
-        if layers.len() == DEPTH_MAX {
+        if chain.len() == DEPTH_MAX {
             return Err(endless(format!("it has more than {DEPTH_MAX} parents")));
         }
-        if !rules.allow(leaf, &next, &opened) {
+        if !rules.allow(&chain[0].link.path, &*store) {
             return Err(Error::Folder { path: path.clone(), parent: next });
         }
-        let below = identified(path, image, next, &opened, rules.parts)?;
+        store.lock(blocking)?;
+        let below = identified(path, image, Looked(&*store, blocking), rules.parts)?;
         if !rules.changed {
             unchanged(path, image, &below)?;
         }
-        seen.push(id);
-        layers.push(below);
+        chain.push(Found { link: below, store });
     }
 }
 
 /// What is in the place of an image's parent, if it is that.
-fn identified(path: &Path, image: &Image, parent: PathBuf, opened: &Opened, read: Parts) -> Result<Link, Error> {
+fn identified(path: &Path, image: &Image, store: Looked, read: Parts) -> Result<Link, Error> {
     let expected = image.header.as_ref().map_or(Uuid::NIL, |header| header.parent_uuid);
     if expected == Uuid::NIL {
-        return Link::of(&parent, opened, None, Vec::new());
+        return Link::of(&store, None, Vec::new());
     }
-    let layer = match read {
-        Parts::All => read_layer(&parent, opened, Image::read_parent)?,
-        _ => read_layer(&parent, opened, |source, problems| Image::read_parts(source, read, problems))?,
+    let link = match read {
+        Parts::All => read_link(store, Image::read_parent)?,
+        _ => read_link(store, |source, problems| Image::read_parts(source, read, problems))?,
     };
-    match layer.image.as_ref().map(|image| image.footer.uuid) {
+    match link.image.as_ref().map(|image| image.footer.uuid) {
         Some(found) if found != expected => {
-            Err(Error::OtherParent { path: path.to_owned(), parent, expected, found })
+            Err(Error::OtherParent { path: path.to_owned(), parent: link.path, expected, found })
         }
-        _ => Ok(layer),
+        _ => Ok(link),
     }
 }
 
 /// The parent of an image, without its own parents, wherever it is. None: it has none.
 pub fn below(path: &Path, image: &Image) -> Result<Option<Link>, Error> {
     let Some(parent) = parent(path, image)? else { return Ok(None) };
-    let opened = open(&parent)?;
-    identified(path, image, parent, &opened, Parts::All).map(Some)
+    look(&parent, |store| identified(path, image, store, Parts::All)).map(Some)
 }
 
 /// How far the clocks of hosts and file servers may differ, seconds (blktap's check).

@@ -39,7 +39,9 @@
 //!   [`stack`] asks the one below for. A format that has metadata to write, says which; the stack moves it, and asks again: a write that
 //!   waits for such has a ticket, and is answered when that is settled.
 //!   Which images a disk is made of, a [`chain`] says: each names its parent, a [volume] by a name that lasts.
-//! - An **engine** ([`engine`]) moves bytes between memory and files, and knows no format. It has two halves: submit, which
+//! - A **store** ([`store`]) is where a layer's bytes are: a file, a block device, memory. Jobs open, lock, measure and close it, and read and
+//!   write metadata there before the first request and after the last one; in between its bytes are the engine's. Its page says what its lock holds off.
+//! - An **engine** ([`engine`]) moves bytes between memory and stores, and knows no format. It has two halves: submit, which
 //!   any thread may call and which may block, and reap, which is the main loop's and never blocks.
 //!   A disk whose files are of several kinds has one for each kind, and a [router](engine::route) in front of them.
 //!   [Which one](engine::Opener) is for the configuration to say, or for the image, and can [change](disk::Wanted) while the

@@ -56,7 +56,7 @@ pub fn open(
     }
     let paused = record.filter(|record| record.paused);
     let image = match &paused {
-        Some(record) => image::closed(blocking, &placed, record.size, record.sector_size)?,
+        Some(record) => image::closed(blocking, &placed, record.size, record.sector_size, log)?,
         None => image::open(blocking, &placed, None, log)?,
     };
     let log_of_disk = log.new(o!("minor" => marker.minor()));
@@ -134,8 +134,7 @@ pub fn disk(
         slots,
         stack: Stack::new(image.layers, requests)?,
         queue,
-        locks: image.locks,
-        file_ids: image.file_ids,
+        stores: image.stores,
         opener: image.opener,
         reopen: Some(Reopen { config, lease, record }),
         watchdog,

@@ -17,11 +17,13 @@ use slog::{error, info};
 
 use super::pause::PauseError;
 use super::{Disk, State};
+use crate::blocking::Blocking;
 use crate::chain;
 use crate::config::Member;
-use crate::image::{self, Lock, check_place, rights_of};
+use crate::image::{self, rights_of};
 use crate::job::Job;
-use crate::sys::file::{FileIdentity, file_id, has_other_readers};
+use crate::store::{Identity, Stores, check_place};
+use crate::sys::file::file_id;
 use crate::vhd::file::{ImageFile, Medium, write_pieces};
 use crate::vhd::merge::merge;
 use crate::vhd::parent::new_parent;
@@ -187,18 +189,17 @@ impl Shared {
     }
 }
 
-/// The images of a chain and their locks, the leaf first.
+/// The images of a chain and where they are, the leaf first.
 struct Chain {
     paths: Vec<PathBuf>,
-    ids: Vec<FileIdentity>,
-    locks: Arc<[Lock]>,
+    stores: Stores,
     /// Who asks; none: root.
     by: Option<Arc<Member>>,
 }
 
 impl Chain {
     /// In a thread of its own: which image is to be merged, by default the one below the leaf, and into which.
-    fn choose(&self, image: Option<&Path>) -> Result<(PathBuf, PathBuf), CoalesceError> {
+    fn choose(&self, blocking: &Blocking, image: Option<&Path>) -> Result<(PathBuf, PathBuf), CoalesceError> {
         let refused = |error| CoalesceError::Image(Arc::new(error));
         let _rights = rights_of(self.by.as_deref(), &self.paths[0]).map_err(refused)?;
         let index = match image {
@@ -217,21 +218,25 @@ impl Chain {
             let text = "there is no image between the one that is written and the one that all is based on";
             return Err(CoalesceError::Chain(text.into()));
         };
-        if let Some(lock) = self.locks.get(index + 1)
-            && has_other_readers(lock).unwrap_or(true)
+        if let Some(store) = self.stores.get(index + 1)
+            && store.has_other_readers(blocking).unwrap_or(true)
         {
             return Err(CoalesceError::Shared(parent.clone()));
         }
         // Three are changed: the two, and the one above, which gets another parent.
-        for (file, path) in self.locks.iter().zip(&self.paths).skip(index - 1).take(3) {
-            check_place(file, path, self.by.as_deref()).map_err(refused)?;
+        for store in self.stores.iter().skip(index - 1).take(3) {
+            let Some(file) = store.file() else {
+                let text = format!("{} is in memory, where nothing can be merged", store.path().display());
+                return Err(CoalesceError::Chain(text));
+            };
+            check_place(file, store.path(), self.by.as_deref()).map_err(|error| refused(error.into()))?;
         }
         Ok((image.clone(), parent.clone()))
     }
 
     fn index_of(&self, image: &Path) -> Option<usize> {
-        let wanted = file_id(&image.metadata().ok()?);
-        self.ids.iter().position(|id| *id == wanted)
+        let wanted = Identity::File(file_id(&image.metadata().ok()?));
+        self.stores.iter().position(|store| store.identity() == wanted)
     }
 }
 
@@ -256,13 +261,12 @@ impl Disk {
         let by = self.merges_by(by)?;
         let chain = Chain {
             paths: self.stack.images().iter().map(|layer| layer.path.clone()).collect(),
-            ids: self.file_ids.clone(),
-            locks: Arc::clone(&self.locks),
+            stores: Arc::clone(&self.stores),
             by: by.clone(),
         };
         let image = image.map(Path::to_owned);
         let refused = |error| Err(CoalesceError::Thread(Arc::new(error)));
-        let job = Job::start("chain", self.wake(), refused, move |_| chain.choose(image.as_deref()));
+        let job = Job::start("chain", self.wake(), refused, move |blocking| chain.choose(blocking, image.as_deref()));
         (self.checking, self.coalesce_begun) = (Some(Checking { job, rate, by, cancelled: false }), Ok(()));
         Ok(())
     }

@@ -34,7 +34,6 @@ pub use self::switch::{EngineReport, SwitchError, Wanted};
 pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered, xen};
-use crate::image::Lock;
 use crate::job::{self, Apart, Job};
 use crate::log::Limiter;
 use crate::memory::{Budget, Part};
@@ -42,8 +41,8 @@ use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
 use crate::stack::{Hits, HostLayer, Stack, Started};
 use crate::stats::{Stats, now};
+use crate::store::{Identity, Stores};
 use crate::sys;
-use crate::sys::file::FileIdentity;
 
 /// A disk's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,10 +130,8 @@ pub struct Disk {
     /// An error of a flush for a pause, which the next flush of a client's gets: what it is about may be lost.
     owed_error: Option<Errno>,
     failed_flush_is_logged: bool,
-    /// Held as long as the disk can write; the first is also the file whose size is asked for. Empty: there is no file.
-    locks: Apart<Arc<[Lock]>>,
-    /// What tells the image's files from all others, the leaf's first.
-    file_ids: Vec<FileIdentity>,
+    /// Where the image's bytes are, and with that its locks; the first is also the one whose size is asked for. Empty: it is closed.
+    stores: Apart<Stores>,
     log: Logger,
     limiter: Limiter,
     /// Until when answers wait for more of them, ns of [`now`].
@@ -160,10 +157,8 @@ pub struct Parts {
     pub stack: Stack,
     /// What has the engine.
     pub queue: Queue,
-    /// The locks of the image's files, the leaf's first.
-    pub locks: Apart<Arc<[Lock]>>,
-    /// What tells those files from all others, the leaf's first.
-    pub file_ids: Vec<FileIdentity>,
+    /// Where the image's bytes are, and with that its locks, the leaf's first.
+    pub stores: Apart<Stores>,
     /// What opens other engines for the image, if it can have others.
     pub opener: Option<Apart<Opener>>,
     /// What opens the image again after a pause; none: it stays open.
@@ -177,7 +172,7 @@ pub struct Parts {
 impl Disk {
     /// A disk of these parts.
     pub fn new(parts: Parts) -> Disk {
-        let Parts { info, frontends, slots, stack, queue, locks, file_ids, opener, reopen, watchdog, log } = parts;
+        let Parts { info, frontends, slots, stack, queue, stores, opener, reopen, watchdog, log } = parts;
         let capacity = slots.capacity();
         let mut disk = Disk {
             info,
@@ -208,8 +203,7 @@ impl Disk {
             flush_error: None,
             owed_error: None,
             failed_flush_is_logged: false,
-            locks,
-            file_ids,
+            stores,
             log,
             limiter: Limiter::default(),
             held_until: None,
@@ -640,9 +634,9 @@ impl Disk {
         &self.info
     }
 
-    /// What tells the file that is written from all others, as far as there is one and the disk is not paused.
-    pub fn file_id(&self) -> Option<FileIdentity> {
-        self.file_ids.first().copied()
+    /// What tells the store that is written from all others, as far as the disk is not paused.
+    pub fn identity(&self) -> Option<Identity> {
+        self.stores.first().map(|store| store.identity())
     }
 
     /// Whether its image is read and written through the page cache.

@@ -11,13 +11,14 @@ use slog::{error, info, warn};
 use super::{Disk, State};
 use crate::config::{self, ChangedBlocks, Config, ImageType, Member};
 use crate::frontend::DiskInfo;
-use crate::image::{self, Image, Lock, Opening};
+use crate::image::{self, Image, Opening};
 use crate::job::{Apart, Job};
 use crate::memory;
 use crate::queue::Submission;
 use crate::record;
 use crate::stack::Stack;
 use crate::stats::now;
+use crate::store::Stores;
 
 /// How long a lease that did not help waits for its next try.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -220,11 +221,10 @@ impl Disk {
         }
         // Files that nobody has open can be taken apart by whoever paused the disk.
         let submission = self.exchange(self.queue.submission().idle().into());
-        let (opener, locks) = (self.opener.take(), std::mem::replace(&mut self.locks, no_locks()));
-        self.file_ids.clear();
+        let (opener, stores) = (self.opener.take(), std::mem::replace(&mut self.stores, no_stores()));
         self.closing = Some(Job::insist("close", self.wake(), move |blocking| {
             let finished = finish.map_or(Ok(()), |finish| finish(blocking));
-            image::close_files(blocking, submission, opener, locks);
+            image::close_files(blocking, submission, opener, stores);
             finished
         }));
     }
@@ -396,7 +396,7 @@ impl Disk {
         let old = std::mem::replace(&mut self.stack, stack);
         self.failed_flush_is_logged = false;
         self.count_files(Some(&old));
-        (self.opener, self.locks, self.file_ids, self.info) = (image.opener, image.locks, image.file_ids, image.info);
+        (self.opener, self.stores, self.info) = (image.opener, image.stores, image.info);
         if config.memory.lock {
             memory::lock_aside(&self.log);
         }
@@ -421,8 +421,8 @@ impl Disk {
     }
 }
 
-/// Of a disk that has no file open.
-fn no_locks() -> Apart<Arc<[Lock]>> {
+/// Of a disk that has no image open.
+fn no_stores() -> Apart<Stores> {
     Apart::from(Arc::from([]))
 }
 

@@ -9,7 +9,6 @@ use slog::info;
 use super::{Disk, State};
 use crate::job::Job;
 use crate::sys;
-use crate::sys::file::geometry;
 
 /// Why a disk does not take on its file's new size.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -63,7 +62,8 @@ impl Disk {
         if self.state != State::Running {
             return Err(ResizeError::Closed);
         }
-        if self.locks.is_empty() {
+        // One in memory is its engine, and has the size that it was made with.
+        if self.opener.is_none() || self.stores.is_empty() {
             return Err(ResizeError::NoFile);
         }
         match &mut self.resizing {
@@ -74,8 +74,8 @@ impl Disk {
     }
 
     fn ask_for_size(&mut self) {
-        let files = Arc::clone(&self.locks);
-        let job = Job::start("resize", self.wake(), Err, move |_| Ok(geometry(&files[0])?.size));
+        let stores = Arc::clone(&self.stores);
+        let job = Job::start("resize", self.wake(), Err, move |blocking| stores[0].size_now(blocking));
         self.resizing = Some(Resizing::Asking { job, again: false });
     }
 

@@ -8,7 +8,7 @@ use nix::sys::eventfd::EventFd;
 use slog::{Logger, warn};
 
 use super::pool::{self, Threads};
-use super::route::{Place, route};
+use super::route::{FilePlace, route};
 use super::{Engine, Setup, aio, fault, memory as in_memory, uring};
 use crate::blocking::Blocking;
 use crate::config::{Config, EngineName, Fault};
@@ -26,7 +26,7 @@ pub struct Opener {
     setup: Setup,
     memories: Arc<[Arc<Ram>]>,
     /// Where each of the disk's files is: with the engine of that name, 0, or with that of memory, 1.
-    places: Arc<[Place]>,
+    places: Arc<[FilePlace]>,
     sqpoll_idle_ms: Option<u32>,
     faults: Vec<Fault>,
     /// What an engine brings is kept resident.
@@ -43,7 +43,7 @@ impl Opener {
                 Means::File(_) => (0, open.len()),
                 Means::Memory(_) => (1, memories.len()),
             };
-            places.push(Place { engine, file: FileId(file as u16) });
+            places.push(FilePlace { engine, file: FileId(file as u16) });
             match means {
                 Means::File(file) => open.push(file),
                 Means::Memory(ram) => memories.push(ram),
@@ -69,7 +69,7 @@ impl Opener {
     pub fn open(&self, blocking: &Blocking, name: EngineName) -> io::Result<Engine> {
         let memory = || {
             let event = Arc::clone(&self.setup.event);
-            in_memory::open("ram", Arc::clone(&self.memories), self.setup.depth, event)
+            in_memory::open(self.memories[0].name(), Arc::clone(&self.memories), self.setup.depth, event)
         };
         let engine = match (self.setup.files.is_empty(), self.memories.is_empty()) {
             (_, true) => self.named(blocking, name)?,
@@ -81,7 +81,7 @@ impl Opener {
 
     /// Whether the disk's first file is read and written through the page cache.
     pub fn is_buffered(&self) -> bool {
-        let Place { engine, file } = self.places[0];
+        let FilePlace { engine, file } = self.places[0];
         engine == 0 && !self.setup.files[usize::from(file.0)].direct
     }
 

@@ -18,7 +18,7 @@ use crate::sys::io::{FileId, Io};
 
 /// Where one of the disk's files is: which engine has it, and by which id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct FilePlace {
     /// Index of the engine.
     pub engine: u8,
     /// What that one calls it.
@@ -27,7 +27,7 @@ pub struct Place {
 
 /// One engine of `engines`, where `places` are the disk's files in the order of their ids. Its name is the first one's. All have the
 /// same depth and the same event.
-pub fn route(engines: Vec<Engine>, places: &[Place]) -> Engine {
+pub fn route(engines: Vec<Engine>, places: &[FilePlace]) -> Engine {
     let (name, depth) = (engines[0].name, engines[0].depth);
     let event = Arc::clone(engines[0].submit.event());
     assert!(engines.iter().all(|engine| engine.depth == depth && Arc::ptr_eq(engine.submit.event(), &event)));
@@ -54,7 +54,7 @@ pub fn route(engines: Vec<Engine>, places: &[Place]) -> Engine {
 struct RouteSubmit {
     engines: Box<[Arc<dyn Submit>]>,
     /// Of each of the disk's files.
-    places: Box<[Place]>,
+    places: Box<[FilePlace]>,
     /// Of each engine's files, what the disk calls it.
     files: Arc<[Box<[FileId]>]>,
     /// The engine that each I/O went to, by tag.
@@ -63,7 +63,7 @@ struct RouteSubmit {
 }
 
 impl RouteSubmit {
-    fn place(&self, io: &Io) -> Place {
+    fn place(&self, io: &Io) -> FilePlace {
         self.places[usize::from(io.file.0)]
     }
 }
@@ -201,12 +201,12 @@ mod tests {
         (noting, engines)
     }
 
-    const fn at(engine: u8, file: u16) -> Place {
-        Place { engine, file: FileId(file) }
+    const fn at(engine: u8, file: u16) -> FilePlace {
+        FilePlace { engine, file: FileId(file) }
     }
 
     /// The disk's files: 0 and 3 are the second engine's.
-    const PLACES: [Place; 4] = [at(1, 1), at(0, 0), at(0, 1), at(1, 0)];
+    const PLACES: [FilePlace; 4] = [at(1, 1), at(0, 0), at(0, 1), at(1, 0)];
 
     fn batch(files: &[u16]) -> VecDeque<Box<Io>> {
         let io = |(tag, file): (u32, &u16)| {

@@ -1,10 +1,10 @@
-//! Opens an image: file, lock, geometry, format, engine.
+//! Opens an image: its stores and their locks, its formats, and the engine.
 
-mod file;
 mod filters;
 mod opening;
 mod vhd;
 
+use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,55 +14,26 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use slog::{Logger, info, warn};
 
-use self::file::Opened;
-pub use self::file::{Lock, check_place, lock, open_to_write};
 pub use self::opening::Opening;
 use crate::blocking::Blocking;
 use crate::chain;
 use crate::config::{self, Config, ImageType, Member, OddSize, Size};
-use crate::engine::{self, Engine, Opener};
+use crate::engine::Opener;
 use crate::frontend::DiskInfo;
 use crate::job::Apart;
 use crate::queue::Submission;
 use crate::stack::HostLayer;
-use crate::store::Means;
+use crate::store::{self, How, MemoryStore, Ram, Store, Stores, check_place};
 use crate::sys;
 use crate::sys::credentials::Guard;
-use crate::sys::file::{Backing, FileIdentity, file_id};
 use crate::sys::io::FileId;
 
 /// Why an image can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The system says no.
-    #[error("{}: cannot {action}: {source}", path.display())]
-    Io {
-        /// The image.
-        path: PathBuf,
-        /// What was tried.
-        action: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
-    /// Another process serves or uses it.
-    #[error("{}: in use by {holder}; two writers would destroy the image", path.display())]
-    Locked {
-        /// The image.
-        path: PathBuf,
-        /// The process, as far as it can be known.
-        holder: String,
-    },
-    /// A member of `control.group` has named it, and may not.
-    #[error(
-        "{}: members of control.group may name images only in the folders of control.folders, or below, and not by a link out of those{}",
-        path.display(), if *none { "; none is configured" } else { "" }
-    )]
-    Outside {
-        /// The image.
-        path: PathBuf,
-        /// There are no such folders.
-        none: bool,
-    },
+    /// Its store can't be had.
+    #[error(transparent)]
+    Store(#[from] store::Error),
     /// A member of `control.group` is to have it, and this process can't open it as that user.
     #[error("{}: cannot open it with the rights of user {uid}, who is a member of control.group: {source}; that takes a tapdisk with CAP_SETUID and CAP_SETGID", path.display())]
     Rights {
@@ -72,12 +43,6 @@ pub enum Error {
         uid: u32,
         /// Why not.
         source: io::Error,
-    },
-    /// It is a device that can't be written.
-    #[error("{}: the device is read-only: open it so (image.read_only, tap-ctl open -R), or make it writable (blockdev --setrw)", path.display())]
-    ReadOnly {
-        /// The image.
-        path: PathBuf,
     },
     /// Its content does not fit.
     #[error("{}: {source}", path.display())]
@@ -108,26 +73,17 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
-    /// The configuration asks for what the image can't do.
-    #[error("{}: {message}", path.display())]
-    Unfit {
-        /// The image.
-        path: PathBuf,
-        /// What, and what to do.
-        message: String,
-    },
 }
 
 impl Error {
     /// As a client is told.
     pub fn errno(&self) -> Errno {
         match self {
-            Error::Io { source, .. } | Error::NoMinor { source, .. } => sys::errno_of(source),
-            Error::Locked { .. } => Errno::EBUSY,
-            Error::ReadOnly { .. } => Errno::EROFS,
-            Error::Outside { .. } | Error::Rights { .. } => Errno::EACCES,
+            Error::Store(error) => error.errno(),
+            Error::NoMinor { source, .. } => sys::errno_of(source),
+            Error::Rights { .. } => Errno::EACCES,
             Error::Chain(error) => error.errno(),
-            Error::Format { .. } | Error::Unfit { .. } | Error::ChangedBlocks { .. } => Errno::EINVAL,
+            Error::Format { .. } | Error::ChangedBlocks { .. } => Errno::EINVAL,
         }
     }
 }
@@ -143,41 +99,44 @@ pub struct Image {
     pub submission: Apart<Submission>,
     /// What opens another one; none for an image in memory, which is its engine.
     pub opener: Option<Apart<Opener>>,
-    /// The locks of its files, the leaf's first; none for an image without a file.
-    pub locks: Apart<Arc<[Lock]>>,
-    /// What tells those files from all others ([`file_id`]).
-    pub file_ids: Vec<FileIdentity>,
+    /// Where its bytes are, the leaf's first, and with that its locks; none for one that is closed.
+    pub stores: Apart<Stores>,
 }
 
 impl Image {
-    /// One without a file.
+    /// One that is memory and nothing else.
     fn in_memory(
         blocking: &Blocking,
         config: &Config,
         info: DiskInfo,
-        path: PathBuf,
-        engine: io::Result<Engine>,
+        path: &Path,
+        ram: io::Result<Ram>,
+        log: &Logger,
     ) -> Result<Image, Error> {
+        let no_memory = |source| store::Error::Io { path: path.to_owned(), action: "get memory for it", source };
+        let store = MemoryStore::new(path, Arc::new(ram.map_err(no_memory)?));
+        let means = store.means(blocking).map_err(no_memory)?;
+        let opener = Opener::new(vec![means], config, None, log.clone());
+        let engine = opener.and_then(|opener| opener.open(blocking, opener.name));
         let submission = engine.and_then(|engine| Submission::start(blocking, engine, config.engine.submit));
-        let submission =
-            submission.map_err(|source| Error::Io { path: path.clone(), action: "get memory for it", source })?;
+        let submission = submission.map_err(no_memory)?;
         let raw = Raw::new(info.size, info.sector_size.into(), drivers::OddSize::Refuse)
-            .map_err(|source| Error::Format { path: path.clone(), source })?;
-        let layers = vec![HostLayer::new(Box::new(raw), &path, FileId(0), false)];
-        Ok(Image {
-            info,
-            layers: layers.into(),
-            submission: submission.into(),
-            opener: None,
-            locks: Apart::from(Arc::from([])),
-            file_ids: Vec::new(),
-        })
+            .map_err(|source| Error::Format { path: path.to_owned(), source })?;
+        let layers = vec![HostLayer::new(Box::new(raw), path, FileId(0), false)];
+        let stores: Stores = Arc::new([Arc::new(store)]);
+        Ok(Image { info, layers: layers.into(), submission: submission.into(), opener: None, stores: stores.into() })
+    }
+
+    /// Where the image that it is based on is, if there is one.
+    pub fn parent(&self) -> Option<&Arc<dyn Store>> {
+        let parent = self.layers.iter().filter(|layer| layer.layer.size().is_some()).nth(1)?;
+        parent.files.first().and_then(|FileId(id)| self.stores.get(usize::from(*id)))
     }
 
     /// Leaves it whole, and closes its files. Waits for them.
     pub fn close(self, blocking: &Blocking) {
         drop(self.layers.take(blocking));
-        close_files(blocking, self.submission, self.opener, self.locks);
+        close_files(blocking, self.submission, self.opener, self.stores);
     }
 }
 
@@ -186,38 +145,41 @@ pub fn close_files(
     blocking: &Blocking,
     submission: Apart<Submission>,
     opener: Option<Apart<Opener>>,
-    locks: Apart<Arc<[Lock]>>,
+    stores: Apart<Stores>,
 ) {
     submission.take(blocking).close(blocking);
     drop(opener.map(|opener| opener.take(blocking)));
-    drop(locks.take(blocking));
+    drop(stores.take(blocking));
 }
 
 /// Opens what the configuration says. `event` is that of the engine that it follows, if it does. Waits for files, locks and threads.
 pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, log: &Logger) -> Result<Image, Error> {
+    open_with(blocking, config, event, &store::open, log)
+}
+
+/// The same, with stores that are opened by `open`.
+pub fn open_with(
+    blocking: &Blocking,
+    config: &Config,
+    event: Option<Arc<EventFd>>,
+    open: &store::Open,
+    log: &Logger,
+) -> Result<Image, Error> {
     let image = &config.image;
-    let depth = config.engine.depth as usize;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
-    let files = |open: fn(&Config, &Path, &Logger) -> Result<Chain, Error>| {
+    let opening = ToOpen { blocking, config, path: path(), open, log };
+    let files = |open: fn(&ToOpen) -> Result<Chain, Error>| {
         let _rights = rights_of(image.by.as_deref(), path())?;
-        open(config, path(), log)
-    };
-    let name = match image.kind {
-        ImageType::Aio => return with_engine(blocking, files(open_raw)?, config, event, log),
-        ImageType::Vhd => return with_engine(blocking, files(vhd::open)?, config, event, log),
-        ImageType::Ram => "ram",
-        ImageType::Null => "null",
+        open(&opening)
     };
     let size = image.size.map_or(0, |size| size.0);
-    let path = PathBuf::from(name);
-    let engine = match image.kind {
-        ImageType::Ram => engine::memory::ram(blocking, size, depth),
-        _ => engine::memory::null(depth),
+    let ram = match image.kind {
+        ImageType::Aio => return with_engine(blocking, files(open_raw)?, config, event, log),
+        ImageType::Vhd => return with_engine(blocking, files(vhd::open)?, config, event, log),
+        ImageType::Ram => Ram::zeroed(blocking, size),
+        ImageType::Null => Ok(Ram::null(size)),
     };
-    let engine = engine.and_then(|engine| match config.faults.as_slice() {
-        [] => Ok(engine),
-        faults => engine::fault::wrap(blocking, engine, faults),
-    });
+    let name = if image.kind == ImageType::Ram { "ram" } else { "null" };
     let sector_size = image.sector_size.unwrap_or(512);
     let info = DiskInfo {
         size,
@@ -226,7 +188,27 @@ pub fn open(blocking: &Blocking, config: &Config, event: Option<Arc<EventFd>>, l
         read_only: image.read_only,
         name: format!("{name}:{}", Size(size)),
     };
-    Image::in_memory(blocking, config, info, path, engine)
+    Image::in_memory(blocking, config, info, Path::new(name), ram, log)
+}
+
+/// What opening an image takes.
+struct ToOpen<'a> {
+    blocking: &'a Blocking,
+    config: &'a Config,
+    path: &'a Path,
+    open: &'a store::Open<'a>,
+    log: &'a Logger,
+}
+
+impl ToOpen<'_> {
+    /// Opens one of the image's stores. Nobody has asked for its lock yet.
+    fn store(&self, path: &Path, read_only: bool, sector_size: Option<u32>) -> store::OpenResult {
+        let image = &self.config.image;
+        let metadata = image.kind == ImageType::Vhd;
+        let by = image.by.as_deref();
+        let how = How { read_only, metadata, direct: image.direct, sector_size, lock: image.lock, by };
+        (self.open)(self.blocking, path, &how, self.log)
+    }
 }
 
 /// This thread opens files with a member's rights, if there is one, as long as the guard lives.
@@ -241,18 +223,23 @@ pub fn rights_of(member: Option<&Member>, path: &Path) -> Result<Option<Guard>, 
 /// Whether a member may have an image that another one has named: as it is served, and where it is.
 pub fn could_open(image: &config::Image, member: &Member) -> Result<(), Error> {
     let path = image.path.as_deref().unwrap_or(Path::new(""));
-    let io = |source| Error::Io { path: path.to_owned(), action: "take it from its disk: open it", source };
+    let io = |source| store::Error::Io { path: path.to_owned(), action: "take it from its disk: open it", source };
     let _rights = rights_of(Some(member), path)?;
     sys::file::check_storage(path).map_err(io)?;
-    let file = file::options(image.read_only, false).open(path).map_err(io)?;
-    check_place(&file, path, Some(member))
+    let file = store::options(image.read_only, false).open(path).map_err(io)?;
+    Ok(check_place(&file, path, Some(member))?)
 }
 
 /// An image that is not open: what a disk has that begins paused, with that many bytes, until somebody ends that.
-pub fn closed(blocking: &Blocking, config: &Config, size: u64, sector_size: u32) -> Result<Image, Error> {
+pub fn closed(
+    blocking: &Blocking,
+    config: &Config,
+    size: u64,
+    sector_size: u32,
+    log: &Logger,
+) -> Result<Image, Error> {
     let path = config.image.path.clone().unwrap_or_default();
     let kind = if config.image.kind == ImageType::Vhd { "vhd" } else { "aio" };
-    let engine = engine::memory::null(config.engine.depth as usize);
     let info = DiskInfo {
         size,
         sector_size,
@@ -260,17 +247,22 @@ pub fn closed(blocking: &Blocking, config: &Config, size: u64, sector_size: u32)
         read_only: config.image.read_only,
         name: format!("{kind}:{}", path.display()),
     };
-    Image::in_memory(blocking, config, info, path, engine)
+    let config = Config { faults: Vec::new(), ..config.clone() };
+    let mut image = Image::in_memory(blocking, &config, info, &path, Ok(Ram::null(size)), log)?;
+    image.stores = Apart::from(Arc::from([]));
+    Ok(image)
 }
 
-fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> {
-    let image = &config.image;
-    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+fn open_raw(to_open: &ToOpen) -> Result<Chain, Error> {
+    let (image, path, blocking) = (&to_open.config.image, to_open.path, to_open.blocking);
     if let Some(size) = image.create {
-        file::create(path, size).map_err(io("create it"))?;
+        let made = create(path, size);
+        made.map_err(|source| store::Error::Io { path: path.to_owned(), action: "create it", source })?;
     }
-    let Opened { file, direct, geometry, sector_size, lock } =
-        file::open(image, path, image.read_only, image.sector_size, log)?;
+    let mut store = to_open.store(path, image.read_only, image.sector_size)?;
+    store.lock(blocking)?;
+    let geometry = store.geometry();
+    let sector_size = image.sector_size.unwrap_or(geometry.logical);
     let odd = match image.odd_size {
         OddSize::Refuse => drivers::OddSize::Refuse,
         OddSize::RoundUp => drivers::OddSize::RoundUp,
@@ -280,10 +272,9 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
         .map_err(|source| Error::Format { path: path.to_owned(), source })?;
     let size = drivers::Layer::size(&raw).unwrap_or(0);
     if size != geometry.size {
-        warn!(log, "image size is no multiple of the sector and was rounded";
+        warn!(to_open.log, "image size is no multiple of the sector and was rounded";
             "image" => %path.display(), "file" => geometry.size, "disk" => size, "sector" => sector_size);
     }
-    let files = vec![Backing { file, direct, block_device: geometry.block_device }];
     let info = DiskInfo {
         size,
         sector_size,
@@ -291,16 +282,27 @@ fn open_raw(config: &Config, path: &Path, log: &Logger) -> Result<Chain, Error> 
         read_only: image.read_only,
         name: format!("aio:{}", path.display()),
     };
-    let layer = HostLayer::new(Box::new(raw), path, FileId(0), !direct);
-    Ok(Chain { info, layers: vec![layer], files, locks: vec![lock] })
+    let layer = HostLayer::new(Box::new(raw), path, FileId(0), !store.is_direct());
+    Ok(Chain { info, layers: vec![layer], stores: vec![store.into()] })
+}
+
+/// Makes a sparse file, unless there is one.
+fn create(path: &Path, size: Size) -> io::Result<()> {
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent)?;
+    }
+    match OpenOptions::new().write(true).create_new(true).open(path) {
+        Ok(file) => file.set_len(size.0),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// The files of a disk, the leaf first, without an engine.
 struct Chain {
     info: DiskInfo,
     layers: Vec<HostLayer>,
-    files: Vec<Backing>,
-    locks: Vec<Lock>,
+    stores: Vec<Arc<dyn Store>>,
 }
 
 fn with_engine(
@@ -311,22 +313,17 @@ fn with_engine(
     log: &Logger,
 ) -> Result<Image, Error> {
     let image = chain.layers[0].path.clone();
-    filters::add(&config.image, &mut chain)?;
-    let Chain { info, mut layers, files, locks } = chain;
-    let locks: Arc<[Lock]> = locks.into();
-    let written = layers.iter_mut().filter(|layer| !layer.plain.is_empty() && layer.held.is_none());
-    written.for_each(|layer| layer.held = Some(Arc::new(Arc::clone(&locks))));
+    filters::add(blocking, &config.image, &mut chain, log)?;
+    let Chain { info, layers, stores } = chain;
     let image = image.as_path();
-    let io = |action| move |source| Error::Io { path: image.to_owned(), action, source };
-    let (direct, block_device) = (files[0].direct, files[0].block_device);
-    // A filter's file is none that others could be told from the image by.
-    let file_ids = files.iter().take(locks.len()).map(|file| Ok(file_id(&file.file.metadata()?)));
-    let file_ids = file_ids.collect::<io::Result<_>>().map_err(io("serve it"))?;
-    let files = files.into_iter().map(Means::File).collect();
-    let opener = Opener::new(files, config, event, log.clone()).map_err(io("start its engine"))?;
+    let io = |action| move |source| store::Error::Io { path: image.to_owned(), action, source };
+    let means =
+        stores.iter().map(|store| store.means(blocking)).collect::<io::Result<_>>().map_err(io("serve it"))?;
+    let opener = Opener::new(means, config, event, log.clone()).map_err(io("start its engine"))?;
     let engine = opener.open(blocking, opener.name).map_err(io("start its engine"))?;
     info!(log, "image open"; "image" => &info.name, "size" => info.size, "sector_size" => info.sector_size,
-        "direct" => direct, "block_device" => block_device, "read_only" => info.read_only,
+        "direct" => stores[0].is_direct(), "block_device" => stores[0].geometry().block_device,
+        "lock_holds_off" => stores[0].holds_off(), "read_only" => info.read_only,
         "layers" => layers.len(), "engine" => engine.name, "depth" => engine.depth);
     let submission = Submission::start(blocking, engine, config.engine.submit).map_err(io("start its engine"))?;
     Ok(Image {
@@ -334,8 +331,7 @@ fn with_engine(
         layers: layers.into(),
         submission: submission.into(),
         opener: Some(opener.into()),
-        locks: locks.into(),
-        file_ids,
+        stores: Stores::from(stores).into(),
     })
 }
 
@@ -347,7 +343,8 @@ mod tests {
     fn an_empty_drive_is_told_of_as_one() {
         // As open(2) has it for /dev/sr0: storage managers wait for exit code 123.
         let source = io::Error::from_raw_os_error(libc::ENOMEDIUM);
-        let error = Error::Io { path: "/dev/sr0".into(), action: "open it", source };
+        let error = store::Error::Io { path: "/dev/sr0".into(), action: "open it", source };
+        let error = Error::from(error);
         assert_eq!((error.errno(), error.errno() as i32), (Errno::ENOMEDIUM, 123));
     }
 }

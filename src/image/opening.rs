@@ -9,6 +9,7 @@ use slog::Logger;
 use super::{Error, Image};
 use crate::config::Config;
 use crate::job::Job;
+use crate::store;
 
 /// One that is being opened; `E` is why it may not be wanted. If this is dropped, the image is closed again as soon as it is open.
 pub struct Opening<E> {
@@ -34,7 +35,7 @@ impl<E: From<Error>> Opening<E> {
     ) -> Opening<E> {
         let (wanted, log) = (Arc::clone(&config), log.clone());
         let path = wanted.image.path.clone().unwrap_or_default();
-        let refused = |source| Err(Error::Io { path, action: "get a thread to open it", source });
+        let refused = |source| Err(store::Error::Io { path, action: "get a thread to open it", source }.into());
         let job = Job::start("open", &wake, refused, move |blocking| {
             let image = super::open(blocking, &wanted, event, &log)?;
             if let Err(error) = fits(&image) {

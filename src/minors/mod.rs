@@ -361,9 +361,9 @@ impl Minors {
 
     /// Whether the image right below is the one of that minor, of this process.
     fn check_parent(&self, image: &Image, parent: u16) -> Result<(), MinorError> {
-        let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::file_id);
-        match image.file_ids.get(1) {
-            Some(below) if of_parent == Some(*below) => Ok(()),
+        let of_parent = self.find(parent).ok().and_then(|index| self.list[index].disk()).and_then(Disk::identity);
+        match image.parent() {
+            Some(below) if of_parent == Some(below.identity()) => Ok(()),
             _ => {
                 let text = format!("{}: its parent is not the image of minor {parent}", image.info.name);
                 Err(MinorError::new(Errno::EINVAL, text))

@@ -10,12 +10,13 @@ use super::marker;
 use crate::control::client;
 use crate::control::proto::state;
 use crate::image::{Error, Image};
+use crate::store;
 use crate::sys::file::{lock_holder, lock_holders, same_file};
 
 /// Whether the image right below is one that the process of that minor has open, whatever its name is by now. It waits for that process.
 pub(super) fn check(image: &Image, directory: &Path, minor: u16) -> Result<(), Error> {
     let path = || PathBuf::from(&image.info.name);
-    let unfit = |text: String| Error::Unfit { path: path(), message: text };
+    let unfit = |text: String| Error::from(store::Error::Unfit { path: path(), message: text });
     let (pid, name, state) = image_of(directory, minor).map_err(|source| Error::NoMinor {
         path: path(),
         minor,
@@ -24,7 +25,7 @@ pub(super) fn check(image: &Image, directory: &Path, minor: u16) -> Result<(), E
     if state == state::PAUSED {
         return Err(unfit(format!("its parent is to be the image of minor {minor}, and that is paused")));
     }
-    match image.locks.get(1) {
+    match image.parent().and_then(|store| store.file()) {
         Some(below) if has_open(pid, below) => Ok(()),
         _ => Err(unfit(format!("its parent is not the image of minor {minor}, which is {name}"))),
     }

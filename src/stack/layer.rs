@@ -1,20 +1,16 @@
 //! A layer and what it has on the host, and what is done when it is closed.
 
-use std::any::Any;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use drivers::{LastStep, Layer, LayerFile};
 
-use crate::sys::file::{CHANGE, forget_cached, lock_changes, unlock_changes};
+use crate::blocking::Blocking;
+use crate::store::Store;
+use crate::sys::file::CHANGE;
 use crate::sys::io::FileId;
-
-/// Something that lives at least as long as this.
-pub type Held = Arc<dyn Any + Send + Sync>;
 
 /// A layer of the chain and its files.
 pub struct HostLayer {
@@ -24,23 +20,21 @@ pub struct HostLayer {
     pub path: PathBuf,
     /// What the engine calls its files, the first of which is [`LayerFile`] 0.
     pub files: Box<[FileId]>,
-    /// The same files, through the page cache, for what is written when nothing more is under way; empty if nothing is.
-    pub plain: Vec<File>,
+    /// Where those files are, for what is written when nothing more is under way; empty if nothing is.
+    pub written: Vec<Arc<dyn Store>>,
     /// The engine reads and writes its files through the page cache.
     pub cached: bool,
-    /// What is to be held until the end of the image is written, its locks; none if nothing is written.
-    pub held: Option<Held>,
 }
 
 impl HostLayer {
     /// A layer with one file.
     pub fn new(layer: Box<dyn Layer>, path: &Path, file: FileId, cached: bool) -> HostLayer {
-        HostLayer { layer, path: path.to_owned(), files: [file].into(), plain: Vec::new(), cached, held: None }
+        HostLayer { layer, path: path.to_owned(), files: [file].into(), written: Vec::new(), cached }
     }
 
     /// A layer without a file.
     pub fn without_file(layer: Box<dyn Layer>) -> HostLayer {
-        HostLayer { layer, path: PathBuf::new(), files: [].into(), plain: Vec::new(), cached: false, held: None }
+        HostLayer { layer, path: PathBuf::new(), files: [].into(), written: Vec::new(), cached: false }
     }
 
     /// What the engine calls one of its files.
@@ -50,14 +44,14 @@ impl HostLayer {
 
     /// What is still to be done with its files.
     pub(super) fn close(&mut self) -> Option<Closing> {
-        let files = std::mem::take(&mut self.plain);
-        if files.is_empty() {
+        let stores = std::mem::take(&mut self.written);
+        if stores.is_empty() {
             return None;
         }
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let mut steps = Vec::new();
         self.layer.close(time, &mut |step| steps.push(step));
-        Some(Closing { files, steps, _held: self.held.take() })
+        Some(Closing { stores, steps })
     }
 }
 
@@ -65,46 +59,45 @@ impl Drop for HostLayer {
     /// One that was opened and never served, or whose process ends by an error.
     fn drop(&mut self) {
         if let Some(closing) = self.close() {
-            // Opening it again mends what could not be written.
-            let _ = closing.carry_out();
+            // Layers are kept apart, and so this is a thread that may wait. Opening it again mends what could not be written.
+            let _ = closing.carry_out(&Blocking::of_thread());
         }
     }
 }
 
-/// What is to be done so that others find an image whole.
+/// What is to be done so that others find an image whole. The stores' locks are held until it is.
 pub(super) struct Closing {
-    files: Vec<File>,
+    stores: Vec<Arc<dyn Store>>,
     steps: Vec<LastStep>,
-    /// Let go of when it is done.
-    _held: Option<Held>,
 }
 
 impl Closing {
-    /// Does it. Blocks.
-    pub(super) fn carry_out(&self) -> io::Result<()> {
+    /// Does it.
+    pub(super) fn carry_out(&self, blocking: &Blocking) -> io::Result<()> {
         // Who has a file for longer than a moment does not change what is kept: closing goes on.
-        let locked: Vec<_> = self.files.iter().filter(|file| lock_changes(file, CHANGE).is_ok()).collect();
-        self.files.iter().try_for_each(forget_cached)?;
-        self.steps.iter().try_for_each(|step| self.step(step))?;
-        self.files.iter().try_for_each(File::sync_all)?;
-        locked.into_iter().try_for_each(|file| Ok(unlock_changes(file)?))
+        let lock = |store: &&Arc<dyn Store>| store.lock_changes(blocking, CHANGE).is_ok();
+        let locked: Vec<_> = self.stores.iter().filter(lock).collect();
+        self.stores.iter().try_for_each(|store| store.refresh(blocking))?;
+        self.steps.iter().try_for_each(|step| self.step(blocking, step))?;
+        self.stores.iter().try_for_each(|store| store.sync(blocking, true))?;
+        locked.into_iter().try_for_each(|store| Ok(store.unlock_changes(blocking)?))
     }
 
-    fn step(&self, step: &LastStep) -> io::Result<()> {
-        let file = |file: &LayerFile| &self.files[usize::from(file.0)];
+    fn step(&self, blocking: &Blocking, step: &LastStep) -> io::Result<()> {
+        let store = |file: &LayerFile| &self.stores[usize::from(file.0)];
         match step {
-            LastStep::Write { file: number, at, bytes, keep } => {
-                let (file, mut bytes) = (file(number), bytes.clone());
+            LastStep::Write { file, at, bytes, keep } => {
+                let (store, mut bytes) = (store(file), bytes.clone());
                 if let Some(keep) = keep {
                     let mut now = vec![0; keep.len];
-                    let read = file.read_at(&mut now, keep.at)?;
+                    let read = store.read_at(blocking, keep.at, &mut now)?;
                     now.truncate(read);
                     (keep.put)(&now, &mut bytes);
                 }
-                file.write_all_at(&bytes, *at)
+                store.write_at(blocking, *at, &bytes)
             }
-            LastStep::Resize { file: number, size } => file(number).set_len(*size),
-            LastStep::Flush { file: number } => file(number).sync_data(),
+            LastStep::Resize { file, size } => store(file).set_len(blocking, *size),
+            LastStep::Flush { file } => store(file).sync(blocking, false),
         }
     }
 }

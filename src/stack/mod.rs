@@ -20,7 +20,7 @@ use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Thro
 use nix::errno::Errno;
 
 use self::layer::Closing;
-pub use self::layer::{Held, HostLayer};
+pub use self::layer::HostLayer;
 use self::meta::MetaMemory;
 pub use self::pieces::PieceId;
 use self::pieces::{HOLDERS_MAX, Holders, Over, Pieces};
@@ -671,7 +671,9 @@ impl Stack {
     /// they are.
     pub fn close(&mut self) -> Option<impl FnOnce(&Blocking) -> io::Result<()> + Send + use<>> {
         let closing: Vec<_> = self.layers.iter_mut().filter_map(HostLayer::close).collect();
-        (!closing.is_empty()).then_some(move |_: &Blocking| closing.iter().try_for_each(Closing::carry_out))
+        (!closing.is_empty()).then_some(move |blocking: &Blocking| {
+            closing.iter().try_for_each(|closing: &Closing| closing.carry_out(blocking))
+        })
     }
 
     /// Counters of the layers that have some, the first one first.

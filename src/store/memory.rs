@@ -1,11 +1,17 @@
 //! Bytes that are in the memory of this process, and gone with it.
 
+use std::fs::File;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::{Error, Identity, Means, Store};
 use crate::blocking::Blocking;
+use crate::sys::file::Geometry;
 
 /// Bytes at a time that are copied by those who are not the engine, which waits for each copy.
 const COPY: usize = 64 << 10;
@@ -31,6 +37,11 @@ impl Ram {
     /// What keeps nothing: a read leaves the reader's memory as it was.
     pub fn null(size: u64) -> Ram {
         Ram { size, bytes: None }
+    }
+
+    /// What it is called where the image is that and nothing else.
+    pub fn name(&self) -> &'static str {
+        if self.bytes.is_some() { "ram" } else { "null" }
     }
 
     /// Bytes that there are.
@@ -66,6 +77,92 @@ impl Ram {
             }
         }
         Ok(())
+    }
+}
+
+/// RAM as a store, which nobody else has.
+#[derive(Debug)]
+pub struct MemoryStore {
+    path: PathBuf,
+    ram: Arc<Ram>,
+    number: u64,
+}
+
+impl MemoryStore {
+    /// One that messages call `path`.
+    pub fn new(path: &Path, ram: Arc<Ram>) -> MemoryStore {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        MemoryStore { path: path.to_owned(), ram, number: NEXT.fetch_add(1, Relaxed) }
+    }
+}
+
+impl Store for MemoryStore {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn identity(&self) -> Identity {
+        Identity::Memory(self.number)
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry { block_device: false, size: self.ram.size, logical: 512, physical: 4096 }
+    }
+
+    fn is_direct(&self) -> bool {
+        true
+    }
+
+    fn file(&self) -> Option<&File> {
+        None
+    }
+
+    fn lock(&mut self, _: &Blocking) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn holds_off(&self) -> &'static str {
+        "all: it is this process's own"
+    }
+
+    fn lock_changes(&self, _: &Blocking, _: Duration) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn unlock_changes(&self, _: &Blocking) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn has_other_readers(&self, _: &Blocking) -> Result<bool, Errno> {
+        Ok(false)
+    }
+
+    fn size_now(&self, _: &Blocking) -> io::Result<u64> {
+        Ok(self.ram.size)
+    }
+
+    fn read_at(&self, blocking: &Blocking, at: u64, to: &mut [u8]) -> io::Result<usize> {
+        Ok(self.ram.read_at(blocking, at, to))
+    }
+
+    fn write_at(&self, blocking: &Blocking, at: u64, from: &[u8]) -> io::Result<()> {
+        self.ram.write_at(blocking, at, from)
+    }
+
+    fn set_len(&self, _: &Blocking, _: u64) -> io::Result<()> {
+        Err(Errno::EOPNOTSUPP.into())
+    }
+
+    fn sync(&self, _: &Blocking, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn refresh(&self, _: &Blocking) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn means(&self, _: &Blocking) -> io::Result<Means> {
+        Ok(Means::Memory(Arc::clone(&self.ram)))
     }
 }
 

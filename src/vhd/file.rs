@@ -13,8 +13,9 @@ use nix::errno::Errno;
 use nix::fcntl::Flock;
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::blocking::Blocking;
 use crate::chain;
-use crate::image::{self, Lock, lock, open_to_write};
+use crate::store::{self, Lock, lock, open_to_write};
 use crate::sys::file::{Backing, check_storage, direct_alignment, geometry, lock_changes, open_storage};
 
 /// What is written to.
@@ -40,8 +41,8 @@ pub trait Medium: Source {
     fn is_device(&self) -> bool;
 }
 
-fn explain<'a>(path: &'a Path, action: &'static str) -> impl Fn(io::Error) -> image::Error + 'a {
-    move |source| image::Error::Io { path: path.to_owned(), action, source }
+fn explain<'a>(path: &'a Path, action: &'static str) -> impl Fn(io::Error) -> store::Error + 'a {
+    move |source| store::Error::Io { path: path.to_owned(), action, source }
 }
 
 /// How long a program that was killed may have its locks, and one that changes an image in use may take.
@@ -58,15 +59,15 @@ pub struct ImageFile {
 
 impl ImageFile {
     /// Opens one for writing and takes its lock, as tapdisk does.
-    pub fn open(path: &Path) -> Result<ImageFile, image::Error> {
-        ImageFile::of(open_to_write(path, false)?, path)
+    pub fn open(path: &Path) -> Result<ImageFile, store::Error> {
+        ImageFile::of(open_to_write(&Blocking::of_thread(), path, false)?, path)
     }
 
     /// Takes the lock of a file that is open: shared, since storage managers coalesce, hide and relink images that a running
     /// tapdisk only reads. One that it writes, it has for itself. Of those who change one, there is one at a time.
-    pub fn of(file: File, path: &Path) -> Result<ImageFile, image::Error> {
+    pub fn of(file: File, path: &Path) -> Result<ImageFile, store::Error> {
         let device = geometry(&file).map_err(explain(path, "use it"))?.block_device;
-        let file = lock(file, path, true)?;
+        let file = lock(&Blocking::of_thread(), file, path, true)?;
         change_alone(&file, path)?;
         Ok(ImageFile { path: path.to_owned(), file, device })
     }
@@ -100,11 +101,11 @@ pub fn names_outside(problems: &[Problem]) -> Option<&Corrupt> {
     problems.iter().find(outside).map(|problem| &problem.what)
 }
 
-fn change_alone(file: &File, path: &Path) -> Result<(), image::Error> {
+fn change_alone(file: &File, path: &Path) -> Result<(), store::Error> {
     lock_changes(file, PATIENCE).map_err(|errno| match errno {
         Errno::EAGAIN => {
             let holder = "a program that changes it, such as vhd-util or a coalesce".into();
-            image::Error::Locked { path: path.to_owned(), holder }
+            store::Error::Locked { path: path.to_owned(), holder }
         }
         errno => explain(path, "lock it")(errno.into()),
     })
@@ -125,7 +126,7 @@ struct Page([u8; 4096]);
 
 impl UsedFile {
     /// Opens one, without the lock that the tapdisk has.
-    pub fn open(path: &Path) -> Result<UsedFile, image::Error> {
+    pub fn open(path: &Path) -> Result<UsedFile, store::Error> {
         check_storage(path).map_err(explain(path, "open it"))?;
         let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
         let fits = |file: &File| direct_alignment(file).is_none_or(|(_, at)| u64::from(at) <= SECTOR_SIZE);
@@ -213,7 +214,7 @@ impl UsedFile {
     }
 
     /// Writes the footer that the tapdisk takes the hidden mark from when it closes the image.
-    pub fn write_footer(&self, image: &Image) -> Result<(), image::Error> {
+    pub fn write_footer(&self, image: &Image) -> Result<(), store::Error> {
         let mut footer = image.footer;
         footer.seal();
         let write = || {
@@ -259,7 +260,7 @@ pub enum UseError {
     Layout(#[from] LayoutError),
     /// The system says no.
     #[error(transparent)]
-    Image(#[from] image::Error),
+    Image(#[from] store::Error),
 }
 
 impl Source for UsedFile {
@@ -341,9 +342,9 @@ pub struct ReadFile {
 
 impl ReadFile {
     /// Opens one for reading and takes its lock, as tapdisk does for what it only reads.
-    pub fn open(path: &Path) -> Result<ReadFile, image::Error> {
+    pub fn open(path: &Path) -> Result<ReadFile, store::Error> {
         let (file, _) = open_storage(path).map_err(explain(path, "open it"))?;
-        Ok(ReadFile { file: Lock::take(file, path, true)? })
+        Ok(ReadFile { file: Lock::take(&Blocking::of_thread(), file, path, true)? })
     }
 }
 

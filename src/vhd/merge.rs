@@ -19,7 +19,7 @@ use super::file::{
     ImageFile, Medium, ReadFile, cut_footer, footer_place, table_part, write_batmap, write_footers, write_pieces,
 };
 use crate::chain::{self, Link, Rules};
-use crate::image;
+use crate::store;
 
 const SECTOR: u64 = 512;
 /// Bytes that are written before they are made safe: what the page cache holds is written back all at once, beside what guests do.
@@ -39,7 +39,7 @@ pub enum Error {
     Chain(#[from] chain::Error),
     /// One of them can't be opened.
     #[error(transparent)]
-    Image(#[from] image::Error),
+    Store(#[from] store::Error),
     /// They can't be merged.
     #[error("{}: {text}", path.display())]
     Unfit {
@@ -77,7 +77,7 @@ impl Error {
     pub fn errno(&self) -> Errno {
         match self {
             Error::Chain(error) => error.errno(),
-            Error::Image(error) => error.errno(),
+            Error::Store(error) => error.errno(),
             Error::Unfit { errno, .. } => *errno,
             Error::Small { .. } => Errno::ERANGE,
             Error::Io { source, .. } => crate::sys::errno_of(source),

@@ -8,21 +8,21 @@ use drivers::vhd::layout::NewParent;
 use drivers::vhd::{Uuid, unix_seconds};
 
 use crate::chain::Link;
-use crate::image;
+use crate::store;
 use crate::volume;
 
-fn missing(path: &Path) -> impl Fn(io::Error) -> image::Error + '_ {
-    |source| image::Error::Io { path: path.to_owned(), action: "find it", source }
+fn missing(path: &Path) -> impl Fn(io::Error) -> store::Error + '_ {
+    |source| store::Error::Io { path: path.to_owned(), action: "find it", source }
 }
 
 /// What a child at `child` says of its parent.
-pub fn new_parent(child: &Path, parent: &Link) -> Result<NewParent, image::Error> {
+pub fn new_parent(child: &Path, parent: &Link) -> Result<NewParent, store::Error> {
     let uuid = match &parent.image {
         None => Uuid::NIL,
         Some(image) if image.footer.uuid == Uuid::NIL => {
             let message =
                 "its UUID is all zeros, which would say that it is a raw image: it cannot be a parent".into();
-            return Err(image::Error::Unfit { path: parent.path.clone(), message });
+            return Err(store::Error::Unfit { path: parent.path.clone(), message });
         }
         Some(image) => image.footer.uuid,
     };
@@ -40,18 +40,18 @@ pub fn new_parent(child: &Path, parent: &Link) -> Result<NewParent, image::Error
         let message = "a raw parent is known by its name alone, and this one is another volume's after the next boot: name it as in \
                        /dev/VG/LV, /dev/mapper or /dev/drbd/by-res"
             .into();
-        return Err(image::Error::Unfit { path: parent.path.clone(), message });
+        return Err(store::Error::Unfit { path: parent.path.clone(), message });
     }
     let path = relative(&folder_of(child)?, &name);
     let path = path.to_str().ok_or_else(|| {
         let message = "its path is not UTF-8, which the format wants: rename it".into();
-        image::Error::Unfit { path: parent.path.clone(), message }
+        store::Error::Unfit { path: parent.path.clone(), message }
     })?;
     Ok(NewParent { path: path.to_owned(), uuid, unix_seconds })
 }
 
 /// The folder of an image that is to be, or is there: of a volume, that of its lasting name.
-fn folder_of(child: &Path) -> Result<PathBuf, image::Error> {
+fn folder_of(child: &Path) -> Result<PathBuf, store::Error> {
     if let Ok(name) = volume::lasting_name(child) {
         return Ok(name.parent().unwrap_or(Path::new("/")).to_owned());
     }

@@ -22,6 +22,7 @@ mod process;
 mod queue;
 mod real_input;
 mod regions;
+mod store;
 mod style;
 mod tap_ctl;
 mod vhd;

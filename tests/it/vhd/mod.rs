@@ -3,6 +3,7 @@
 mod chain;
 mod change;
 mod claims;
+mod in_memory;
 mod interop;
 mod open;
 mod repair;

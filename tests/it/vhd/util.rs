@@ -471,7 +471,7 @@ fn an_image_in_use_is_left_alone() {
     good("create -n {} -s 100", &[&path]);
     good("snapshot -n {} -p {}", &[&child, &path]);
     let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-    let lock = tapdisk::image::lock(file, &path, false).unwrap();
+    let lock = tapdisk::store::lock(&tapdisk::blocking::Blocking::before_main_loop(), file, &path, false).unwrap();
     let before = std::fs::read(&path).unwrap();
     for words in [
         "modify -z -n {}",

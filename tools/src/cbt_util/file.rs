@@ -10,7 +10,8 @@ use drivers::changed_blocks::{HEADER_SIZE, Header, Unfit};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::statvfs::fstatvfs;
-use tapdisk::image::{self, Lock, lock};
+use tapdisk::blocking::Blocking;
+use tapdisk::store::{self, Lock, lock};
 use tapdisk::sys::file::{check_storage, geometry};
 use zerocopy::IntoBytes;
 
@@ -43,11 +44,11 @@ impl LogFile {
     fn open_unused(path: &Path, flags: i32) -> Result<LogFile> {
         let (file, len, device) = open_storage(path, true, flags)?;
         let copy = file.try_clone().map_err(Failure::io(path, "lock it"))?;
-        let file = match lock(copy, path, false) {
+        let file = match lock(&Blocking::before_main_loop(), copy, path, false) {
             Ok(held) => Lock::Held(held),
             // On a file system without locks nobody has one.
-            Err(image::Error::Unfit { .. }) => Lock::Without(file),
-            Err(image::Error::Locked { holder, .. }) => {
+            Err(store::Error::Unfit { .. }) => Lock::Without(file),
+            Err(store::Error::Locked { holder, .. }) => {
                 let text = format!("in use by {holder}: pause the disk first, or close it");
                 return Err(Failure::new(Errno::EBUSY, path, text));
             }

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use tapdisk::sys::errno_of;
 use tapdisk::text::one_line;
 use tapdisk::vhd::merge;
-use tapdisk::{chain, image};
+use tapdisk::{chain, store};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -66,15 +66,15 @@ impl From<merge::Error> for Failure {
     fn from(error: merge::Error) -> Failure {
         match error {
             merge::Error::Chain(error) => error.into(),
-            merge::Error::Image(error) => error.into(),
+            merge::Error::Store(error) => error.into(),
             other => Failure { errno: other.errno(), line: None, text: other.to_string() },
         }
     }
 }
 
-impl From<image::Error> for Failure {
-    fn from(error: image::Error) -> Failure {
-        let remedy = if matches!(error, image::Error::Locked { .. }) { ": stop it first" } else { "" };
+impl From<store::Error> for Failure {
+    fn from(error: store::Error) -> Failure {
+        let remedy = if matches!(error, store::Error::Locked { .. }) { ": stop it first" } else { "" };
         let errno = error.errno();
         Failure { errno, line: None, text: format!("{error}{remedy}") }
     }

@@ -5,9 +5,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use drivers::vhd::{FOOTER_SIZE, Footer, HEADER_SIZE, Header, Image, KeyHash, Kind, Parts, Source, Uuid};
-use tapdisk::chain::{self, Error, Opened};
+use tapdisk::blocking::Blocking;
+use tapdisk::chain::{self, Error};
+use tapdisk::store::{FileStore, Store};
 use tapdisk::sys::errno_of;
-use tapdisk::sys::file::open_storage;
 use tapdisk::text::one_line;
 use tapdisk::volume;
 
@@ -162,11 +163,17 @@ fn look(
     } else {
         path.to_owned()
     };
-    let source: Box<dyn Source> = match volume {
-        Some(volume) => Box::new(volume.open().map_err(|error| bad("opening file")(io(error)))?),
+    let blocking = Blocking::before_main_loop();
+    let (opened, store, reading);
+    let source: &dyn Source = match volume {
+        Some(volume) => {
+            opened = volume.open().map_err(|error| bad("opening file")(io(error)))?;
+            &opened
+        }
         None => {
-            let (file, _) = open_storage(path).map_err(|error| bad("opening file")(io(error)))?;
-            Box::new(Opened { file })
+            store = FileStore::look(&blocking, path).map_err(|error| bad("opening file")(error.into()))?;
+            reading = (&store as &dyn Store).reading(&blocking);
+            &reading
         }
     };
     let size = source.size().map_err(|error| bad("opening file")(io(error)))?;
@@ -176,7 +183,7 @@ fn look(
         return Ok((found, false));
     }
     let fast = args.fast && !args.pretty && !args.markers;
-    if let Some((footer, header)) = fast.then(|| headers(&*source)).flatten() {
+    if let Some((footer, header)) = fast.then(|| headers(source)).flatten() {
         (found.capacity, found.hidden) = (footer.size(), footer.hidden_value());
         if footer.kind() == Ok(Kind::Differencing) {
             let name = header.parent_name();
@@ -190,8 +197,8 @@ fn look(
         }
     }
     let parts = if args.markers { Parts::Unchecked } else { Parts::Heads };
-    let image = Image::read_parts(&*source, parts, &mut Vec::new())
-        .map_err(|error| bad("opening file")(read(path)(error)))?;
+    let image =
+        Image::read_parts(source, parts, &mut Vec::new()).map_err(|error| bad("opening file")(read(path)(error)))?;
     (found.capacity, found.hidden) = (image.size, image.footer.hidden_value());
     if let Some(batmap) = &image.batmap {
         (found.marker, found.key_hash) = (batmap.marker, batmap.key_hash);

@@ -6,7 +6,7 @@ use std::path::Path;
 use drivers::vhd::layout::{self, LayoutError, NewParent, Piece, batmap_pieces};
 use drivers::vhd::{Corrupt, FOOTER_SIZE, Header, Image, Kind, Parts, ReadError, Source, Table};
 use nix::errno::Errno;
-use tapdisk::{chain, image};
+use tapdisk::{chain, store};
 use zerocopy::IntoBytes;
 
 use tapdisk::sys::errno_of;
@@ -31,7 +31,7 @@ pub(super) fn open(path: &Path) -> Result<(ImageFile, Image)> {
 /// Opens an image of which a tapdisk that writes it bears the change. None: none does.
 fn open_used(path: &Path) -> Result<Option<(UsedFile, Image)>> {
     match ImageFile::open(path) {
-        Err(image::Error::Locked { .. }) => {}
+        Err(store::Error::Locked { .. }) => {}
         // What else is wrong is told by whoever opens it.
         _ => return Ok(None),
     }
