@@ -157,7 +157,7 @@ fn hand_out(taken: &mut VecDeque<Completion>, done: &mut dyn FnMut(Box<Io>, Resu
 /// What an engine for files is opened with.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// The first of them is what a [`FileId`](crate::sys::io::FileId) of 0 names.
+    /// The first of them is what a [`FileId`] of 0 names.
     pub files: Arc<[Backing]>,
     /// I/Os in flight.
     pub depth: usize,
