@@ -11,7 +11,7 @@ use nix::sys::eventfd::EventFd;
 use super::{Completion, Engine, Inline, Reap, Submit, hand_out};
 use crate::blocking::{Blocking, Caller};
 use crate::store::Ram;
-use crate::sys::io::{Io, IoOp};
+use crate::sys::io::{FileId, Io, IoOp};
 
 /// An engine for one RAM of `size` bytes, zeroed. Takes its time where that is much.
 pub fn ram(blocking: &Blocking, size: u64, depth: usize) -> std::io::Result<Engine> {
@@ -69,25 +69,25 @@ impl Submit for Shared {
     fn submit(&self, batch: &mut VecDeque<Box<Io>>, limit: usize, by: Caller) -> Result<usize, Errno> {
         let count = batch.len().min(limit);
         let mut done = self.done.lock().unwrap();
-        let mut left = count;
-        while left > 0 {
-            let file = batch[0].file;
-            let same = batch.iter().take(left).take_while(|io| io.file == file).count();
-            let mut bytes = self.files[usize::from(file.0)].bytes();
-            for io in batch.drain(..same) {
-                let result = match &mut bytes {
-                    Some(bytes) => run(bytes, &io),
-                    None => {
-                        if io.op == IoOp::Status {
-                            io.put(&io.len.to_ne_bytes());
-                        }
-                        Ok(io.len)
-                    }
-                };
-                done.push_back((io, result));
+        // Of one file, nearly always. That of the one before is let go of before another is taken.
+        let mut open: Option<(FileId, _)> = None;
+        for io in batch.drain(..count) {
+            if open.as_ref().is_none_or(|(file, _)| *file != io.file) {
+                drop(open.take());
+                open = Some((io.file, self.files[usize::from(io.file.0)].bytes()));
             }
-            left -= same;
+            let result = match &mut open {
+                Some((_, Some(bytes))) => run(bytes, &io),
+                _ => {
+                    if io.op == IoOp::Status {
+                        io.put(&io.len.to_ne_bytes());
+                    }
+                    Ok(io.len)
+                }
+            };
+            done.push_back((io, result));
         }
+        drop(open);
         drop(done);
         self.ready.store(true, Ordering::Release);
         // The main loop reaps after it has submitted, and need not be told.

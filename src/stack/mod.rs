@@ -251,6 +251,7 @@ impl Stack {
     }
 
     /// Plans a request as far as the queue has room.
+    #[inline(always)] // of each request
     pub fn start(&mut self, id: RequestId, slots: &mut Slots, queue: &mut Queue) -> Started {
         let request = slots.get(id);
         let (plan_as, op) = match request.op {
@@ -617,7 +618,7 @@ impl Stack {
 
     /// All of a request is planned and done: it is finished, or the metadata that says where its data is, which may be that of an
     /// earlier write, is to be made durable with it.
-    #[inline]
+    #[inline(always)] // of each request
     pub fn all_done(&mut self, id: RequestId, slots: &mut Slots) {
         let request = slots.get_mut(id);
         let lasting = std::mem::take(&mut request.metadata) && request.error.is_none();
@@ -632,9 +633,15 @@ impl Stack {
 
     /// Puts the requests that are finished behind those in `to`. True: there are some.
     pub fn take_done(&mut self, to: &mut VecDeque<RequestId>) -> bool {
-        let some = !self.done.is_empty();
-        to.append(&mut self.done);
-        some
+        if self.done.is_empty() {
+            return false;
+        }
+        if to.is_empty() {
+            // All at once: both have room for all requests.
+            std::mem::swap(to, &mut self.done);
+        }
+        to.extend(self.done.drain(..));
+        true
     }
 
     /// A write that was to be durable has failed. Through the page cache it is a write and a flush, and gets the error of what others wrote.

@@ -217,7 +217,7 @@ impl Stack {
     pub(super) fn move_copies(&mut self, slots: &mut Slots, queue: &mut Queue) -> bool {
         let mut moved = false;
         while let Some(id) = self.copies.as_mut().and_then(|copies| copies.to_start.pop_front()) {
-            if self.start(id, slots, queue) != Started::Planned {
+            if self.start_own(id, slots, queue) != Started::Planned {
                 self.copies.as_mut().expect("it has such").to_start.push_front(id);
                 break;
             }
@@ -235,6 +235,11 @@ impl Stack {
             moved = true;
         }
         moved
+    }
+
+    #[inline(never)] // one copy of it is enough where it is rare
+    fn start_own(&mut self, id: RequestId, slots: &mut Slots, queue: &mut Queue) -> Started {
+        self.start(id, slots, queue)
     }
 
     /// What a copy has begun is done: it takes its next step.
