@@ -3,40 +3,34 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use drivers::changed_blocks::{ChangedBlocks, HEADER_SIZE, Header, map_len};
-use drivers::vhd::Source;
-use slog::Logger;
-
-use super::{Chain, Error, rights_of};
+use super::{Chain, Error, ToOpen, rights_of};
 use crate::blocking::Blocking;
-use crate::config::{Direct, Image};
+use crate::config::Direct;
 use crate::memory;
 use crate::stack::HostLayer;
 use crate::store::{self, How, Store};
 use crate::sys::io::FileId;
+use drivers::changed_blocks::{ChangedBlocks, HEADER_SIZE, Header, map_len};
+use drivers::vhd::Source;
 
 /// Puts the filters that the configuration names before the images of a chain.
-pub(super) fn add(blocking: &Blocking, image: &Image, chain: &mut Chain, log: &Logger) -> Result<(), Error> {
+pub(super) fn add(to_open: &ToOpen, chain: &mut Chain) -> Result<(), Error> {
+    let image = &to_open.config.image;
     // Of an image that is not written, there is nothing to mark.
     if let Some(path) = image.changed_blocks.as_deref().filter(|_| !image.read_only) {
-        changed_blocks(blocking, image, path, chain, log)?;
+        changed_blocks(to_open, path, chain)?;
     }
     Ok(())
 }
 
 /// Opens a log of changed blocks, through the page cache, and with the rights of who has named it.
-fn changed_blocks(
-    blocking: &Blocking,
-    image: &Image,
-    path: &Path,
-    chain: &mut Chain,
-    log: &Logger,
-) -> Result<(), Error> {
+fn changed_blocks(to_open: &ToOpen, path: &Path, chain: &mut Chain) -> Result<(), Error> {
+    let (blocking, image) = (to_open.blocking, &to_open.config.image);
     let by = image.changed_blocks_by.as_deref();
     let _rights = rights_of(by, path)?;
     let (direct, sector_size) = (Direct::Off, None);
     let how = How { read_only: false, metadata: true, direct, sector_size, lock: image.lock, by };
-    let mut store = store::open(blocking, path, &how, log)?;
+    let mut store = (to_open.open)(blocking, path, &how, to_open.log)?;
     store.lock(blocking)?;
     let layer = read(blocking, &*store, chain.info.size)?;
     let mut host = HostLayer::new(Box::new(layer), path, FileId(chain.stores.len() as u16), true);

@@ -167,15 +167,15 @@ pub fn open_with(
 ) -> Result<Image, Error> {
     let image = &config.image;
     let path = || image.path.as_deref().unwrap_or(Path::new(""));
-    let opening = ToOpen { blocking, config, path: path(), open, log };
+    let to_open = ToOpen { blocking, config, path: path(), open, log };
     let files = |open: fn(&ToOpen) -> Result<Chain, Error>| {
         let _rights = rights_of(image.by.as_deref(), path())?;
-        open(&opening)
+        open(&to_open)
     };
     let size = image.size.map_or(0, |size| size.0);
     let ram = match image.kind {
-        ImageType::Aio => return with_engine(blocking, files(open_raw)?, config, event, log),
-        ImageType::Vhd => return with_engine(blocking, files(vhd::open)?, config, event, log),
+        ImageType::Aio => return with_engine(&to_open, files(open_raw)?, event),
+        ImageType::Vhd => return with_engine(&to_open, files(vhd::open)?, event),
         ImageType::Ram => Ram::zeroed(blocking, size),
         ImageType::Null => Ok(Ram::null(size)),
     };
@@ -305,15 +305,10 @@ struct Chain {
     stores: Vec<Arc<dyn Store>>,
 }
 
-fn with_engine(
-    blocking: &Blocking,
-    mut chain: Chain,
-    config: &Config,
-    event: Option<Arc<EventFd>>,
-    log: &Logger,
-) -> Result<Image, Error> {
+fn with_engine(to_open: &ToOpen, mut chain: Chain, event: Option<Arc<EventFd>>) -> Result<Image, Error> {
+    let ToOpen { blocking, config, log, .. } = *to_open;
     let image = chain.layers[0].path.clone();
-    filters::add(blocking, &config.image, &mut chain, log)?;
+    filters::add(to_open, &mut chain)?;
     let Chain { info, layers, stores } = chain;
     let image = image.as_path();
     let io = |action| move |source| store::Error::Io { path: image.to_owned(), action, source };

@@ -72,29 +72,23 @@ impl FileStore {
             );
             return Err(Error::Unfit { path: path.to_owned(), message });
         }
-        let mut store = FileStore::of(path, plain, geometry)?;
-        let plain = match (read_only, direct) {
-            (true, None) => None,
-            (true, Some(direct)) => Some(std::mem::replace(&mut store.file, Lock::Without(direct))),
-            (false, _) => {
-                Some(std::mem::replace(&mut store.file, Lock::Without(open_to_write(blocking, path, is_direct)?)))
+        let another = match (read_only, direct) {
+            (true, direct) => direct,
+            (false, _) => Some(open_to_write(blocking, path, is_direct)?),
+        };
+        let (file, plain) = match another {
+            None => (plain, None),
+            Some(file) => {
+                let meta = file.metadata().map_err(io("serve it"))?;
+                if !same_file(&meta, &plain) {
+                    return Err(Error::Replaced { path: path.to_owned() });
+                }
+                (file, Some(plain))
             }
         };
-        let meta = store.file.metadata().map_err(io("serve it"))?;
-        if let Some(plain) = plain {
-            if !same_file(&meta, &plain) {
-                return Err(Error::Replaced { path: path.to_owned() });
-            }
-            if let Lock::Without(plain) = plain
-                && how.metadata
-                && !read_only
-                && is_direct
-            {
-                store.plain = Some(plain);
-            }
-        }
-        (store.direct, store.read_only, store.lock, store.by) = (is_direct, read_only, how.lock, how.by.cloned());
-        Ok(store)
+        let plain = plain.filter(|_| how.metadata && !read_only && is_direct);
+        let (lock, by) = (how.lock, how.by.cloned());
+        Ok(FileStore { plain, direct: is_direct, read_only, lock, by, ..FileStore::of(path, file, geometry)? })
     }
 
     /// Opens it only to look at its metadata, through the page cache: without a lock, and waiting for nobody.
