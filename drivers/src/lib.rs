@@ -12,6 +12,7 @@ pub mod changed_blocks;
 pub mod layer;
 mod origin;
 mod raw;
+pub mod throttle;
 pub mod vhd;
 
 pub use layer::{
@@ -20,6 +21,7 @@ pub use layer::{
 };
 pub use origin::Origin;
 pub use raw::{OddSize, Raw};
+pub use throttle::Throttle;
 
 /// Bytes in a sector, the unit of every offset on the ring and in XenStore, whatever the logical sector size.
 pub const SECTOR_SIZE: u64 = 512;
