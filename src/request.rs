@@ -64,6 +64,15 @@ impl Op {
     }
 }
 
+/// That a layer has a request wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Which one, 0 being the one that is asked first.
+    pub layer: u16,
+    /// Since when, ns of [`now`](crate::stats::now).
+    pub since: u64,
+}
+
 /// A run of bytes of one of the payload's memories. Small, because each slot has room for as many as a request may have: a place has 48
 /// bits, which is more than the addresses of a process.
 #[derive(Clone, Copy, Debug)]
@@ -259,7 +268,7 @@ pub struct Request {
     /// Bytes that the stack has planned.
     pub planned: u64,
     /// The layer that has it wait.
-    pub waits_for: Option<u16>,
+    pub waits_for: Option<Waiting>,
     /// tiocbs that are not finished, and tickets that are not settled.
     pub pieces: u32,
     /// The image's metadata has to be durable with it.

@@ -8,6 +8,7 @@ mod engine;
 mod fault;
 mod member;
 mod statistics;
+mod throttle;
 mod units;
 mod xen;
 
@@ -22,6 +23,7 @@ pub use self::engine::{Engine, EngineName, NoSpace, Retry, THREADS_MAX, Watchdog
 pub use self::fault::{Distribution, ErrnoName, Fault, FaultKind, FaultOp};
 pub use self::member::Member;
 pub use self::statistics::{Metrics, Statistics};
+pub use self::throttle::{Throttle, Traffic};
 pub use self::units::Size;
 use self::units::{in_range, log_level, minor, sector_size};
 pub use self::xen::{Device, OnClose, Xen};
@@ -49,6 +51,9 @@ pub struct Config {
     /// What is done about errors.
     #[serde(default)]
     pub retry: Retry,
+    /// How much of it passes a second.
+    #[serde(default, skip_serializing_if = "Throttle::is_none")]
+    pub throttle: Throttle,
     /// What is done about I/O that takes very long.
     #[serde(default)]
     pub watchdog: Watchdog,
@@ -509,6 +514,7 @@ impl Config {
         if self.frontend.xen.is_some() {
             return Err(("frontend.xen", "the guest is for tapback to say".into()));
         }
+        self.throttle.check()?;
         self.check_engine()
     }
 
@@ -516,6 +522,7 @@ impl Config {
     fn check(&self) -> Result<(), (&'static str, String)> {
         self.check_image()?;
         self.check_engine()?;
+        self.throttle.check()?;
         self.check_frontends()
     }
 

@@ -67,9 +67,76 @@ fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
         ("[image\n", "disk.toml:1: syntax: ", "expected"),
         ("requests = 1", "disk.toml:1: image.path: ", "missing"),
     ];
-    for (text, place, expected) in cases {
+    wrong(&cases);
+}
+
+fn wrong(cases: &[(&str, &str, &str)]) {
+    for (text, place, expected) in cases.iter().copied() {
         let message = error(text);
         assert!(message.starts_with(place) && message.contains(expected), "{text:?} gave {message:?}");
+    }
+}
+
+#[test]
+fn limits_that_make_no_sense_are_refused_with_the_remedy() {
+    let cases = [
+        (
+            "[image]\npath = \"a\"\n[throttle.read]\nbytes_per_s = 0",
+            "disk.toml:4: throttle.read.bytes_per_s: ",
+            "from \"512\" to \"1 TiB\" a second; no limit: leave it out",
+        ),
+        (
+            "[image]\npath = \"a\"\n[throttle.all]\nrequests_per_s = 10000000000",
+            "disk.toml:4: throttle.all.requests_per_s: ",
+            "from 1 to 1000000000 a second",
+        ),
+        (
+            "[image]\npath = \"a\"\n[throttle.write]\nrequests_per_s = -1",
+            "disk.toml:4: throttle.write.requests_per_s: ",
+            "an integer from 0",
+        ),
+        (
+            "[image]\npath = \"a\"\n[throttle.write]\nrequests_per_s = 1000\nrequests_burst = 19",
+            "disk.toml:5: throttle.write.requests_burst: ",
+            "from 20, a fiftieth of a second's, without which the rate is not reached, to 1000000000; a tenth of a second's: leave it out",
+        ),
+        (
+            "[image]\npath = \"a\"\n[throttle.all]\nbytes_burst = \"1 MiB\"",
+            "disk.toml:4: throttle.all.bytes_burst: ",
+            "set throttle.all.bytes_per_s too",
+        ),
+        ("[image]\npath = \"a\"\n[throttle.reads]\n", "disk.toml:3: throttle", "unknown field `reads`"),
+    ];
+    wrong(&cases);
+}
+
+#[test]
+fn limits_are_what_the_throttle_gets_and_what_it_has_is_told() {
+    let text = "[image]\npath = 'a'\n[throttle.read]\nbytes_per_s = \"100MiB\"\nbytes_burst = \"200MiB\"\nrequests_per_s = 500\n\
+                requests_burst = 1000\n[throttle.all]\nrequests_per_s = 7\n";
+    let config = parse(text);
+    let mib = 1 << 20;
+    let values = [Some(100 * mib), Some(200 * mib), Some(500), Some(1000)];
+    let values = [values.as_slice(), &[None; 6], &[Some(7), None]].concat();
+    assert_eq!(config.throttle.values().as_slice(), values);
+    assert_eq!(Throttle::from(config.throttle.limits()), config.throttle);
+    let mut set = Throttle::default();
+    values.iter().enumerate().for_each(|(key, value)| set.set(key, *value));
+    assert_eq!(set, config.throttle);
+    assert!(Throttle::default().is_none() && Throttle::default().check().is_ok() && !set.is_none());
+    assert_eq!(parse(&config.to_toml()), config);
+    // Keys are those of the file.
+    for (key, value) in Throttle::KEYS.iter().zip(config.throttle.values()) {
+        let name = key.rsplit('.').next().unwrap();
+        assert_eq!(
+            value.is_some(),
+            config
+                .to_toml()
+                .split(&format!("[{}]", key.rsplit_once('.').unwrap().0))
+                .nth(1)
+                .is_some_and(|table| table.split("\n[").next().unwrap().contains(&format!("\n{name} = "))),
+            "{key}"
+        );
     }
 }
 

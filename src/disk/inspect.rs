@@ -111,7 +111,7 @@ impl Disk {
                 held_by: match (request.planning, request.waits_for) {
                     (false, _) => "queue".into(),
                     (true, None) => "stack".into(),
-                    (true, Some(layer)) => format!("waits for {}", self.stack.name_of(layer)),
+                    (true, Some(waiting)) => format!("waits for {}", self.stack.name_of(waiting.layer)),
                 },
                 tiocbs: std::mem::take(&mut tiocbs[id.index() as usize]),
             })

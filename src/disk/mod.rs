@@ -8,6 +8,7 @@ mod pause;
 mod recording;
 mod resize;
 mod switch;
+mod throttle;
 mod watchdog;
 
 use std::collections::VecDeque;
@@ -31,6 +32,7 @@ pub use self::resize::ResizeError;
 use self::resize::Resizing;
 use self::switch::Switching;
 pub use self::switch::{EngineReport, SwitchError, Wanted};
+pub use self::throttle::{LimitReport, ThrottleError, ThrottleReport};
 pub use self::watchdog::Watchdog;
 use crate::engine::{Engine, Opener};
 use crate::frontend::{DiskInfo, Frontend, Intake, gathered, xen};
@@ -287,13 +289,14 @@ impl Disk {
         self.first = self.first.wrapping_add(1);
         let count = self.frontends.len();
         for i in (0..count).map(|i| (self.first % count + i) % count) {
-            let had = self.started.len();
+            let (had, kept) = (self.started.len(), self.kept_from(i));
             self.frontends[i].pull(&mut Intake {
                 slots: &mut self.slots,
                 started: &mut self.started,
                 barrier: &mut self.barrier,
                 disk: &self.info,
                 origin: Origin::Frontend(i as u16),
+                kept,
                 now,
             });
             if self.started.len() > had && self.frontends[i].in_memory() {
@@ -593,7 +596,8 @@ impl Disk {
 
     /// Whether a turn would find something, as far as memory shows.
     pub fn ready(&self) -> bool {
-        self.queue.ready() || (self.may_pull() && self.frontends.iter().any(|frontend| frontend.ready()))
+        let ready = |index: usize| self.may_pull(index) && self.frontends[index].ready();
+        self.queue.ready() || (0..self.frontends.len()).any(ready)
     }
 
     /// When a frontend whose requests memory shows last brought one or got an answer, ns of [`now`].
@@ -605,12 +609,15 @@ impl Disk {
     pub fn arm(&mut self) -> bool {
         self.queue.engine().submit.tidy();
         // Where nothing can be pulled, a completion is what wakes the loop, and then it looks at the rings anyway.
-        let requests = self.may_pull() && self.frontends.iter_mut().fold(false, |ready, f| f.arm() | ready);
+        let mut requests = false;
+        for index in 0..self.frontends.len() {
+            requests |= self.may_pull(index) && self.frontends[index].arm();
+        }
         requests || self.queue.ready()
     }
 
-    fn may_pull(&self) -> bool {
-        self.state == State::Running && self.barrier.is_none() && self.slots.room() > 0
+    fn may_pull(&self, frontend: usize) -> bool {
+        self.state == State::Running && self.barrier.is_none() && self.slots.room() > self.kept_from(frontend)
     }
 
     /// When a turn is due although nothing happens, ns of [`now`].

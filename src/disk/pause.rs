@@ -389,7 +389,8 @@ impl Disk {
 
     /// Puts an image in the place of the one that was closed.
     pub(super) fn put_on(&mut self, image: Image, config: Arc<Config>) -> Result<(), PauseError> {
-        let stack = Stack::new(image.layers, self.slots.count()).map_err(io_error)?;
+        let mut stack = Stack::new(image.layers, self.slots.count()).map_err(io_error)?;
+        let config = self.keep_throttle(&mut stack, config);
         // The one that had nothing to do meanwhile.
         drop(self.exchange(image.submission));
         let grown = image.info.size != self.info.size;

@@ -73,13 +73,15 @@ pub struct Intake<'a> {
     pub(crate) barrier: &'a mut Option<RequestId>,
     pub(crate) disk: &'a DiskInfo,
     pub(crate) origin: Origin,
+    /// Slots that are left to other frontends.
+    pub(crate) kept: usize,
     pub(crate) now: u64,
 }
 
 impl Intake<'_> {
     /// Requests that can be put in now.
     pub fn room(&self) -> usize {
-        if self.barrier.is_some() { 0 } else { self.slots.room() }
+        if self.barrier.is_some() { 0 } else { self.slots.room().saturating_sub(self.kept) }
     }
 
     /// The next request, with an empty payload, to be filled in: operation, offset, length, payload and tag.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use super::{Chain, Error, ToOpen, rights_of};
 use crate::blocking::Blocking;
-use crate::config::Direct;
+use crate::config::{Config, Direct};
 use crate::memory;
 use crate::stack::HostLayer;
 use crate::store::{self, How, Store};
 use crate::sys::io::FileId;
+use drivers::Throttle;
 use drivers::changed_blocks::{ChangedBlocks, HEADER_SIZE, Header, map_len};
 use drivers::vhd::Source;
 
@@ -20,7 +21,13 @@ pub(super) fn add(to_open: &ToOpen, chain: &mut Chain) -> Result<(), Error> {
     if let Some(path) = image.changed_blocks.as_deref().filter(|_| !image.read_only) {
         changed_blocks(to_open, path, chain)?;
     }
+    throttle(to_open.config, &mut chain.layers);
     Ok(())
+}
+
+/// The throttle is there without limits, too, so that some can be set. It is asked first: what it holds back nobody else has seen.
+pub(super) fn throttle(config: &Config, layers: &mut Vec<HostLayer>) {
+    layers.insert(0, HostLayer::without_file(Box::new(Throttle::new(config.throttle.limits()))));
 }
 
 /// Opens a log of changed blocks, through the page cache, and with the rights of who has named it.

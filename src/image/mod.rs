@@ -122,7 +122,8 @@ impl Image {
         let submission = submission.map_err(no_memory)?;
         let raw = Raw::new(info.size, info.sector_size.into(), drivers::OddSize::Refuse)
             .map_err(|source| Error::Format { path: path.to_owned(), source })?;
-        let layers = vec![HostLayer::new(Box::new(raw), path, FileId(0), false)];
+        let mut layers = vec![HostLayer::new(Box::new(raw), path, FileId(0), false)];
+        filters::throttle(config, &mut layers);
         let stores: Stores = Arc::new([Arc::new(store)]);
         Ok(Image { info, layers: layers.into(), submission: submission.into(), opener: None, stores: stores.into() })
     }

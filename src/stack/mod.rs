@@ -28,7 +28,7 @@ use self::through::{COPIES_MAX, Copies, READS_MAX, Wanted};
 use crate::blocking::Blocking;
 use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
-use crate::request::{Op, Request, RequestId, Slots};
+use crate::request::{Op, Request, RequestId, Slots, Waiting};
 use crate::stats::now;
 use crate::sys::io::{FileId, IoOp};
 
@@ -63,6 +63,15 @@ impl Hits {
     }
 }
 
+/// What has waited for a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waits {
+    /// Requests that went on.
+    pub requests: u64,
+    /// How long they had waited, all together, ns.
+    pub ns: u64,
+}
+
 /// How far a request could be planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Started {
@@ -85,6 +94,8 @@ pub struct Stack {
     files: Vec<(u16, LayerFile)>,
     /// Of each layer.
     hits: Vec<Hits>,
+    /// Of each layer.
+    waits: Vec<Waits>,
     /// The leaf's `zeros_from` when it was opened.
     zeros_at_open: u64,
     /// When the file was seen to have grown, ns of [`now`].
@@ -157,6 +168,7 @@ impl Stack {
             first: 0,
             files,
             hits: vec![Hits::default(); layers.len()],
+            waits: vec![Waits::default(); layers.len()],
             zeros_at_open: layers[leaf].layer.zeros_from(LayerFile(0)),
             grown_at: 0,
             time: 0,
@@ -223,9 +235,34 @@ impl Stack {
         self.first = self.layers[..self.leaf].iter().take_while(idle).count();
     }
 
-    /// The layer of that type, if there is one: for those who steer it.
+    /// The layer of that type, if there is one, and its number: to look at it.
+    pub fn get<T: Layer>(&self) -> Option<(u16, &T)> {
+        let typed = |layer: &HostLayer| <dyn Any>::is::<T>(layer.layer.as_ref());
+        let index = self.layers.iter().position(typed)?;
+        Some((index as u16, <dyn Any>::downcast_ref(self.layers[index].layer.as_ref())?))
+    }
+
+    /// What has waited for a layer.
+    pub fn waits(&self, layer: u16) -> Waits {
+        self.waits[usize::from(layer)]
+    }
+
+    /// The layer of that type takes the place of one for which so much has waited.
+    pub fn set_waits<T: Layer>(&mut self, waits: Waits) {
+        if let Some((layer, _)) = self.get::<T>() {
+            self.waits[usize::from(layer)] = waits;
+        }
+    }
+
+    /// The layer of that type, if there is one: for those who steer it. What waits is asked for again, for it may wait for that.
     pub fn find<T: Layer>(&mut self) -> Option<&mut T> {
+        self.progress = true;
         self.layers.iter_mut().find_map(|layer| (layer.layer.as_mut() as &mut dyn Any).downcast_mut())
+    }
+
+    /// Whether some filter is asked.
+    pub fn is_filtered(&self) -> bool {
+        self.first < self.leaf
     }
 
     /// Whether the disk only finishes what it has.
@@ -266,7 +303,7 @@ impl Stack {
             Op::Flush => return if self.flush(id, slots, queue) { Started::Planned } else { Started::NoRoom },
         };
         let request = slots.get_mut(id);
-        (request.metadata, request.waits_for) = (matches!(op, IoOp::Write { fua: true }), None);
+        request.metadata = matches!(op, IoOp::Write { fua: true });
         let (origin, own) = (request.origin, own_tag(request).filter(|_| self.copies.is_some()));
         let first = own.and_then(|tag| self.begins_at(tag)).unwrap_or(self.first);
         loop {
@@ -275,6 +312,7 @@ impl Stack {
                 return Started::Planned;
             }
             if !queue.has_room_for(self.transfers_most) {
+                self.waits_no_longer(request);
                 return Started::NoRoom;
             }
             if self.copies.is_some() && !self.may_copy(own) {
@@ -287,6 +325,7 @@ impl Stack {
                 // Nearly always this is all there is to it.
                 Plan::Data { file, at: offset, count, ticket: None } => {
                     let (file, at) = (layer.file(file), request.planned);
+                    self.waits_no_longer(request);
                     let pushed = queue.push(Transfer { op, file, offset, len: count, owner: id, at, piece: None });
                     debug_assert!(pushed);
                     request.pieces += 1;
@@ -306,17 +345,33 @@ impl Stack {
         match self.walk(&mut part.ask, first) {
             (layer, Plan::Wait { until }) => {
                 self.wait(until);
-                slots.get_mut(part.id).waits_for = Some(layer as u16);
+                let (layer, request) = (layer as u16, slots.get_mut(part.id));
+                if request.waits_for.is_none_or(|waiting| waiting.layer != layer) {
+                    self.waits_no_longer(request);
+                    request.waits_for = Some(Waiting { layer, since: self.time });
+                }
                 return false;
             }
             (_, Plan::Fail(why)) => {
                 let request = slots.get_mut(part.id);
+                self.waits_no_longer(request);
                 request.error.get_or_insert(errno(why));
                 request.planned = request.len;
             }
-            found => self.go(part, found, slots, queue),
+            found => {
+                self.waits_no_longer(slots.get_mut(part.id));
+                self.go(part, found, slots, queue);
+            }
         }
         true
+    }
+
+    fn waits_no_longer(&mut self, request: &mut Request) {
+        if let Some(Waiting { layer, since }) = request.waits_for.take() {
+            let waits = &mut self.waits[usize::from(layer)];
+            waits.requests += 1;
+            waits.ns += self.time.saturating_sub(since);
+        }
     }
 
     fn wait(&mut self, until: Option<u64>) {
@@ -683,10 +738,11 @@ impl Stack {
         })
     }
 
-    /// Counters of the layers that have some, the first one first.
+    /// The layers and their counters, the first one first, without filters that are idle.
     pub fn inspect(&self) -> Vec<LayerReport> {
         let size = self.leaf().layer.size().unwrap_or(0);
-        let layers = self.layers.iter().map(|layer| {
+        let idle = |layer: &&HostLayer| layer.layer.size().is_none() && layer.layer.is_idle();
+        let layers = self.layers.iter().filter(|layer| !idle(layer)).map(|layer| {
             let mut counters = std::collections::BTreeMap::new();
             layer.layer.inspect(&mut |name, value| {
                 counters.insert(name.to_owned(), value);
@@ -710,7 +766,7 @@ impl Stack {
 /// What is to be shown of a layer.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct LayerReport {
-    /// The file.
+    /// The file; empty: a filter without one.
     pub path: String,
     /// The format's name.
     pub format: String,

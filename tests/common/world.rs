@@ -93,13 +93,19 @@ pub fn ram(abi: Abi, sector_size: u32, read_only: bool) -> World {
 
 /// One on `engine`.
 pub fn world(abi: Abi, sector_size: u32, read_only: bool, engine: Engine) -> World {
+    let (ring, front, queue, memory) = ring(abi, sector_size);
+    World { disk: disk(Box::new(ring), info(sector_size, read_only), engine), front, queue, memory }
+}
+
+/// A ring, its client's side, and its memory.
+pub fn ring(abi: Abi, sector_size: u32) -> (Ring, FrontRing, Arc<Mutex<RingQueue>>, Arc<Memory>) {
     let memory = Arc::new(Memory::anonymous((PAGES as usize + 1) * PAGE_SIZE).unwrap());
     let shared = Shared::new(Arc::clone(&memory), 0, abi, 0);
     let front = FrontRing::init(shared.clone());
     let limits = Limits { indirect_segments: 32, sector_size };
     let queue = Arc::new(Mutex::new(RingQueue::new(BackRing::attach(shared), limits)));
     let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)) };
-    World { disk: disk(Box::new(ring), info(sector_size, read_only), engine), front, queue, memory }
+    (ring, front, queue, memory)
 }
 
 /// What clients are told of such a disk.
@@ -109,9 +115,19 @@ pub fn info(sector_size: u32, read_only: bool) -> DiskInfo {
 
 /// A disk on `engine` with another frontend.
 pub fn disk(frontend: Box<dyn Frontend>, info: DiskInfo, engine: Engine) -> Disk {
+    disk_of(vec![frontend], Vec::new(), info, engine)
+}
+
+/// A disk on `engine` with other frontends, and with filters.
+pub fn disk_of(
+    frontends: Vec<Box<dyn Frontend>>,
+    mut layers: Vec<HostLayer>,
+    info: DiskInfo,
+    engine: Engine,
+) -> Disk {
     let sector_size = info.sector_size;
     let raw = drivers::Raw::new(SIZE, sector_size.into(), drivers::OddSize::Refuse).unwrap();
-    let layer = HostLayer::new(Box::new(raw), Path::new("image"), FileId(0), false);
+    layers.push(HostLayer::new(Box::new(raw), Path::new("image"), FileId(0), false));
     let limits = tapdisk::queue::Limits { tiocbs: 16, iovecs: 256, merge_bytes: 1 << 20, retry: Retry::default() };
     let submission = Submission::start(&Blocking::before_main_loop(), engine, SubmitMode::Auto).unwrap();
     let queue_of_disk = Queue::new(submission.into(), SubmitMode::Auto, limits);
@@ -119,9 +135,9 @@ pub fn disk(frontend: Box<dyn Frontend>, info: DiskInfo, engine: Engine) -> Disk
     let log = Logger::root(Discard, o!());
     Disk::new(Parts {
         info,
-        frontends: vec![frontend],
+        frontends,
         slots,
-        stack: Stack::new(vec![layer].into(), 16).unwrap(),
+        stack: Stack::new(layers.into(), 16).unwrap(),
         queue: queue_of_disk,
         stores: Arc::<[_]>::from([]).into(),
         opener: None,

@@ -32,6 +32,13 @@ fn the_reference_says_the_defaults() {
     let table: String = lines.map(|line| line.trim_start_matches("# ").to_owned() + "\n").collect();
     let with_fault = format!("{minimal}[[fault]]\n{table}");
     assert_eq!(Config::parse(&with_fault, &path).unwrap().faults.len(), 1, "{table}");
+    let (_, throttle) = text.split_once("# [throttle.read]\n").unwrap();
+    let lines = throttle.lines().take_while(|line| !line.is_empty()).filter(|line| !line.starts_with("#  "));
+    let table: String = lines.map(|line| line.trim_start_matches("# ").to_owned() + "\n").collect();
+    for of in ["read", "write", "all"] {
+        let limits = Config::parse(&format!("{minimal}[throttle.{of}]\n{table}"), &path).unwrap().throttle.values();
+        assert_eq!(limits.iter().flatten().count(), 4, "{table}");
+    }
     for key in ["size", "create", "changed_blocks", "sector_size", "listen", "file", "store", "socket"] {
         assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
     }

@@ -1,5 +1,7 @@
 //! Clients at a throttle, by a clock that is handed in; what is held waits as the disk has it wait.
 
+#![allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+
 use std::collections::VecDeque;
 
 use super::*;

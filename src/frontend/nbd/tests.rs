@@ -80,7 +80,8 @@ impl Served {
             self.events.iter().for_each(|event| self.nbd.event(event.token().0 - 7, event));
             let (slots, started) = (&mut self.slots, &mut self.started);
             let (disk, barrier) = (&self.disk, &mut None);
-            self.nbd.pull(&mut Intake { slots, started, barrier, disk, origin: Origin::Frontend(0), now: 0 });
+            let origin = Origin::Frontend(0);
+            self.nbd.pull(&mut Intake { slots, started, barrier, disk, origin, kept: 0, now: 0 });
             let worked = !self.stuck && self.work();
             self.nbd.publish();
             if quiet && !worked && !self.nbd.arm() {
