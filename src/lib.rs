@@ -38,6 +38,8 @@
 //! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one. What a layer has not, the
 //!   [`stack`] asks the one below for. A format that has metadata to write, says which; the stack moves it, and asks again: a write that
 //!   waits for such has a ticket, and is answered when that is settled.
+//!   A **filter** is a layer too, without data of its own: every operation descends through it. The first is the
+//!   [throttle](drivers::throttle), which has requests wait; without limits it is not asked.
 //!   Which images a disk is made of, a [`chain`] says: each names its parent, a [volume] by a name that lasts.
 //! - A **store** ([`store`]) is where a layer's bytes are: a file, a block device, memory. Jobs open, lock, measure and close it, and read and
 //!   write metadata there before the first request and after the last one; in between its bytes are the engine's. Its page says what its lock holds off.
@@ -73,7 +75,7 @@
 //! ## What is seen from outside
 //!
 //! [`stats`] counts requests and the transfers of each layer in fixed memory. [`metrics`] shows that to monitoring, `debug-queue`
-//! every request in flight, and [shared memory](stats::shm) to xentop what a guest's disk does.
+//! every request in flight and which layer has it wait, and [shared memory](stats::shm) to xentop what a guest's disk does.
 //!
 //! ## Ownership
 //!

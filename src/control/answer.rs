@@ -188,6 +188,7 @@ fn of_disk(
         kind::POLL => set_polling(request, polling, log).as_bytes().to_vec(),
         kind::RESIZE => resize(cookie, disk).ok_or(Late::Resize(cookie))?,
         kind::FAULT => engine::faults(request, disk, log),
+        kind::THROTTLE => engine::throttle(request, disk),
         _ => unknown(request),
     })
 }
@@ -208,6 +209,7 @@ fn is_known(kind: u16) -> bool {
             | kind::RESIZE
             | kind::ENGINE
             | kind::FAULT
+            | kind::THROTTLE
             | kind::COALESCE
             | kind::METRICS
     )
@@ -343,6 +345,7 @@ fn stats(disk: Option<&Disk>) -> serde_json::Value {
     stats["read_caching"] = json!(if disk.is_some_and(Disk::is_buffered) { "true" } else { "false" });
     if let Some(disk) = disk {
         stats["memory"] = json!(disk.budget());
+        stats["throttle"] = json!(disk.throttle_report());
     }
     stats
 }

@@ -1,11 +1,12 @@
-//! ENGINE and FAULT: another engine while the disk is in use, and the hand on the faults that are configured.
+//! ENGINE, THROTTLE and FAULT: another engine or other limits while the disk is in use, and the hand on the faults that are configured.
 
 use nix::errno::Errno;
 use slog::{Logger, info};
 use zerocopy::IntoBytes;
 
 use super::answer::with_json;
-use super::proto::{EngineChange, FaultChange, Message, engine, fault, kind};
+use super::proto::{EngineChange, FaultChange, Message, ThrottleChange, engine, fault, kind, throttle as flag};
+use crate::config::Throttle;
 use crate::disk::{Disk, SwitchError, Wanted};
 use crate::engine::fault::Faults;
 
@@ -46,6 +47,25 @@ pub(super) fn switched(cookie: u16, disk: &Disk, outcome: &Result<(), SwitchErro
         Ok(()) => with_json(kind::ENGINE_RSP, cookie, &disk.engine_report()),
         Err(error) => refused(cookie, disk, error),
     }
+}
+
+/// The answer to THROTTLE.
+pub(super) fn throttle(request: &Message, disk: &mut Disk) -> Vec<u8> {
+    let ThrottleChange { flags, values, .. } = request.member();
+    let error = |errno: Errno, text: String| Message::error(request.cookie, errno as i32, &text).as_bytes().to_vec();
+    if flags & !flag::ALL != 0 {
+        return error(Errno::EINVAL, format!("flags {flags:#x} are not known here"));
+    }
+    if flags != 0 {
+        let mut wanted = if flags & flag::OFF != 0 { Throttle::default() } else { disk.throttle() };
+        for (key, value) in values.into_iter().enumerate().filter(|(key, _)| flags & (1 << key) != 0) {
+            wanted.set(key, (value != 0).then_some(value));
+        }
+        if let Err(why) = disk.set_throttle(wanted) {
+            return error(why.errno(), format!("{}: {why}", disk.info().name));
+        }
+    }
+    with_json(kind::THROTTLE_RSP, request.cookie, &disk.throttle_report())
 }
 
 /// The answer to FAULT.

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Gid, geteuid};
 
-use super::proto::{EngineChange, FaultChange, Message, Poll, kind};
+use super::proto::{EngineChange, FaultChange, Message, Poll, ThrottleChange, kind};
 use crate::config::Member;
 use crate::minors::MinorError;
 use crate::sys::credentials::Credentials;
@@ -53,13 +53,14 @@ impl Peer {
     }
 }
 
-/// What only root may ask for: it concerns all disks of the process, or a guest's memory. To ask how something is set is everybody's.
+/// What only root may ask for: it concerns all disks of the process, a guest's memory, or what root grants a disk of the host. To ask how something is set is everybody's.
 fn reserved(request: &Message) -> Option<&'static str> {
     match request.kind {
         kind::EXIT => Some("to end the process"),
         kind::XENBLKIF_CONNECT | kind::XENBLKIF_DISCONNECT => Some("to connect and disconnect guests"),
         kind::POLL if request.member::<Poll>().flags != 0 => Some("to set polling"),
         kind::ENGINE if request.member::<EngineChange>().flags != 0 => Some("to change the engine"),
+        kind::THROTTLE if request.member::<ThrottleChange>().flags != 0 => Some("to set limits"),
         kind::FAULT if request.member::<FaultChange>().flags != 0 => Some("to steer faults"),
         _ => None,
     }

@@ -87,6 +87,10 @@ pub mod kind {
     /// [`ProcessMetrics`](crate::metrics::ProcessMetrics).
     pub const METRICS: u16 = 0x10c;
     pub const METRICS_RSP: u16 = 0x10d;
+    /// Ours: sets a disk's limits, or only asks for them. Answered like STATS, with the JSON of
+    /// [`ThrottleReport`](crate::disk::ThrottleReport).
+    pub const THROTTLE: u16 = 0x10e;
+    pub const THROTTLE_RSP: u16 = 0x10f;
 }
 
 /// Flags of OPEN and RESUME, in [`Params`].
@@ -323,6 +327,32 @@ pub mod engine {
     pub const SUBMIT_MODES: [SubmitMode; 3] = [SubmitMode::Auto, SubmitMode::Thread, SubmitMode::Inline];
 }
 
+/// Union member of THROTTLE.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ThrottleChange {
+    /// Which of the values are meant, the first by bit 0, and [`throttle`] bits.
+    pub flags: u32,
+    padding: u32,
+    /// What is set, in the order of [`Throttle::KEYS`](crate::config::Throttle::KEYS). 0: as if the key were left out.
+    pub values: [u64; 12],
+}
+
+impl ThrottleChange {
+    /// With all but the padding.
+    pub fn new(flags: u32, values: [u64; 12]) -> ThrottleChange {
+        ThrottleChange { flags, padding: 0, values }
+    }
+}
+
+/// Of THROTTLE.
+pub mod throttle {
+    /// All limits are taken off, before others are set.
+    pub const OFF: u32 = 1 << 31;
+    /// Of these flags.
+    pub const ALL: u32 = OFF | 0xfff;
+}
+
 /// Union member of FAULT.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -404,6 +434,7 @@ const _: () = {
     assert!(size_of::<Resized>() == 16 && std::mem::offset_of!(Resized, new) == 8);
     assert!(size_of::<EngineChange>() == 20 && std::mem::offset_of!(EngineChange, threads_max) == 16);
     assert!(size_of::<FaultChange>() == 4);
+    assert!(size_of::<ThrottleChange>() == 104 && std::mem::offset_of!(ThrottleChange, values) == 8);
     assert!(size_of::<Coalesce>() == 272 && std::mem::offset_of!(Coalesce, path) == 16);
     assert!(size_of::<Poll>() == 12 && std::mem::offset_of!(Poll, flags) == 8);
     assert!(size_of::<Response>() == 260 && std::mem::offset_of!(Response, message) == 4);

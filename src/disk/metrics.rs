@@ -34,6 +34,7 @@ impl Disk {
             oldest_us: requests().map(|request| now.saturating_sub(request.born) / 1000).max().unwrap_or(0),
             memory: memory.iter().filter(|part| part.most == 0).map(|part| part.bytes).sum(),
             queue: self.queue.report(),
+            throttle: self.throttle_report(),
             operations: self.stats.traffic().report().collect(),
             layers: layers.collect(),
         }

@@ -9,7 +9,7 @@ pub mod text;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::Disk;
+use crate::disk::{Disk, ThrottleReport};
 use crate::memory;
 use crate::queue::{QueueReport, SubmitMode};
 use crate::stats::OpTraffic;
@@ -59,6 +59,9 @@ pub struct DiskMetrics {
     pub memory: u64,
     /// The queue.
     pub queue: QueueReport,
+    /// The limits, and what they hold back.
+    #[serde(default)]
+    pub throttle: ThrottleReport,
     /// Requests, from when they were pulled until they are answered; all kinds.
     pub operations: Vec<OpTraffic>,
     /// The image and those below it.

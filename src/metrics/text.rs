@@ -4,6 +4,7 @@
 use std::fmt::{Display, Formatter, Result};
 
 use super::{DiskMetrics, LayerMetrics, ProcessMetrics, STATES};
+use crate::disk::LimitReport;
 use crate::stats::OpTraffic;
 use crate::stats::latency::{BUCKETS, Latency};
 use crate::text::one_line;
@@ -23,11 +24,12 @@ const PROCESS_GAUGES: [Family<ProcessMetrics>; 2] = [
     ("tapdisk_process_locked_memory_bytes", "bytes", "Locked memory of the process.", |process| process.locked),
 ];
 
-const DISK_GAUGES: [Family<DiskMetrics>; 9] = [
+const DISK_GAUGES: [Family<DiskMetrics>; 10] = [
     ("tapdisk_disk_size_bytes", "bytes", "Size of the disk.", |disk| disk.size),
     ("tapdisk_disk_memory_bytes", "bytes", "Memory that the disk has from its start.", |disk| disk.memory),
     ("tapdisk_requests_outstanding", "", "Requests that are taken and not answered.", |disk| disk.outstanding as u64),
     ("tapdisk_requests_stuck", "", "Requests older than the watchdog allows.", |disk| disk.stuck as u64),
+    ("tapdisk_requests_held", "", "Requests that a limit holds back.", |disk| disk.throttle.held as u64),
     ("tapdisk_queue_depth", "", "I/Os that the engine can have in flight.", |disk| disk.queue.depth as u64),
     ("tapdisk_queue_in_flight", "", "I/Os that the engine has.", |disk| disk.queue.in_flight as u64),
     ("tapdisk_queue_waiting", "", "Transfers that wait for the engine.", |disk| disk.queue.waiting as u64),
@@ -37,7 +39,10 @@ const DISK_GAUGES: [Family<DiskMetrics>; 9] = [
     }),
 ];
 
-const DISK_COUNTERS: [Family<DiskMetrics>; 8] = [
+const DISK_COUNTERS: [Family<DiskMetrics>; 9] = [
+    ("tapdisk_requests_held_before", "", "Requests that a limit held back, and that went on.", |disk| {
+        disk.throttle.held_before
+    }),
     ("tapdisk_queue_transfers", "", "Transfers between memory and a file.", |disk| disk.queue.queued),
     ("tapdisk_queue_merged", "", "Transfers that were merged into the I/O of another.", |disk| disk.queue.merged),
     ("tapdisk_queue_split", "", "Merged I/Os that failed and were split.", |disk| disk.queue.split),
@@ -46,6 +51,17 @@ const DISK_COUNTERS: [Family<DiskMetrics>; 8] = [
     ("tapdisk_queue_submitted", "", "I/Os that the engine took.", |disk| disk.queue.submitted),
     ("tapdisk_queue_batches", "", "Batches in which it took them.", |disk| disk.queue.batches),
     ("tapdisk_queue_busy", "", "Times that the engine had no room.", |disk| disk.queue.busy),
+];
+
+const LIMITS: [Family<LimitReport>; 4] = [
+    ("tapdisk_limit_bytes", "bytes", "Bytes a second that pass; no sample: there is no limit.", |limit| {
+        limit.bytes_per_s.unwrap_or(0)
+    }),
+    ("tapdisk_limit_burst_bytes", "bytes", "Bytes that pass at once.", |limit| limit.bytes_burst.unwrap_or(0)),
+    ("tapdisk_limit_requests", "", "Requests a second that pass; no sample: there is no limit.", |limit| {
+        limit.requests_per_s.unwrap_or(0)
+    }),
+    ("tapdisk_limit_burst_requests", "", "Requests that pass at once.", |limit| limit.requests_burst.unwrap_or(0)),
 ];
 
 const REQUEST_COUNTERS: [Family<OpTraffic>; 3] = [
@@ -63,6 +79,7 @@ impl Display for Exposition<'_> {
     fn fmt(&self, out: &mut Formatter) -> Result {
         self.processes(out)?;
         self.disks(out)?;
+        self.limits(out)?;
         for (name, unit, help, value) in REQUEST_COUNTERS {
             family(out, name, "counter", unit, help)?;
             self.each_op(|labels, op| sample(out, name, "_total", labels, value(op)))?;
@@ -120,6 +137,30 @@ impl Exposition<'_> {
         family(out, name, "gauge", "seconds", "Age of the oldest request that is not answered; 0: there is none.")?;
         self.each_disk(|labels, disk| {
             sample(out, name, "", labels, Seconds { ns: disk.oldest_us.saturating_mul(1000) })
+        })
+    }
+
+    fn limits(&self, out: &mut Formatter) -> Result {
+        for (name, unit, help, value) in LIMITS {
+            family(out, name, "gauge", unit, help)?;
+            self.each_disk(|labels, disk| {
+                let limits =
+                    [("read", &disk.throttle.read), ("write", &disk.throttle.write), ("all", &disk.throttle.all)];
+                let set = limits.into_iter().map(|(of, limit)| (of, value(limit))).filter(|(_, value)| *value > 0);
+                set.into_iter()
+                    .try_for_each(|(of, value)| sample(out, name, "", &format!("{labels},of=\"{of}\""), value))
+            })?;
+        }
+        let name = "tapdisk_requests_held_seconds";
+        family(
+            out,
+            name,
+            "counter",
+            "seconds",
+            "For how long limits held back requests that went on, all together.",
+        )?;
+        self.each_disk(|labels, disk| {
+            sample(out, name, "_total", labels, Seconds { ns: disk.throttle.held_us.saturating_mul(1000) })
         })
     }
 

@@ -25,5 +25,6 @@ mod regions;
 mod store;
 mod style;
 mod tap_ctl;
+mod throttle;
 mod vhd;
 mod xen;

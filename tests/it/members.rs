@@ -261,14 +261,24 @@ fn what_concerns_all_disks_or_a_guest_is_for_root_alone() {
         &["engine", "--threads-max", "2"],
         &["engine", "--name", "threads"],
         &["fault", "--release"],
+        &["throttle", "--off"],
+        &["throttle", "--requests", "10"],
     ] {
         world.may_not(words, libc::EPERM, "is for root alone");
     }
     world.served.wait_log("a member of control.group may not ask for that");
     assert!(world.served.log().contains("uid: 65534"), "{}", world.served.log());
-    for words in
-        [&["poll"][..], &["engine"], &["list"], &["stats"], &["debug-queue"], &["metrics"], &["pause"], &["unpause"]]
-    {
+    for words in [
+        &["poll"][..],
+        &["engine"],
+        &["throttle"],
+        &["list"],
+        &["stats"],
+        &["debug-queue"],
+        &["metrics"],
+        &["pause"],
+        &["unpause"],
+    ] {
         world.may(words);
     }
     let kinds = "import socket,struct,sys\nfor kind in (24,26):\n s=socket.socket(socket.AF_UNIX)\n s.connect(sys.argv[1])\n \

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 
-use super::super::proto::{Coalesce, EngineChange, FaultChange, Message, Poll, Resized, kind, poll};
+use super::super::proto::{Coalesce, EngineChange, FaultChange, Message, Poll, Resized, ThrottleChange, kind, poll};
 use super::{TIMEOUT, ask, ask_for_text};
 use crate::polling::Settings;
 
@@ -18,6 +18,11 @@ pub fn engine(directory: &Path, pid: i32, minor: u16, change: &EngineChange) -> 
 /// [`FaultsReport`](crate::engine::fault::FaultsReport).
 pub fn faults(directory: &Path, pid: i32, minor: u16, flags: u32) -> io::Result<String> {
     ask_for_text(directory, pid, &Message::new(kind::FAULT, minor).with(&FaultChange { flags }))
+}
+
+/// Sets a disk's limits, or only asks for them: the JSON of [`ThrottleReport`](crate::disk::ThrottleReport).
+pub fn throttle(directory: &Path, pid: i32, minor: u16, change: &ThrottleChange) -> io::Result<String> {
+    ask_for_text(directory, pid, &Message::new(kind::THROTTLE, minor).with(change))
 }
 
 /// Sets what is given of a main loop's polling, and gives what is in force then.

@@ -6,3 +6,4 @@ mod random;
 mod restart;
 mod snapshots;
 mod storage_manager;
+mod throttle;

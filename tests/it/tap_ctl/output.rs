@@ -221,7 +221,15 @@ fn each_command_says_in_json_what_it_is_about() {
         json!([{ "pid": pid, "minor": 0, "state": 42, "name": image, "error": null }])
     );
     done(&["unpause"]);
-    for words in [&["stats"][..], &["debug-queue"], &["poll"], &["engine"], &["coalesce", "--show"], &["resize"]] {
+    for words in [
+        &["stats"][..],
+        &["debug-queue"],
+        &["poll"],
+        &["engine"],
+        &["throttle"],
+        &["coalesce", "--show"],
+        &["resize"],
+    ] {
         assert!(json_of(&host.ctl(&[words, &["--json"]].concat())).is_object(), "{words:?}");
     }
     let refused = host.ctl(&["fault", "--json"]);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use tapdisk::config::Size;
 
+use super::throttle::Throttle;
 use super::top::Top;
 use super::{CONTROL_DIRECTORY, engine};
 
@@ -12,7 +13,7 @@ use super::{CONTROL_DIRECTORY, engine};
 ///
 /// The exit code is 0, or the errno of what went wrong. Standard error says that errno's text, alone, after blktap's commands, because
 /// toolstacks read it; on a terminal, or with --debug, the tapdisk's own words follow, which name the file, the key and the remedy.
-/// Commands that blktap has not (metrics, top, debug-queue, poll, resize, coalesce, engine, fault, exit) always say those. A wrong
+/// Commands that blktap has not (metrics, top, debug-queue, poll, resize, coalesce, engine, throttle, fault, exit) always say those. A wrong
 /// command line is EINVAL (22), with the usage on standard error.
 ///
 /// With --json, standard output is one JSON value: what the command is about, or {"error": {"errno": 16, "name": "EBUSY", "text":
@@ -32,6 +33,7 @@ use super::{CONTROL_DIRECTORY, engine};
   tap-ctl unpause -p 4711 -m 0 -a vhd:/srv/vm/snapshot.vhd
   tap-ctl coalesce -p 4711 --rate 50M --wait
   tap-ctl engine --name threads --submit auto
+  tap-ctl throttle -p 4711 --bytes 200M --write-requests 500
   tap-ctl --directory target/quick-start stats"
 )]
 pub struct Args {
@@ -335,6 +337,16 @@ pub enum Command {
         #[arg(long, value_name = "COUNT")]
         threads_max: Option<u32>,
     },
+    /// Shows how many bytes and requests a second a disk lets pass, and what that holds back; with options, sets limits while it is in use
+    ///
+    /// Limits that are not named stay. They are in force until the tapdisk ends, whatever becomes of the image; then the configuration's
+    /// are. A rate of 0 takes that limit off, a burst of 0 is a tenth of a second's. Frontends that wait at the same time get the same.
+    #[command(after_help = "Examples:
+  tap-ctl throttle
+  tap-ctl throttle --read-bytes 100M --write-bytes 50M --write-bytes-burst 200M
+  tap-ctl throttle --requests 1000
+  tap-ctl throttle --off")]
+    Throttle(Throttle),
     /// Steers the faults that the configuration has, and shows them with what they have hit
     #[command(after_help = "Examples:
   tap-ctl fault

@@ -15,6 +15,7 @@ mod metrics;
 mod resize;
 mod show;
 mod spawn;
+mod throttle;
 mod top;
 
 use std::io::{self, IsTerminal, Write};
@@ -129,6 +130,10 @@ fn command(args: &Args, out: &mut impl Write) -> io::Result<()> {
             let change = engine::change(*name, *submit, *threads_min, *threads_max);
             let Disk { pid, minor } = find(disk)?;
             return engine::show(out, &client::engine(directory, pid, minor, &change)?, json);
+        }
+        Command::Throttle(options) => {
+            let Disk { pid, minor } = find(&options.disk)?;
+            return throttle::show(out, &client::throttle(directory, pid, minor, &options.change())?, json);
         }
         Command::Fault { disk, release, on, off } => {
             let flag = |set: bool, flag| if set { flag } else { 0 };

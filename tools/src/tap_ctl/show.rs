@@ -83,7 +83,12 @@ pub(super) fn debug_queue(out: &mut impl Write, text: &str, json: bool) -> io::R
     if let Some(faults) = &disk.faults {
         engine::faults(out, faults)?;
     }
-    for (depth, layer) in disk.layers.iter().enumerate() {
+    let (filters, images): (Vec<_>, Vec<_>) = disk.layers.iter().partition(|layer| layer.path.is_empty());
+    for filter in filters {
+        let counters: Vec<_> = filter.counters.iter().map(|(name, value)| format!("{value} {name}")).collect();
+        writeln!(out, "filter: {}; {}", filter.format, counters.join(", "))?;
+    }
+    for (depth, layer) in images.into_iter().enumerate() {
         let counters: Vec<_> = layer.counters.iter().map(|(name, value)| format!("{value} {name}")).collect();
         let counters = if counters.is_empty() { String::new() } else { format!("; {}", counters.join(", ")) };
         writeln!(out, "layer {depth}: {}, {}, {} bytes{counters}", one_line(&layer.path), layer.format, layer.size)?;
