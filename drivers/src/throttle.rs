@@ -2,8 +2,8 @@
 //!
 //! There are six token buckets: {read, write, all} x {bytes, requests}. Each has a rate, a burst, and credit, which refills by the time that
 //! comes with what is asked, up to the burst. A request goes when all of its buckets have credit, and is charged in full then: so one that
-//! is larger than a burst passes, the bucket is in debt, and the rate is exact over time. A bucket owes one [part](Bucket::part) at most,
-//! because longer requests go in parts, but for what a [drain](Layer::drain) has let go.
+//! is larger than a burst passes, the bucket is in debt, and the rate is exact over time. A bucket owes a part of a request at most (the
+//! burst, or 1 MiB), because longer ones go in parts, but for what a [drain](Layer::drain) has let go.
 //!
 //! | operation | bytes | requests | |
 //! |---|---|---|---|
@@ -22,7 +22,7 @@
 //! A bucket knows how much each frontend has had, its level. Who is ahead of another frontend leaves as much credit as it is ahead: so where
 //! two always have requests, both get the same, also where one has a single request at a time and the other many. Of a frontend that is
 //! slow of its own accord, only so much is left, and the rest is for the others: no rate is lost by it. Levels differ by 25 ms of the rate
-//! and a request at most ([`Bucket::left_most`]), and who has not asked for a while joins at the highest level of those who have: absence neither saves
+//! and a request at most, and who has not asked for a while joins at the highest level of those who have: absence neither saves
 //! up nor costs anything. There is no list of who waits, so none can become wrong by a request that goes away.
 
 #![warn(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
