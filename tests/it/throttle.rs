@@ -4,7 +4,7 @@ use crate::common::world::{self, SIZE};
 use drivers::Throttle;
 use tapdisk::blocking::Blocking;
 use tapdisk::config;
-use tapdisk::disk::{Disk, Turn};
+use tapdisk::disk::{Disk, Resume, Turn};
 use tapdisk::frontend::Frontend;
 use tapdisk::frontend::blkif::ring::FrontRing;
 use tapdisk::frontend::blkif::wire::*;
@@ -77,7 +77,7 @@ fn what_is_held_is_shown_goes_with_a_pause_and_is_held_again_after_it() {
         assert!(disk.is_paused() && matches!(disk.pause_outcome(), Some(Ok(()))), "without an hour's wait");
         assert_eq!(answers(front).len(), if round == 0 { 3 } else { 1 });
         assert_eq!(disk.throttle_report().held_before, 3 + round);
-        disk.resume(None, None).unwrap();
+        disk.resume(Resume::default()).unwrap();
         push(front, OP_READ, 5);
         turns(&mut disk);
         // It is paid back.
