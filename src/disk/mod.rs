@@ -101,8 +101,6 @@ pub struct Disk {
     started: VecDeque<RequestId>,
     /// Started, and waiting for the image's metadata.
     waiting: VecDeque<RequestId>,
-    /// Finished, and not answered.
-    done: VecDeque<RequestId>,
     barrier: Option<RequestId>,
     barrier_state: Barrier,
     /// When a frontend whose requests memory shows last brought one or got an answer.
@@ -186,7 +184,6 @@ impl Disk {
             stats: Stats::default(),
             started: VecDeque::with_capacity(capacity),
             waiting: VecDeque::with_capacity(capacity),
-            done: VecDeque::with_capacity(capacity),
             barrier: None,
             barrier_state: Barrier::Draining,
             last_in_memory: None,
@@ -381,7 +378,6 @@ impl Disk {
             self.stack.note_failed_fua(file, errno);
         }
         self.log_failed_flush();
-        worked |= self.stack.take_done(&mut self.done);
         if let Some((transfer, errno)) = self.queue.next_retried() {
             self.log_failure(&transfer, errno, true);
         }
@@ -393,7 +389,8 @@ impl Disk {
     fn holds(&mut self) -> bool {
         let many = gathered(self.queue.in_flight(), 4);
         let longest = self.frontends.iter().filter_map(|frontend| frontend.gather_ns()).min().unwrap_or(0);
-        if longest == 0 || self.done.is_empty() || self.done.len() >= many || self.state != State::Running {
+        let done = self.stack.done();
+        if longest == 0 || done == 0 || done >= many || self.state != State::Running {
             self.held_until = None;
             return false;
         }
@@ -440,11 +437,11 @@ impl Disk {
     /// Whether there was something to answer, and for a frontend whose requests memory shows.
     fn answer(&mut self) -> (bool, bool) {
         let mut in_memory = false;
-        if self.done.is_empty() {
+        if self.stack.done() == 0 {
             return (false, false);
         }
         let now = now();
-        while let Some(id) = self.done.pop_front() {
+        while let Some(id) = self.stack.next_done() {
             if self.barrier == Some(id) {
                 (self.barrier, self.barrier_state) = (None, Barrier::Draining);
             }
@@ -576,7 +573,7 @@ impl Disk {
             request.error.get_or_insert(Errno::ECANCELED);
             request.planning = false;
             if request.pieces == 0 {
-                self.done.push_back(id);
+                self.stack.all_done(id, &mut self.slots);
             }
         }
     }

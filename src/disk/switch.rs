@@ -163,6 +163,9 @@ impl Disk {
 
     /// Goes on with a change, and says whether there was something to do.
     pub(super) fn advance_switch(&mut self) -> bool {
+        if self.switching.is_none() {
+            return false;
+        }
         let opened = self.take_opened_engine();
         match self.switching.take() {
             Some(Switching::Draining { name, mode, next, .. }) if self.queue.is_drained() => {

@@ -121,10 +121,15 @@ impl Disk {
 
     /// Slots that a frontend leaves to the others. Where a throttle holds requests back, one that has many would have all slots, and the
     /// others' would not even be asked for.
+    #[inline(always)] // of each turn
     pub(super) fn kept_from(&self, frontend: usize) -> usize {
+        if self.stack.is_filtered() { self.kept_by_throttle(frontend) } else { 0 }
+    }
+
+    fn kept_by_throttle(&self, frontend: usize) -> usize {
         let throttled =
             || self.stack.get::<Throttle>().is_some_and(|(_, throttle)| !drivers::Layer::is_idle(throttle));
-        if !self.stack.is_filtered() || self.frontends.len() < 2 || !throttled() {
+        if self.frontends.len() < 2 || !throttled() {
             return 0;
         }
         let has_clients = |index: &usize| self.frontends[*index].gather_ns().is_some();

@@ -567,7 +567,7 @@ impl Stack {
     }
 
     /// A transfer has ended. Gives its error, for what the caller logs. Requests that are done by
-    /// it are told by [`take_done`](Self::take_done).
+    /// it are told by [`next_done`](Self::next_done).
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
         let mut result = self.whole(transfer, result, slots);
         if transfer.op == IoOp::Flush {
@@ -654,6 +654,7 @@ impl Stack {
     }
 
     /// A transfer of a request, or a piece, is over.
+    #[inline(always)] // of each request
     fn part_done(&mut self, over: &Over, slots: &mut Slots) {
         let request = slots.get_mut(over.owner);
         if let Some(errno) = over.errno {
@@ -686,17 +687,14 @@ impl Stack {
         }
     }
 
-    /// Puts the requests that are finished behind those in `to`. True: there are some.
-    pub fn take_done(&mut self, to: &mut VecDeque<RequestId>) -> bool {
-        if self.done.is_empty() {
-            return false;
-        }
-        if to.is_empty() {
-            // All at once: both have room for all requests.
-            std::mem::swap(to, &mut self.done);
-        }
-        to.extend(self.done.drain(..));
-        true
+    /// A request that is finished.
+    pub fn next_done(&mut self) -> Option<RequestId> {
+        self.done.pop_front()
+    }
+
+    /// How many are.
+    pub fn done(&self) -> usize {
+        self.done.len()
     }
 
     /// A write that was to be durable has failed. Through the page cache it is a write and a flush, and gets the error of what others wrote.

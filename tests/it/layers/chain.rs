@@ -242,9 +242,7 @@ impl Chain {
             self.stack.finish(&transfer, result, &mut self.slots);
             worked = true;
         }
-        let mut done = VecDeque::new();
-        self.stack.take_done(&mut done);
-        for id in done {
+        while let Some(id) = self.stack.next_done() {
             let request = self.slots.get(id);
             let data = (request.op == Op::Read).then(|| {
                 let mut data = vec![0; request.len as usize];
