@@ -35,11 +35,12 @@
 //!
 //! ## Boundaries
 //!
-//! - A **format** (crate `drivers`) says where the bytes of an extent are, and never moves one. What a layer has not, the
-//!   [`stack`] asks the one below for. A format that has metadata to write, says which; the stack moves it, and asks again: a write that
-//!   waits for such has a ticket, and is answered when that is settled.
-//!   A **filter** is a layer too, without data of its own: every operation descends through it. The first is the
-//!   [throttle](drivers::throttle), which has requests wait; without limits it is not asked.
+//! - A **layer** (crate `drivers`) is an image format or a filter: it says where the bytes of an extent are, and never moves one. Every
+//!   operation descends the layers, from the first to the image that is written; reads go on to those that it is based on. The
+//!   [page of the trait](drivers::layer) has the contract, and what each feature takes of it. The [`stack`] walks, moves data and
+//!   metadata, and tells layers of the ends that they have asked for by a ticket.
+//!   A **filter** has no data of its own. The first is the [throttle](drivers::throttle), which has requests wait, and is not asked without
+//!   limits; then the [changed blocks](drivers::changed_blocks), in whose log a block is marked before it is written.
 //!   Which images a disk is made of, a [`chain`] says: each names its parent, a [volume] by a name that lasts.
 //! - A **store** ([`store`]) is where a layer's bytes are: a file, a block device, memory. Jobs open, lock, measure and close it, and read and
 //!   write metadata there before the first request and after the last one; in between its bytes are the engine's. Its page says what its lock holds off.
@@ -70,7 +71,8 @@
 //! closed, and an engine without files takes the place of the other. [Resume](disk::Disk::resume) opens the image again, or another.
 //! [Coalesce](disk::Disk::coalesce) merges two images of the chain in a thread of its own, with the files alone ([`vhd`]): what
 //! changes is hidden by the image above. Then a pause leaves the merged one out. What a disk serves that is not what its configuration
-//! says, its log of changed blocks too, and that it is paused, is on [record] for whoever starts it again. What others may change of an image in use, [`vhd`] says.
+//! says, its log of changed blocks too, and that it is paused, is on [record] for whoever starts it again. What others may change of an
+//! image in use, [`vhd`] says.
 //!
 //! ## What is seen from outside
 //!

@@ -2,8 +2,9 @@
 //! ends back.
 //!
 //! The walk asks one layer after the other, the first one first, until one says where the beginning of the extent is
-//! ([`drivers::layer`] has the contract). What layers want to hear the end of is a [piece](pieces), and is done when all of them have
-//! settled it. What metadata takes, `meta.rs` moves.
+//! ([`drivers::layer`] has the contract). What layers want to hear the end of is a piece (`pieces.rs`), and is done when all of them have
+//! settled it. What metadata takes, `meta.rs` moves, and what
+//! goes through memory of the stack's, `through.rs`.
 
 mod layer;
 mod meta;
