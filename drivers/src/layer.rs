@@ -331,7 +331,7 @@ pub trait Layer: Any + Send {
         false
     }
 
-    /// Whether it is told where the walk goes on below it. Always the same.
+    /// Whether it is told where the walk goes on below it. Only of filters, and always the same.
     fn descends(&self) -> bool {
         false
     }

@@ -17,7 +17,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
 
-use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Through};
+use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Through, Ticket};
 use nix::errno::Errno;
 
 use self::layer::Closing;
@@ -156,7 +156,7 @@ impl Stack {
         let metas = if longest > 0 { Some(MetaMemory::new(METAS, longest)?) } else { None };
         let block = layers.iter().map(|layer| layer.layer.block_len()).max().unwrap_or(0);
         let copies = if block > 0 { Some(Copies::new(block)?) } else { None };
-        let hearing = || layers.iter().filter(|layer| layer.layer.descends());
+        let hearing = || layers[..leaf].iter().filter(|layer| layer.layer.descends());
         assert!(hearing().count() < HOLDERS_MAX, "more filters than a piece can have");
         let mut files = vec![(0, LayerFile(0)); layers.iter().map(|layer| layer.files.len()).sum()];
         for (index, layer) in (0..).zip(layers.iter()) {
@@ -333,7 +333,7 @@ impl Stack {
                     request.planned += count;
                 }
                 plan => {
-                    if !self.start_part(Part { id, op, ask }, (first, plan), slots, queue) {
+                    if !self.start_part(Part { id, op, ask }, first, plan, slots, queue) {
                         return Started::Waits;
                     }
                 }
@@ -342,26 +342,34 @@ impl Stack {
     }
 
     /// Begins what the first layer does not answer with data alone. False: it has to wait.
-    fn start_part(&mut self, mut part: Part, first: (usize, Plan), slots: &mut Slots, queue: &mut Queue) -> bool {
-        match self.walk(&mut part.ask, first) {
-            (layer, Plan::Wait { until }) => {
+    fn start_part(
+        &mut self,
+        mut part: Part,
+        first: usize,
+        mut plan: Plan,
+        slots: &mut Slots,
+        queue: &mut Queue,
+    ) -> bool {
+        let layer = self.walk(&mut part.ask, first, &mut plan);
+        let request = slots.get_mut(part.id);
+        match plan {
+            Plan::Wait { until } => {
                 self.wait(until);
-                let (layer, request) = (layer as u16, slots.get_mut(part.id));
+                let layer = layer as u16;
                 if request.waits_for.is_none_or(|waiting| waiting.layer != layer) {
                     self.waits_no_longer(request);
                     request.waits_for = Some(Waiting { layer, since: self.time });
                 }
                 return false;
             }
-            (_, Plan::Fail(why)) => {
-                let request = slots.get_mut(part.id);
+            Plan::Fail(why) => {
                 self.waits_no_longer(request);
                 request.error.get_or_insert(errno(why));
                 request.planned = request.len;
             }
-            found => {
-                self.waits_no_longer(slots.get_mut(part.id));
-                self.go(part, found, slots, queue);
+            _ => {
+                self.waits_no_longer(request);
+                self.go(&part, layer, &plan, slots, queue);
             }
         }
         true
@@ -380,20 +388,38 @@ impl Stack {
         self.ask_again_at = self.ask_again_at.into_iter().chain(until).min();
     }
 
-    /// Where the beginning of an extent is, and in which layer, of which the first one has said its plan; the extent is cut to that. Which layers it
-    /// passed is in `passed`.
-    fn walk(&mut self, ask: &mut Ask, (first, plan): (usize, Plan)) -> (usize, Plan) {
+    /// Where the beginning of an extent is: `plan`, which is what layer `index` has said, becomes that, and the extent is cut to it. Gives the layer
+    /// that it is in. Which layers it passed is in `passed`.
+    #[inline(always)] // of each request whose data is not in the first layer
+    fn walk(&mut self, ask: &mut Ask, mut index: usize, plan: &mut Plan) -> usize {
         self.passed.clear();
         let mut waits = None;
-        let mut said = Some(plan);
-        for index in first..self.layers.len() {
-            let layer = &mut self.layers[index].layer;
-            if index > self.leaf && said.is_none() {
-                if !matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) {
-                    // Nothing but the leaf is written.
-                    debug_assert!(false, "{} sends {:?} below itself", self.layers[self.leaf].layer.name(), ask.op);
-                    return (self.leaf, Plan::Fail(Fail::Io));
+        loop {
+            let (count, both) = match *plan {
+                Plan::Below { count } => (count, None),
+                Plan::Both { file, at, count } => (count, Some((file, at))),
+                // What those below have to read for it is read meanwhile.
+                Plan::Wait { until: None } if matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) => {
+                    waits = waits.or(Some(index));
+                    ask.op = drivers::Op::Locate;
+                    (ask.extent.len, None)
                 }
+                _ if waits.is_none() => return index,
+                _ => break,
+            };
+            ask.extent.len = count;
+            if index < self.leaf && waits.is_none() && self.layers[index].layer.descends() {
+                self.passed.push(Passed { layer: index as u16, both });
+            }
+            index += 1;
+            if index > self.leaf && !matches!(ask.op, drivers::Op::Read | drivers::Op::Locate) {
+                // Nothing but the leaf is written.
+                debug_assert!(false, "{} sends {:?} below itself", self.layers[self.leaf].layer.name(), ask.op);
+                *plan = Plan::Fail(Fail::Io);
+                return self.leaf;
+            }
+            let Some(HostLayer { layer, .. }) = self.layers.get_mut(index) else { break };
+            if index > self.leaf {
                 // A disk may be larger than what it was made of.
                 let size = layer.size().unwrap_or(u64::MAX);
                 if ask.extent.offset >= size {
@@ -401,54 +427,33 @@ impl Stack {
                 }
                 ask.extent.len = ask.extent.len.min(size - ask.extent.offset);
             }
-            let plan = said.take().unwrap_or_else(|| layer.plan(ask));
-            let both = match plan {
-                Plan::Below { .. } => None,
-                Plan::Both { file, at, .. } => Some((file, at)),
-                // What those below have to read for it is read meanwhile.
-                Plan::Wait { until: None } if ask.op == drivers::Op::Read || ask.op == drivers::Op::Locate => {
-                    waits = waits.or(Some(index));
-                    ask.op = drivers::Op::Locate;
-                    continue;
-                }
-                plan if waits.is_none() => return (index, plan),
-                _ => break,
-            };
-            if let Plan::Below { count } | Plan::Both { count, .. } = plan {
-                ask.extent.len = count;
-            }
-            if waits.is_none() && layer.descends() {
-                self.passed.push(Passed { layer: index as u16, both });
-            }
+            *plan = layer.plan(ask);
         }
-        match waits {
-            Some(index) => (index, Plan::Wait { until: None }),
-            None => (self.layers.len() - 1, Plan::Zeros { count: ask.extent.len, ticket: None }),
-        }
+        *plan = match waits {
+            Some(_) => Plan::Wait { until: None },
+            None => Plan::Zeros { count: ask.extent.len, ticket: None },
+        };
+        waits.unwrap_or(self.layers.len() - 1)
     }
 
     /// Begins what the walk has found for a part: a plan, and the layer that it is of.
-    fn go(&mut self, part: Part, (layer, plan): (usize, Plan), slots: &mut Slots, queue: &mut Queue) {
-        let (count, ticket) = match plan {
+    #[inline(always)] // likewise
+    fn go(&mut self, part: &Part, layer: usize, plan: &Plan, slots: &mut Slots, queue: &mut Queue) {
+        let (count, ticket) = match *plan {
             Plan::Data { count, ticket, .. }
             | Plan::Zeros { count, ticket }
             | Plan::Through(Through { count, ticket, .. }) => (count, ticket),
             _ => unreachable!("the walk ends with none of these"),
         };
-        let Part { id, op, ask } = part;
+        let &Part { id, op, ref ask } = part;
         let at = slots.get(id).planned;
-        let mut holders = Holders::default();
-        if !self.passed.is_empty() && ask.op != drivers::Op::Locate {
-            self.descend(&part, count, &mut holders, slots, queue);
-        }
-        if let Some(ticket) = ticket {
-            holders.push(layer as u16, ticket);
-        }
-        let piece = self.pieces.add(id, op == IoOp::Flush, &holders);
-        self.meta_due |= piece.is_some();
+        let piece = match (self.passed.is_empty(), ticket) {
+            (true, None) => None,
+            _ => self.hold(part, count, ticket.map(|ticket| (layer as u16, ticket)), slots, queue),
+        };
         let request = slots.get_mut(id);
         request.planned += count;
-        match plan {
+        match *plan {
             Plan::Through(through) => {
                 let offset = ask.extent.offset;
                 self.copy(Wanted { owner: id, at, offset, op, layer, through, piece }, slots);
@@ -470,6 +475,28 @@ impl Stack {
                 }
             }
         }
+    }
+
+    /// Lets layers hold on to what is about to begin, of `count` bytes: those that the walk has passed, and the one that it has come to.
+    #[inline(never)] // nearly always nobody wants to
+    fn hold(
+        &mut self,
+        part: &Part,
+        count: u64,
+        last: Option<(u16, Ticket)>,
+        slots: &mut Slots,
+        queue: &mut Queue,
+    ) -> Option<PieceId> {
+        let mut holders = Holders::default();
+        if !self.passed.is_empty() && part.ask.op != drivers::Op::Locate {
+            self.descend(part, count, &mut holders, slots, queue);
+        }
+        if let Some((layer, ticket)) = last {
+            holders.push(layer, ticket);
+        }
+        let piece = self.pieces.add(part.id, part.op == IoOp::Flush, &holders);
+        self.meta_due |= piece.is_some();
+        piece
     }
 
     /// Tells the layers that the walk has passed that `count` bytes go on below, and begins what they do themselves.
@@ -508,8 +535,8 @@ impl Stack {
         while at < len && word < words {
             let extent = Extent { offset: offset + at, len: len - at };
             let mut ask = Ask { op: drivers::Op::Locate, extent, origin, begins: true, now: self.time };
-            let first = self.layers[self.first].layer.plan(&ask);
-            let (_, plan) = self.walk(&mut ask, (self.first, first));
+            let mut plan = self.layers[self.first].layer.plan(&ask);
+            self.walk(&mut ask, self.first, &mut plan);
             let (here, count) = match plan {
                 Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
                 Plan::Zeros { count, .. } => (false, count),
@@ -554,14 +581,15 @@ impl Stack {
             begins: true,
             now: self.time,
         };
-        let first = self.layers[self.first].layer.plan(&ask);
-        match self.walk(&mut ask, (self.first, first)) {
-            (_, Plan::Wait { until }) => {
+        let mut plan = self.layers[self.first].layer.plan(&ask);
+        let layer = self.walk(&mut ask, self.first, &mut plan);
+        match plan {
+            Plan::Wait { until } => {
                 self.wait(until);
                 return false;
             }
-            (_, Plan::Fail(why)) => drop(slots.get_mut(id).error.get_or_insert(errno(why))),
-            found => self.go(Part { id, op: IoOp::Flush, ask }, found, slots, queue),
+            Plan::Fail(why) => drop(slots.get_mut(id).error.get_or_insert(errno(why))),
+            _ => self.go(&Part { id, op: IoOp::Flush, ask }, layer, &plan, slots, queue),
         }
         debug_assert_eq!(slots.get(id).planned, planned);
         true
