@@ -7,8 +7,10 @@
 //! goes through memory of the stack's, `through.rs`.
 
 mod layer;
+mod locate;
 mod meta;
 mod pieces;
+mod report;
 #[cfg(test)]
 mod tests;
 mod through;
@@ -25,6 +27,7 @@ pub use self::layer::HostLayer;
 use self::meta::MetaMemory;
 pub use self::pieces::PieceId;
 use self::pieces::{HOLDERS_MAX, Holders, Over, Pieces};
+pub use self::report::{Hits, LayerReport, Waits};
 use self::through::{COPIES_MAX, Copies, READS_MAX, Wanted};
 use crate::blocking::Blocking;
 use crate::job::Apart;
@@ -38,40 +41,6 @@ pub const METAS: usize = 32;
 
 /// Requests of the stack's own at a time, at most.
 pub const OWN_REQUESTS: usize = METAS + COPIES_MAX * READS_MAX;
-
-/// What a layer has moved for requests, in 512-byte sectors: read and written. Each layer counts what it served itself, with or
-/// without error, and the last one also what nobody has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Hits {
-    /// All of it.
-    pub all: [u64; 2],
-    /// What failed.
-    pub failed: [u64; 2],
-}
-
-impl Hits {
-    fn count(&mut self, op: IoOp, len: u64, ok: bool) {
-        let direction = match op {
-            IoOp::Read => 0,
-            IoOp::Write { .. } => 1,
-            _ => return,
-        };
-        let sectors = len / drivers::SECTOR_SIZE;
-        self.all[direction] += sectors;
-        if !ok {
-            self.failed[direction] += sectors;
-        }
-    }
-}
-
-/// What has waited for a layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Waits {
-    /// Requests that went on.
-    pub requests: u64,
-    /// How long they had waited, all together, ns.
-    pub ns: u64,
-}
 
 /// How far a request could be planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -526,46 +495,6 @@ impl Stack {
         }
     }
 
-    /// Says which parts of a range have data. It ends where that is not known without waiting, if something is known.
-    fn status(&mut self, id: RequestId, slots: &mut Slots) -> Started {
-        let (offset, len, origin) = (slots.get(id).offset, slots.get(id).len, slots.get(id).origin);
-        let words = slots.get(id).payload.len() / 8;
-        let (mut at, mut word, mut data, mut run) = (0, 0, true, 0_u64);
-        let put = |slots: &Slots, word: u64, run: u64| slots.get(id).payload.put(word * 8, &run.to_ne_bytes());
-        while at < len && word < words {
-            let extent = Extent { offset: offset + at, len: len - at };
-            let mut ask = Ask { op: drivers::Op::Locate, extent, origin, begins: true, now: self.time };
-            let mut plan = self.layers[self.first].layer.plan(&ask);
-            self.walk(&mut ask, self.first, &mut plan);
-            let (here, count) = match plan {
-                Plan::Data { count, .. } | Plan::Through(Through { count, .. }) => (true, count),
-                Plan::Zeros { count, .. } => (false, count),
-                Plan::Wait { .. } if at > 0 => break,
-                Plan::Wait { until } => {
-                    self.wait(until);
-                    return Started::Waits;
-                }
-                Plan::Fail(why) => {
-                    slots.get_mut(id).error = Some(errno(why));
-                    return Started::Planned;
-                }
-                Plan::Below { .. } | Plan::Both { .. } => unreachable!("the walk ends with none of these"),
-            };
-            if here != data {
-                put(slots, word, run);
-                (word, data, run) = (word + 1, here, 0);
-            }
-            run += count;
-            at += count;
-        }
-        if word < words {
-            put(slots, word, run);
-            put(slots, word + 1, 0);
-        }
-        slots.get_mut(id).planned = len;
-        Started::Planned
-    }
-
     /// Makes what is written durable, on behalf of a request. True: the queue had room.
     pub fn flush(&mut self, id: RequestId, slots: &mut Slots, queue: &mut Queue) -> bool {
         if !queue.has_room_for(self.transfers_most) {
@@ -765,21 +694,6 @@ impl Stack {
         })
     }
 
-    /// The layers and their counters, the first one first, without filters that are idle.
-    pub fn inspect(&self) -> Vec<LayerReport> {
-        let size = self.leaf().layer.size().unwrap_or(0);
-        let idle = |layer: &&HostLayer| layer.layer.size().is_none() && layer.layer.is_idle();
-        let layers = self.layers.iter().filter(|layer| !idle(layer)).map(|layer| {
-            let mut counters = std::collections::BTreeMap::new();
-            layer.layer.inspect(&mut |name, value| {
-                counters.insert(name.to_owned(), value);
-            });
-            let (path, format) = (layer.path.display().to_string(), layer.layer.name().to_owned());
-            LayerReport { path, format, size: layer.layer.size().unwrap_or(size), counters }
-        });
-        layers.collect()
-    }
-
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
         let layers: usize = self.layers.iter().map(|layer| layer.layer.bytes()).sum();
@@ -788,19 +702,6 @@ impl Stack {
             + self.metas.as_ref().map_or(0, MetaMemory::bytes)
             + self.copies.as_ref().map_or(0, Copies::bytes)
     }
-}
-
-/// What is to be shown of a layer.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-pub struct LayerReport {
-    /// The file; empty: a filter without one.
-    pub path: String,
-    /// The format's name.
-    pub format: String,
-    /// Bytes of the disk.
-    pub size: u64,
-    /// The format's counters.
-    pub counters: std::collections::BTreeMap<String, u64>,
 }
 
 /// The tag of a request of the stack's own.
