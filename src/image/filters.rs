@@ -3,16 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Chain, Error, ToOpen, rights_of};
-use crate::blocking::Blocking;
-use crate::config::{Config, Direct};
-use crate::memory;
-use crate::stack::HostLayer;
-use crate::store::{self, How, Store};
-use crate::sys::io::FileId;
 use drivers::Throttle;
 use drivers::changed_blocks::{ChangedBlocks, HEADER_SIZE, Header, map_len};
 use drivers::vhd::Source;
+
+use super::{Chain, Error, ToOpen, rights_of};
+use crate::blocking::Blocking;
+use crate::config::Config;
+use crate::memory;
+use crate::stack::HostLayer;
+use crate::store::{self, FileStore, Store};
+use crate::sys::io::FileId;
 
 /// Puts the filters that the configuration names before the images of a chain.
 pub(super) fn add(to_open: &ToOpen, chain: &mut Chain) -> Result<(), Error> {
@@ -30,18 +31,16 @@ pub(super) fn throttle(config: &Config, layers: &mut Vec<HostLayer>) {
     layers.insert(0, HostLayer::without_file(Box::new(Throttle::new(config.throttle.limits()))));
 }
 
-/// Opens a log of changed blocks, through the page cache, and with the rights of who has named it.
+/// Opens a log of changed blocks: through the page cache, with the rights of who has named it, and for this disk alone.
 fn changed_blocks(to_open: &ToOpen, path: &Path, chain: &mut Chain) -> Result<(), Error> {
     let (blocking, image) = (to_open.blocking, &to_open.config.image);
     let by = image.changed_blocks_by.as_deref();
     let _rights = rights_of(by, path)?;
-    let (direct, sector_size) = (Direct::Off, None);
-    let how = How { read_only: false, metadata: true, direct, sector_size, lock: image.lock, by };
-    let mut store = (to_open.open)(blocking, path, &how, to_open.log)?;
+    let mut store = FileStore::log(blocking, path, image.lock, by)?;
     store.lock(blocking)?;
-    let layer = read(blocking, &*store, chain.info.size)?;
+    let layer = read(blocking, &store, chain.info.size)?;
     let mut host = HostLayer::new(Box::new(layer), path, FileId(chain.stores.len() as u16), true);
-    let store: Arc<dyn Store> = store.into();
+    let store: Arc<dyn Store> = Arc::new(store);
     host.written.push(Arc::clone(&store));
     chain.layers.insert(0, host);
     chain.stores.push(store);

@@ -39,6 +39,12 @@ pub enum Error {
         /// There are no such folders.
         none: bool,
     },
+    /// A log of changed blocks has been named by a link to something else than a block device.
+    #[error("{}: it is a link, and leads to no block device: name the log itself", path.display())]
+    Link {
+        /// The log.
+        path: PathBuf,
+    },
     /// It is a device that can't be written.
     #[error("{}: the device is read-only: open it so (image.read_only, tap-ctl open -R), or make it writable (blockdev --setrw)", path.display())]
     ReadOnly {
@@ -68,6 +74,7 @@ impl Error {
             Error::Io { source, .. } => sys::errno_of(source),
             Error::Locked { .. } => Errno::EBUSY,
             Error::ReadOnly { .. } => Errno::EROFS,
+            Error::Link { .. } => Errno::ELOOP,
             Error::Outside { .. } => Errno::EACCES,
             Error::Replaced { .. } => Errno::EAGAIN,
             Error::Unfit { .. } => Errno::EINVAL,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use slog::{Logger, warn};
 
 use super::{Error, How, Identity, Means, Store, aligned};
@@ -89,6 +89,12 @@ impl FileStore {
         let plain = plain.filter(|_| how.metadata && !read_only && is_direct);
         let (lock, by) = (how.lock, how.by.cloned());
         Ok(FileStore { plain, direct: is_direct, read_only, lock, by, ..FileStore::of(path, file, geometry)? })
+    }
+
+    /// Opens a log of changed blocks, to be read and written, by [`open_log`]; `by` as in [`How`].
+    pub fn log(blocking: &Blocking, path: &Path, lock: bool, by: Option<&Member>) -> Result<FileStore, Error> {
+        let (file, geometry) = open_log(blocking, path, true, true)?;
+        Ok(FileStore { read_only: false, lock, by: by.cloned(), ..FileStore::of(path, file, geometry)? })
     }
 
     /// Opens it only to look at its metadata, through the page cache: without a lock, and waiting for nobody.
@@ -279,6 +285,34 @@ pub fn open_to_write(_: &Blocking, path: &Path, direct: bool) -> Result<File, Er
             file => return file.map_err(io),
         }
     }
+}
+
+/// Opens a log of changed blocks: a regular file, which is no link, or a block device, which is opened exclusively as by [`open_to_write`] if
+/// that is wanted. Root opens names in folders that others may write: a link is followed to a block device at the most, as a volume's name
+/// is one.
+pub fn open_log(blocking: &Blocking, path: &Path, write: bool, exclusive: bool) -> Result<(File, Geometry), Error> {
+    let io = |source| Error::Io { path: path.to_owned(), action: "open it", source };
+    let link = || Error::Link { path: path.to_owned() };
+    let by_link = std::fs::symlink_metadata(path).map_err(io)?.is_symlink();
+    let no_storage = |error| if by_link { link() } else { io(error) };
+    check_storage(path).map_err(no_storage)?;
+    let device = std::fs::metadata(path).map_err(io)?.file_type().is_block_device();
+    let file = match device {
+        true if exclusive => open_to_write(blocking, path, false)?,
+        // It may have become something else meanwhile.
+        _ => {
+            let flags = libc::O_NONBLOCK | if device { 0 } else { libc::O_NOFOLLOW };
+            let opened = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
+            opened.map_err(|error| if error.raw_os_error() == Some(libc::ELOOP) { link() } else { io(error) })?
+        }
+    };
+    let geometry = geometry(&file).map_err(io)?;
+    if device != geometry.block_device {
+        return Err(io(Errno::ESTALE.into()));
+    }
+    // Only to open it must not wait.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|errno| io(errno.into()))?;
+    Ok((file, geometry))
 }
 
 /// How long a file's holder is waited for.

@@ -39,7 +39,7 @@ use nix::errno::Errno;
 use slog::Logger;
 
 pub use self::error::Error;
-pub use self::file::{FileStore, Lock, check_place, is_within, lock, open_to_write, options};
+pub use self::file::{FileStore, Lock, check_place, is_within, lock, open_log, open_to_write, options};
 pub use self::memory::{MemoryStore, Ram};
 use crate::blocking::Blocking;
 use crate::config::{Direct, Member};

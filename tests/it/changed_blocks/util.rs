@@ -368,7 +368,7 @@ fn a_volume_is_written_where_it_is() {
     assert!(link.is_symlink() && std::fs::read(node).unwrap()[52..64] == [0xee; 12]);
     // One that something else has for itself.
     let mounted = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(node).unwrap();
-    bad("create -n {} -s 512", &[node], libc::EBUSY, "cannot open it");
+    bad("create -n {} -s 512", &[node], libc::EBUSY, "has the device for itself");
     drop(mounted);
 }
 

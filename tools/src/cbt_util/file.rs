@@ -1,18 +1,15 @@
-//! Files of logs. Root runs this on names in folders that others may write: a link is followed to a block device at the most, as a
-//! volume's name is one.
+//! Files of logs.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use drivers::changed_blocks::{HEADER_SIZE, Header, Unfit};
 use nix::errno::Errno;
-use nix::libc;
 use nix::sys::statvfs::fstatvfs;
 use tapdisk::blocking::Blocking;
-use tapdisk::store::{self, Lock, lock};
-use tapdisk::sys::file::{check_storage, geometry};
+use tapdisk::store::{self, Lock, lock, open_log};
 use zerocopy::IntoBytes;
 
 use super::{Failure, Result};
@@ -36,30 +33,26 @@ pub(super) struct LogFile {
 impl LogFile {
     /// Opens one.
     pub(super) fn open(path: &Path, write: bool) -> Result<LogFile> {
-        let (file, len, device) = open_storage(path, write, 0)?;
-        Ok(LogFile { path: path.to_owned(), file: Lock::Without(file), len, device })
+        let (file, found) = open_log(&Blocking::before_main_loop(), path, write, false)?;
+        Ok(LogFile { path: path.to_owned(), file: Lock::Without(file), len: found.size, device: found.block_device })
     }
 
-    /// Opens one for writing that no tapdisk uses. A device, nobody else has.
-    fn open_unused(path: &Path, flags: i32) -> Result<LogFile> {
-        let (file, len, device) = open_storage(path, true, flags)?;
+    /// Opens one for writing that no tapdisk uses. A device, nobody else has for itself.
+    fn open_unused(path: &Path) -> Result<LogFile> {
+        let (file, found) = open_log(&Blocking::before_main_loop(), path, true, true)?;
         let copy = file.try_clone().map_err(Failure::io(path, "lock it"))?;
         let file = match lock(&Blocking::before_main_loop(), copy, path, false) {
             Ok(held) => Lock::Held(held),
             // On a file system without locks nobody has one.
             Err(store::Error::Unfit { .. }) => Lock::Without(file),
-            Err(store::Error::Locked { holder, .. }) => {
-                let text = format!("in use by {holder}: pause the disk first, or close it");
-                return Err(Failure::new(Errno::EBUSY, path, text));
-            }
-            Err(error) => return Err(Failure { errno: error.errno(), text: error.to_string() }),
+            Err(error) => return Err(error.into()),
         };
-        Ok(LogFile { path: path.to_owned(), file, len, device })
+        Ok(LogFile { path: path.to_owned(), file, len: found.size, device: found.block_device })
     }
 
     /// Opens one whose map is to be changed.
     pub(super) fn open_map(path: &Path) -> Result<LogFile> {
-        LogFile::open_unused(path, 0)
+        LogFile::open_unused(path)
     }
 
     /// Its header.
@@ -132,34 +125,6 @@ impl LogFile {
     }
 }
 
-/// Opens a regular file, which is no link, or a block device; and gives its bytes, and whether it is a device.
-fn open_storage(path: &Path, write: bool, device_flags: i32) -> Result<(File, u64, bool)> {
-    let failed = Failure::io(path, "open it");
-    let meta = std::fs::symlink_metadata(path).map_err(&failed)?;
-    let link = || {
-        let text = "it is a link, and leads to no block device: name the log itself";
-        Failure::new(Errno::ELOOP, path, text)
-    };
-    check_storage(path).map_err(|error| if meta.is_symlink() { link() } else { failed(error) })?;
-    let is_device = |meta: &std::fs::Metadata| !meta.is_file();
-    let flags = match std::fs::metadata(path) {
-        Ok(target) if is_device(&target) => device_flags,
-        _ if meta.is_symlink() => return Err(link()),
-        _ => libc::O_NOFOLLOW,
-    };
-    // It may have become something else meanwhile.
-    let file = OpenOptions::new().read(true).write(write).custom_flags(flags | libc::O_NONBLOCK).open(path);
-    let file = file.map_err(|error| match error.raw_os_error() {
-        Some(libc::ELOOP) => link(),
-        _ => failed(error),
-    })?;
-    let found = geometry(&file).map_err(&failed)?;
-    if flags & libc::O_NOFOLLOW == 0 && !found.block_device {
-        return Err(link());
-    }
-    Ok((file, found.size, found.block_device))
-}
-
 /// Where a log is made: nobody finds half of one.
 pub(super) struct NewLog {
     log: LogFile,
@@ -179,7 +144,7 @@ impl NewLog {
         let old = match std::fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             // Nobody loses what is mounted.
-            _ => Some(LogFile::open_unused(path, libc::O_EXCL)?),
+            _ => Some(LogFile::open_unused(path)?),
         };
         match old {
             Some(log) if log.device => Ok(NewLog { log, replaces: None }),

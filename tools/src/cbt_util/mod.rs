@@ -13,6 +13,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use drivers::changed_blocks::{HEADER_SIZE, map_len};
 use nix::errno::Errno;
+use tapdisk::store;
 use tapdisk::sys::errno_of;
 use tapdisk::text::one_line;
 
@@ -42,6 +43,18 @@ impl Failure {
     /// The same of standard output.
     fn output(error: io::Error) -> Failure {
         Failure { errno: errno_of(&error), text: format!("standard output: {error}") }
+    }
+}
+
+impl From<store::Error> for Failure {
+    fn from(error: store::Error) -> Failure {
+        let text = match &error {
+            store::Error::Locked { path, holder } => {
+                format!("{}: in use by {holder}: pause the disk first, or close it", path.display())
+            }
+            other => other.to_string(),
+        };
+        Failure { errno: error.errno(), text }
     }
 }
 
