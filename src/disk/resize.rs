@@ -1,6 +1,7 @@
 //! The image's file has grown: the disk takes on its size while it is in use.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -25,9 +26,14 @@ pub enum ResizeError {
     /// There is no time for it.
     #[error("it is being closed")]
     Closed,
-    /// The image does not go with that size.
-    #[error("{0}")]
-    Format(Arc<drivers::OpenError>),
+    /// A file of it does not go with that size.
+    #[error("{}: {error}", path.display())]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        error: Arc<drivers::OpenError>,
+    },
 }
 
 impl ResizeError {
@@ -37,7 +43,7 @@ impl ResizeError {
             ResizeError::NoFile => Errno::EOPNOTSUPP,
             ResizeError::Paused | ResizeError::Closed => Errno::EBUSY,
             ResizeError::Io(error) => sys::errno_of(error),
-            ResizeError::Format(_) => Errno::EINVAL,
+            ResizeError::Format { .. } => Errno::EINVAL,
         }
     }
 }
@@ -108,7 +114,9 @@ impl Disk {
     }
 
     fn take_on(&mut self, file_size: u64) -> Result<(u64, u64), ResizeError> {
-        let new = self.stack.file_grown(file_size).map_err(|error| ResizeError::Format(Arc::new(error)))?;
+        let refused =
+            |(path, error): (&Path, _)| ResizeError::Format { path: path.to_owned(), error: Arc::new(error) };
+        let new = self.stack.file_grown(file_size).map_err(refused)?;
         let old = std::mem::replace(&mut self.info.size, new);
         if new != old {
             info!(self.log, "the disk has grown"; "from" => old, "to" => new, "file" => file_size);

@@ -18,6 +18,7 @@ mod through;
 use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
+use std::path::Path;
 
 use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Through, Ticket};
 use nix::errno::Errno;
@@ -243,17 +244,19 @@ impl Stack {
         }
     }
 
-    /// The leaf's file has that size now, in bytes. Gives the disk's.
-    pub fn file_grown(&mut self, file_size: u64) -> Result<u64, OpenError> {
+    /// The leaf's file has that size now, in bytes. Gives the disk's; or the file that does not go with that, and why.
+    pub fn file_grown(&mut self, file_size: u64) -> Result<u64, (&Path, OpenError)> {
         let (filters, images) = self.layers.split_at_mut(self.leaf);
-        let leaf = &mut images[0].layer;
+        let (path, leaf) = (&images[0].path, &mut images[0].layer);
         let before = leaf.zeros_from(LayerFile(0));
-        let size = leaf.file_grown(LayerFile(0), file_size)?;
+        let size = leaf.file_grown(LayerFile(0), file_size).map_err(|error| (path.as_path(), error))?;
         if leaf.zeros_from(LayerFile(0)) != before {
             self.grown_at = now();
         }
         // The disk keeps its size then, and what is beyond is asked for by nobody.
-        filters.iter().try_for_each(|filter| filter.layer.check_size(size))?;
+        for filter in filters.iter() {
+            filter.layer.check_size(size).map_err(|error| (filter.path.as_path(), error))?;
+        }
         Ok(size)
     }
 
