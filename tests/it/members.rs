@@ -91,9 +91,13 @@ impl World {
         self.member(&[&["open", "-p", &pid, "-m", minor, "-a", image], more].concat())
     }
 
+    fn secret_is_whole_on_disk(&self) {
+        assert!(std::fs::read(self.path("secret")).unwrap().iter().all(|byte| *byte == b's'));
+    }
+
     /// Nobody has read root's file, or written it.
     fn secret_is_whole(&self) {
-        assert!(std::fs::read(self.path("secret")).unwrap().iter().all(|byte| *byte == b's'));
+        self.secret_is_whole_on_disk();
         let open = std::fs::read_dir(format!("/proc/{}/fd", self.served.pid())).unwrap();
         let open = open.filter_map(|entry| entry.unwrap().path().read_link().ok());
         assert_eq!(open.filter(|path| *path == self.path("secret")).count(), 0);
@@ -337,6 +341,46 @@ fn a_log_of_changed_blocks_has_the_rights_of_who_has_named_it() {
     world.may(&["pause"]);
     let text = record(&world).unwrap();
     assert!(text.contains("changed_blocks = ") && !text.contains("changed_blocks_by"), "{text}");
+}
+
+#[test]
+fn a_member_has_only_logs_opened_that_the_member_could_write() {
+    if !needs::root() {
+        return;
+    }
+    let mut world = World::new(CONFIGURED, root_configured);
+    let own = |name: &str| world.path("images/own").join(name);
+    let secret = |path: &Path| std::fs::hard_link(world.path("secret"), path).unwrap();
+    let create = |path: &Path, owner: u32| {
+        run(tool("cbt-util").args(["create", "-s", "1048576", "-n"]).arg(path));
+        chown(path, Some(owner), Some(owner)).unwrap();
+        mode(path, 0o644);
+    };
+    create(&own("log"), NOBODY);
+    create(&own("roots"), 0);
+    create(&world.path("elsewhere/log"), NOBODY);
+    symlink("log", own("link")).unwrap();
+    symlink("../../secret", own("link-to-secret")).unwrap();
+    secret(&own("hard"));
+    symlink("../../elsewhere", own("folder-link")).unwrap();
+    world.may(&["pause"]);
+    for (log, errno, text) in [
+        ("roots", libc::EACCES, "ermission denied"),
+        ("hard", libc::EACCES, "ermission denied"),
+        ("link", libc::ELOOP, "it is a link"),
+        ("link-to-secret", libc::ELOOP, "it is a link"),
+        ("folder-link/log", libc::EACCES, "control.folders"),
+        ("../../elsewhere/log", libc::EACCES, "control.folders"),
+    ] {
+        world.may_not(&["unpause", "-c", own(log).to_str().unwrap()], errno, text);
+    }
+    world.may(&["unpause", "-c", own("log").to_str().unwrap()]);
+    // Whoever ends the next pause, and who starts the tapdisk again: it is opened with the member's rights.
+    let log = own("log");
+    chown(&log, Some(0), Some(0)).unwrap();
+    let error = world.served.start_again(Signal::SIGKILL).unwrap_err();
+    assert!(error.contains("ermission denied"), "{error}");
+    world.secret_is_whole_on_disk();
 }
 
 /// Puts a link to root's file in the place of a member's image.

@@ -289,19 +289,19 @@ fn what_a_configuration_says_of_the_log_holds_until_somebody_says_otherwise() {
 fn an_image_that_is_written_is_not_served_without_the_log_that_is_wanted() {
     let files = Files::new();
     let image = format!("path = '{}'", files.path("disk").display());
-    let log = files.word("log");
-    let text = format!("{log}: cannot keep a log of changed blocks");
+    let log = files.word("missing");
+    let text = format!("{log}: cannot open it: No such file");
     let (code, said) = Served::refused(&format!("{image}\nchanged_blocks = '{log}'"), BOTH);
     assert!(code == 1 && said.contains(&text), "{said}");
     let served = Served::start(&image, BOTH);
     pause(&served);
-    refused(&served, &["unpause", "-c", &log], libc::EOPNOTSUPP, &text);
+    refused(&served, &["unpause", "-c", &log], libc::ENOENT, &text);
     assert_eq!(state(&served), "0x2a");
     unpause(&served);
     // One in memory has nothing that lasts.
     let served = Served::start("type = 'ram'\nsize = '1 MiB'", BOTH);
     pause(&served);
-    refused(&served, &["unpause", "-c", &log], libc::EOPNOTSUPP, "has no log of changed blocks");
+    refused(&served, &["unpause", "-c", &files.word("log")], libc::EOPNOTSUPP, "has no log of changed blocks");
     unpause(&served);
 }
 
@@ -325,7 +325,7 @@ fn tap_ctl_names_a_log_from_where_it_is_run() {
     host.done(&["attach", "-p", &pid, "-m", &minor]);
     let image = name("aio", &files.path("disk"));
     let open = ["open", "-p", pid.as_str(), "-m", minor.as_str(), "-a", image.as_str(), "-C", &long[..255]];
-    host.bad(&open, libc::EOPNOTSUPP, "/x/x");
+    host.bad(&open, libc::ENOENT, "/x/x");
     host.done(&[&open[..], &["-R"]].concat());
     let queue = json(&host.good(&["debug-queue", "--json"]));
     assert_eq!(queue["changed_blocks"], long[..255]);

@@ -174,8 +174,7 @@ pub enum Command {
         /// A secondary image: refused
         #[arg(short = '2', value_name = "PATH")]
         secondary: Option<String>,
-        /// Marks what is written from now on in this log of changed blocks (cbt-util(8)); not given: in none, whatever was before. As yet
-        /// refused, but for an image that is read-only, of which there is nothing to mark
+        /// Marks what is written from now on in this log of changed blocks (cbt-util(8)); not given: in none, whatever was before
         #[arg(short = 'c', value_name = "PATH")]
         log: Option<String>,
     },
@@ -459,7 +458,7 @@ pub struct Opened {
     /// How long I/O that fails is tried again; 0 or not given: as the configuration says
     #[arg(short = 't', value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
     pub timeout_s: u16,
-    /// Marks what is written in this log of changed blocks (cbt-util(8)). As yet refused, but with -R, where there is nothing to mark
+    /// Marks what is written in this log of changed blocks (cbt-util(8)); with -R, there is nothing to mark
     #[arg(short = 'C', value_name = "PATH")]
     pub log: Option<String>,
 }
