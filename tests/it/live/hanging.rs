@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::common::guest::Guest;
 use crate::common::hanging_fs::{ALL, HangingFs, Operation, until};
 use crate::common::live::*;
-use crate::common::served::{Served, folder, run};
+use crate::common::served::{Served, folder, run, tool};
 use crate::common::vhd::good;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
@@ -30,7 +30,7 @@ struct Disks {
 }
 
 impl Disks {
-    /// The second disk is a chain of three images, of which nothing is open yet.
+    /// The second disk is a chain of three images, and a log of changed blocks, of which nothing is open yet.
     fn new() -> Option<Disks> {
         Disks::new_with("")
     }
@@ -47,6 +47,7 @@ impl Disks {
             good("snapshot -n {} -p {} -e", &[&fs.behind(child), &fs.behind(parent)]);
         }
         std::fs::File::create(fs.behind("leaf.aio")).unwrap().set_len(16 << 20).unwrap();
+        run(tool("cbt-util").args(["create", "-s", "16777216", "-n"]).arg(fs.behind("log")));
         run(served.tap_ctl().arg("allocate"));
         run(served.tap_ctl().args(["attach", "-m", "1", "-p", &served.pid().to_string()]));
         Some(Disks { fs, served, guest, requests: 0, hung: 0, _folder: folder })
@@ -98,7 +99,8 @@ impl Disks {
     /// Everything that is done with a disk of that type, from its opening to its closing.
     fn live(&mut self, kind: &str) {
         let image = name(kind, &self.fs.path(&format!("leaf.{kind}")));
-        self.ask(&["open", "-a", &image]);
+        let log = self.fs.path("log").to_str().unwrap().to_owned();
+        self.ask(&["open", "-a", &image, "-C", &log]);
         self.nbdsh(
             "h.pwrite(b'x' * 65536, 1 << 20); h.flush(); h.trim(4096, 1 << 20); h.zero(4096, 2 << 20)
 h.block_status(4 << 20, 0, lambda *args: 0)",
@@ -108,12 +110,13 @@ h.block_status(4 << 20, 0, lambda *args: 0)",
             self.ask(&["engine", "--name", engine]);
         }
         self.ask(&["pause"]);
-        self.ask(&["unpause"]);
+        self.ask(&["unpause", "-c", &log]);
         if kind == "vhd" {
             self.ask(&["coalesce", "--wait", "--image", self.fs.path("middle.vhd").to_str().unwrap()]);
         }
         self.ask(&["pause"]);
-        self.ask(&["unpause", "-a", &image]);
+        self.ask(&["unpause", "-a", &image, "-c", &log]);
+        self.nbdsh("h.pwrite(b'x' * 4096, 3 << 20)");
         self.ask(&["close"]);
         self.ask(&["detach"]);
     }
