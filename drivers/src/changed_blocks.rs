@@ -72,7 +72,20 @@ pub enum Unfit {
         /// Bytes of the disk, as the header says.
         size: u64,
     },
+    /// The map, all of which is in memory, is far larger than that of the disk.
+    #[error(
+        "the disk has {disk} bytes, and this log is for {size}, which is more than any disk's of its like: cbt-util create makes one for it"
+    )]
+    FarLarger {
+        /// Bytes of the disk.
+        disk: u64,
+        /// Bytes of the disk, as the header says.
+        size: u64,
+    },
 }
+
+/// A log may be for a disk of so many bytes, however small the one is that has it: 32 MiB of map.
+const SIZE_MAX: u64 = 16 << 40;
 
 impl Header {
     /// That of a new log, of a disk with so many bytes: no block was written, and nobody has said that it is consistent.
@@ -125,7 +138,10 @@ impl Header {
         self.check_len(len)?;
         let size = self.size();
         // A last block that the log has in part has a bit all the same.
-        if blocks(disk) > blocks(size) { Err(Unfit::DiskLarger { disk, size }) } else { Ok(()) }
+        if blocks(disk) > blocks(size) {
+            return Err(Unfit::DiskLarger { disk, size });
+        }
+        if size > disk.max(SIZE_MAX) { Err(Unfit::FarLarger { disk, size }) } else { Ok(()) }
     }
 }
 
@@ -169,6 +185,9 @@ pub fn add(map: &mut [u8], other: &[u8]) -> bool {
 
 /// Bytes of the map that are written at a time, at most.
 const PAGE: usize = 512;
+
+/// Bytes of the disk that a page of the map is for.
+const PAGE_BYTES: u64 = PAGE as u64 * 8 * BLOCK_SIZE;
 
 /// Pages that are written at a time, at most.
 const PAGES_MAX: usize = 16;
@@ -215,7 +234,11 @@ pub struct ChangedBlocks {
     len: u64,
     /// What the file has.
     map: Vec<u8>,
+    /// Blocks that were found to have their bits: what is asked in parts is looked at once.
+    known: Range<u64>,
     pages: Vec<Page>,
+    /// Blocks that have their bits.
+    changed: u64,
     writes: u64,
     failures: u64,
 }
@@ -225,13 +248,18 @@ impl ChangedBlocks {
     pub fn new(header: Header, map: Vec<u8>, len: u64, disk: u64) -> Result<ChangedBlocks, Unfit> {
         header.check(len, disk)?;
         let pages = (0..PAGES_MAX).map(|_| Page::free()).collect();
-        Ok(ChangedBlocks { header, len, map, pages, writes: 0, failures: 0 })
+        let changed = set(&map);
+        Ok(ChangedBlocks { header, len, map, known: 0..0, pages, changed, writes: 0, failures: 0 })
     }
 
-    /// Has the bits of an extent written that the file has not. None: it has all of them.
-    fn mark(&mut self, extent: Extent) -> Option<Plan> {
+    /// Has the bits of blocks written that the file has not. None: it has all of them.
+    fn mark(&mut self, blocks: Range<u64>) -> Option<Plan> {
+        let known = &self.known;
+        if known.start <= blocks.start && blocks.end <= known.end {
+            return None;
+        }
         let mut missing = None;
-        for (byte, mask) in bits(blocks_of(extent)) {
+        for (byte, mask) in bits(blocks.clone()) {
             let byte = usize::try_from(byte).unwrap_or(usize::MAX);
             let plan = match self.map.get(byte).map(|there| mask & !there) {
                 Some(0) => continue,
@@ -243,6 +271,9 @@ impl ChangedBlocks {
             if matches!(plan, Plan::Fail(_)) {
                 break;
             }
+        }
+        if missing.is_none() {
+            self.known = blocks;
         }
         missing
     }
@@ -292,8 +323,13 @@ impl Layer for ChangedBlocks {
     }
 
     fn plan(&mut self, ask: &Ask) -> Plan {
-        let below = Plan::Below { count: ask.extent.len };
-        if ask.op.writes() { self.mark(ask.extent).unwrap_or(below) } else { below }
+        if !ask.op.writes() {
+            return Plan::Below { count: ask.extent.len };
+        }
+        // No more than a page of the map at a time: a discard can be of the whole disk.
+        let count = ask.extent.len.min(PAGE_BYTES.saturating_sub(ask.extent.offset & PAGE_BYTES.saturating_sub(1)));
+        let blocks = blocks_of(Extent { len: count, ..ask.extent });
+        self.mark(blocks).unwrap_or(Plan::Below { count })
     }
 
     fn check_size(&self, size: u64) -> Result<(), OpenError> {
@@ -329,7 +365,9 @@ impl Layer for ChangedBlocks {
             return;
         }
         if let Some((part, now)) = ChangedBlocks::part(&mut self.map, page) {
+            self.changed = self.changed.saturating_sub(set(part));
             add(part, &now);
+            self.changed = self.changed.saturating_add(set(part));
         }
         page.now = [0; PAGE];
         if page.next == [0; PAGE] {
@@ -347,9 +385,8 @@ impl Layer for ChangedBlocks {
     }
 
     fn inspect(&self, show: &mut dyn FnMut(&'static str, u64)) {
-        let set = self.map.iter().map(|byte| u64::from(byte.count_ones())).sum();
         show("blocks", blocks(self.header.size()));
-        show("blocks_changed", set);
+        show("blocks_changed", self.changed);
         show("map_writes", self.writes);
         show("map_writes_failed", self.failures);
     }
@@ -357,6 +394,11 @@ impl Layer for ChangedBlocks {
     fn bytes(&self) -> usize {
         self.map.len().saturating_add(size_of_val(&self.pages[..]))
     }
+}
+
+/// Bits that are set.
+fn set(map: &[u8]) -> u64 {
+    map.iter().map(|byte| u64::from(byte.count_ones())).sum()
 }
 
 #[cfg(test)]
@@ -407,6 +449,9 @@ mod tests {
         assert!(["1049088 bytes", "for 1048576", "cbt-util set -s 1049088"].iter().all(|part| text.contains(part)));
         assert_eq!(Header::new(disk).check(51, 17 * BLOCK_SIZE), Ok(()), "within the last block");
         assert!(matches!(Header::new(u64::MAX).check(1 << 40, 1), Err(Unfit::Short { .. })));
+        let far = Unfit::FarLarger { disk: 1, size: 1 << 48 };
+        assert_eq!(Header::new(1 << 48).check(1 << 40, 1), Err(far), "a hostile log takes no memory");
+        assert_eq!(Header::new(1 << 48).check(1 << 40, 1 << 48), Ok(()));
     }
 
     #[test]
@@ -565,11 +610,13 @@ mod tests {
                     let near = if rng.bool() { DISK - len } else { 64 * BLOCK_SIZE };
                     waiting.push(Ask::of(Op::Write, rng.u64(..near) / 512 * 512, len));
                 }
-                waiting.retain(|ask| match file.layer.plan(ask) {
-                    Plan::Below { .. } => {
-                        assert!(blocks_of(ask.extent).all(|block| file.has(block)), "{ask:?}");
-                        gone.extend(blocks_of(ask.extent));
-                        false
+                waiting.retain_mut(|ask: &mut Ask| match file.layer.plan(ask) {
+                    Plan::Below { count } => {
+                        let part = Extent { len: count, ..ask.extent };
+                        assert!(blocks_of(part).all(|block| file.has(block)), "{ask:?}");
+                        gone.extend(blocks_of(part));
+                        ask.extent = Extent { offset: part.offset + count, len: ask.extent.len - count };
+                        ask.extent.len > 0
                     }
                     Plan::Fail(_) => false,
                     plan => {
@@ -590,6 +637,38 @@ mod tests {
                 "the header is the storage manager's"
             );
         }
+    }
+
+    #[test]
+    fn a_discard_of_a_whole_disk_looks_at_each_part_of_the_map_once() {
+        let mut file = File::new();
+        // As an image below cuts it: a block at a time.
+        let (mut offset, mut plans, mut writes) = (0, 0, 0);
+        while offset < DISK {
+            plans += 1;
+            let ask = Ask::of(Op::Discard, offset, DISK - offset);
+            match file.layer.plan(&ask) {
+                Plan::Below { count } => {
+                    assert!(count <= PAGE_BYTES, "one plan looks at a page at most");
+                    offset += count.min(2 << 20);
+                }
+                plan => {
+                    assert_eq!(plan, WAIT);
+                    let begun = file.begin();
+                    writes += begun.len();
+                    begun.iter().for_each(|meta| file.end(meta, true));
+                }
+            }
+            // What was found to be there is not looked for again.
+            let blocks = blocks_of(Extent { offset, len: 1 });
+            assert!(offset >= DISK || offset % PAGE_BYTES == 0 || file.layer.known.contains(&blocks.start));
+        }
+        assert_eq!((plans, writes), ((DISK / (2 << 20) + DISK / PAGE_BYTES) as usize, (DISK / PAGE_BYTES) as usize));
+        let mut counters = std::collections::BTreeMap::new();
+        file.layer.inspect(&mut |name, value| {
+            counters.insert(name, value);
+        });
+        assert_eq!((counters["blocks"], counters["blocks_changed"]), (blocks(DISK), blocks(DISK)));
     }
 
     #[test]

@@ -26,8 +26,8 @@
 //! [`ended`](Layer::ended), and leaves once by [`settled`](Layer::settled): the request is not answered before. Tickets of one transfer end from the
 //! lowest layer up: a layer hears of the end of what it gave to the one below when the one below has settled it.
 //!
-//! After [`ended`](Layer::ended), [`meta_done`](Layer::meta_done) and [`descend`](Layer::descend), and whenever it has been asked for a plan, the layer
-//! is asked for what is [settled](Layer::settled), and for [metadata](Layer::next_meta) to be moved.
+//! After [`ended`](Layer::ended) and [`meta_done`](Layer::meta_done) the layer is asked for what is [settled](Layer::settled). After these, after a
+//! ticket or a `Wait`, and when it closes, it is asked for [metadata](Layer::next_meta) to be moved.
 //!
 //! **Errors.** An error of data (`ended` with false) is the request's, unless the layer settles the ticket as done: so a mirror can do without
 //! one of its sides. An error of metadata (`meta_done` with `None`) is the layer's to pass on, by settling what depended on it as not done.
@@ -372,7 +372,8 @@ pub trait Layer: Any + Send {
         Ok(self.size().unwrap_or(0))
     }
 
-    /// Whether it bears a disk of so many bytes, which is to be opened or to grow to that.
+    /// Whether it bears a disk of so many bytes, which is to grow to that. Where it does not, the disk keeps its size, though its image's file has
+    /// grown.
     fn check_size(&self, size: u64) -> Result<(), OpenError> {
         let _ = size;
         Ok(())

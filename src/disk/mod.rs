@@ -41,7 +41,7 @@ use crate::log::Limiter;
 use crate::memory::{Budget, Part};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, RequestId, Slots};
-use crate::stack::{Hits, HostLayer, Stack, Started};
+use crate::stack::{Closed, Hits, HostLayer, Stack, Started};
 use crate::stats::{Stats, now};
 use crate::store::{Identity, Stores};
 use crate::sys;
@@ -116,7 +116,7 @@ pub struct Disk {
     /// What it serves, or that it is paused, is being put on record.
     recording: Option<Recording>,
     /// What leaves the image whole, when everything else is done.
-    closing: Option<Job<io::Result<()>>>,
+    closing: Option<Job<Closed>>,
     /// How the last attempt to go on went.
     resumed: Result<(), PauseError>,
     /// The pause is not somebody's, but for what the disk does itself.
@@ -349,7 +349,7 @@ impl Disk {
     fn barrier_may_write(&mut self, id: RequestId) -> bool {
         match self.barrier_state {
             Barrier::Draining if self.slots.used() == 1 => {
-                if self.stack.flush(id, &mut self.slots, &mut self.queue) {
+                if self.stack.flush(id, &mut self.slots, &mut self.queue) == Started::Planned {
                     self.barrier_state = Barrier::Flushing;
                 }
                 false
@@ -487,15 +487,20 @@ impl Disk {
     fn advance_closing(&mut self) -> bool {
         let Some(outcome) = self.closing.as_ref().and_then(Job::outcome) else { return false };
         self.closing = None;
-        self.image_closed(outcome);
+        self.image_closed(&outcome);
         true
     }
 
-    fn image_closed(&mut self, outcome: io::Result<()>) {
-        if let Err(error) = outcome {
+    fn image_closed(&mut self, closed: &Closed) {
+        for (path, error) in &closed.images {
             error!(self.log, "the image's last footer could not be written: vhd-util repair makes it anew";
-                "image" => &self.info.name, "error" => %error);
-            self.flush_error.get_or_insert(sys::errno_of(&error));
+                "image" => %path.display(), "error" => %error);
+            self.flush_error.get_or_insert(sys::errno_of(error));
+        }
+        // What a filter keeps is owed to no flush.
+        for (path, error) in &closed.filters {
+            error!(self.log, "a filter's file may not be on its disk: a log of changed blocks is not to be trusted if the host stops now";
+                "file" => %path.display(), "error" => %error);
         }
         match self.after {
             After::Close => self.state = State::Closed,

@@ -16,7 +16,7 @@ use crate::job::{Apart, Job};
 use crate::memory;
 use crate::queue::Submission;
 use crate::record;
-use crate::stack::Stack;
+use crate::stack::{Closed, Stack};
 use crate::stats::now;
 use crate::store::Stores;
 
@@ -211,7 +211,7 @@ impl Disk {
         let finish = self.stack.close();
         if self.after == After::Pause && self.opener.is_none() {
             debug_assert!(finish.is_none(), "who has something to write has a file");
-            return self.image_closed(Ok(()));
+            return self.image_closed(&Closed::default());
         }
         if let (Some(opener), Some(reopen)) = (&self.opener, &mut self.reopen) {
             let config = Arc::make_mut(&mut reopen.config);
@@ -223,7 +223,7 @@ impl Disk {
         let submission = self.exchange(self.queue.submission().idle().into());
         let (opener, stores) = (self.opener.take(), std::mem::replace(&mut self.stores, no_stores()));
         self.closing = Some(Job::insist("close", self.wake(), move |blocking| {
-            let finished = finish.map_or(Ok(()), |finish| finish(blocking));
+            let finished = finish.map_or_else(Closed::default, |finish| finish(blocking));
             image::close_files(blocking, submission, opener, stores);
             finished
         }));

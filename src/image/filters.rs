@@ -9,10 +9,10 @@ use drivers::vhd::Source;
 
 use super::{Chain, Error, ToOpen, rights_of};
 use crate::blocking::Blocking;
-use crate::config::Config;
+use crate::config::{Config, Direct};
 use crate::memory;
 use crate::stack::HostLayer;
-use crate::store::{self, FileStore, Store};
+use crate::store::{self, How, Store};
 use crate::sys::io::FileId;
 
 /// Puts the filters that the configuration names before the images of a chain.
@@ -36,11 +36,13 @@ fn changed_blocks(to_open: &ToOpen, path: &Path, chain: &mut Chain) -> Result<()
     let (blocking, image) = (to_open.blocking, &to_open.config.image);
     let by = image.changed_blocks_by.as_deref();
     let _rights = rights_of(by, path)?;
-    let mut store = FileStore::log(blocking, path, image.lock, by)?;
+    let (direct, sector_size) = (Direct::Off, None);
+    let how = How { read_only: false, metadata: true, direct, sector_size, lock: image.lock, log: true, by };
+    let mut store = (to_open.open)(blocking, path, &how, to_open.log)?;
     store.lock(blocking)?;
-    let layer = read(blocking, &store, chain.info.size)?;
+    let layer = read(blocking, &*store, chain.info.size)?;
     let mut host = HostLayer::new(Box::new(layer), path, FileId(chain.stores.len() as u16), true);
-    let store: Arc<dyn Store> = Arc::new(store);
+    let store: Arc<dyn Store> = store.into();
     host.written.push(Arc::clone(&store));
     chain.layers.insert(0, host);
     chain.stores.push(store);

@@ -207,7 +207,7 @@ impl ToOpen<'_> {
         let image = &self.config.image;
         let metadata = image.kind == ImageType::Vhd;
         let by = image.by.as_deref();
-        let how = How { read_only, metadata, direct: image.direct, sector_size, lock: image.lock, by };
+        let how = How { read_only, metadata, direct: image.direct, sector_size, lock: image.lock, log: false, by };
         (self.open)(self.blocking, path, &how, self.log)
     }
 }

@@ -51,7 +51,7 @@ impl HostLayer {
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let mut steps = Vec::new();
         self.layer.close(time, &mut |step| steps.push(step));
-        Some(Closing { stores, steps })
+        Some(Closing { path: self.path.clone(), stores, steps })
     }
 }
 
@@ -65,13 +65,29 @@ impl Drop for HostLayer {
     }
 }
 
+/// What could not be done when an image was closed, and with which file.
+#[derive(Debug, Default)]
+pub struct Closed {
+    /// Of its images: they are not whole.
+    pub images: Vec<(PathBuf, io::Error)>,
+    /// Of filters' files.
+    pub filters: Vec<(PathBuf, io::Error)>,
+}
+
 /// What is to be done so that others find an image whole. The stores' locks are held until it is.
 pub(super) struct Closing {
+    path: PathBuf,
     stores: Vec<Arc<dyn Store>>,
     steps: Vec<LastStep>,
 }
 
 impl Closing {
+    /// Does all of them, and gives what could not be done.
+    pub(super) fn all(closings: Vec<Closing>, blocking: &Blocking) -> Vec<(PathBuf, io::Error)> {
+        let failed = |closing: Closing| Some((closing.path.clone(), closing.carry_out(blocking).err()?));
+        closings.into_iter().filter_map(failed).collect()
+    }
+
     /// Does it.
     pub(super) fn carry_out(&self, blocking: &Blocking) -> io::Result<()> {
         // Who has a file for longer than a moment does not change what is kept: closing goes on.

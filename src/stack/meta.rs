@@ -5,7 +5,7 @@ use std::sync::Arc;
 use drivers::{Meta, MetaId, MetaOp, Origin};
 use nix::errno::Errno;
 
-use super::Stack;
+use super::{Stack, Started};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, Slots};
 use crate::stats::now;
@@ -43,9 +43,10 @@ impl Stack {
     /// Hands what the formats want done to the queue, as far as there is room. True: there was something.
     pub fn move_metadata(&mut self, slots: &mut Slots, queue: &mut Queue) -> bool {
         while let Some(id) = self.to_flush.pop_front() {
-            if !self.flush(id, slots, queue) {
+            if self.flush(id, slots, queue) != Started::Planned {
+                // What it waits for is in flight, or moved below.
                 self.to_flush.push_front(id);
-                return true;
+                break;
             }
             if slots.get(id).pieces == 0 {
                 self.done.push_back(id);
@@ -106,7 +107,8 @@ impl Stack {
         let layer = self.layer_of(transfer.file);
         match transfer.op {
             IoOp::Read => {}
-            IoOp::Flush if layer == self.leaf && result.is_ok() => {
+            // Of one that has several, it is about one of them.
+            IoOp::Flush if layer == self.leaf && self.layers[layer].files.len() == 1 && result.is_ok() => {
                 self.meta_durable = self.meta_durable.max(slots.get(transfer.owner).meta_seen);
             }
             IoOp::Flush => {}

@@ -24,7 +24,7 @@ use drivers::{Ask, Extent, Fail, Layer, LayerFile, OpenError, Origin, Plan, Thro
 use nix::errno::Errno;
 
 use self::layer::Closing;
-pub use self::layer::HostLayer;
+pub use self::layer::{Closed, HostLayer};
 use self::meta::MetaMemory;
 pub use self::pieces::PieceId;
 use self::pieces::{HOLDERS_MAX, Holders, Over, Pieces};
@@ -273,7 +273,7 @@ impl Stack {
             Op::WriteZeroes { unmap } => (drivers::Op::WriteZeroes, IoOp::WriteZeroes { unmap }),
             Op::Status if !self.locates_by_file => return self.status(id, slots),
             Op::Status => (drivers::Op::Locate, IoOp::Status),
-            Op::Flush => return if self.flush(id, slots, queue) { Started::Planned } else { Started::NoRoom },
+            Op::Flush => return self.flush(id, slots, queue),
         };
         let request = slots.get_mut(id);
         request.metadata = matches!(op, IoOp::Write { fua: true });
@@ -293,6 +293,14 @@ impl Stack {
             }
             let extent = Extent { offset: request.offset + request.planned, len: request.len - request.planned };
             let ask = Ask { op: plan_as, extent, origin, begins: request.planned == 0, now: self.time };
+            if first > self.leaf {
+                // As the layer above it would have said.
+                let below = Plan::Below { count: ask.extent.len };
+                if !self.start_part(Part { id, op, ask }, first - 1, below, slots, queue) {
+                    return Started::Waits;
+                }
+                continue;
+            }
             let layer = &mut self.layers[first];
             match layer.layer.plan(&ask) {
                 // Nearly always this is all there is to it.
@@ -498,10 +506,10 @@ impl Stack {
         }
     }
 
-    /// Makes what is written durable, on behalf of a request. True: the queue had room.
-    pub fn flush(&mut self, id: RequestId, slots: &mut Slots, queue: &mut Queue) -> bool {
+    /// Makes what is written durable, on behalf of a request.
+    pub fn flush(&mut self, id: RequestId, slots: &mut Slots, queue: &mut Queue) -> Started {
         if !queue.has_room_for(self.transfers_most) {
-            return false;
+            return Started::NoRoom;
         }
         let request = slots.get_mut(id);
         request.meta_seen = self.meta_written;
@@ -518,13 +526,13 @@ impl Stack {
         match plan {
             Plan::Wait { until } => {
                 self.wait(until);
-                return false;
+                return Started::Waits;
             }
             Plan::Fail(why) => drop(slots.get_mut(id).error.get_or_insert(errno(why))),
             _ => self.go(&Part { id, op: IoOp::Flush, ask }, layer, &plan, slots, queue),
         }
         debug_assert_eq!(slots.get(id).planned, planned);
-        true
+        Started::Planned
     }
 
     /// A transfer has ended. Gives its error, for what the caller logs. Requests that are done by
@@ -532,7 +540,12 @@ impl Stack {
     pub fn finish(&mut self, transfer: &Transfer, result: Result<u64, Errno>, slots: &mut Slots) -> Option<Errno> {
         let mut result = self.whole(transfer, result, slots);
         if transfer.op == IoOp::Flush {
-            if transfer.piece.is_none() {
+            // What nobody is owed is a flush of nobody's.
+            let owed = || {
+                own_tag(slots.get(transfer.owner)).is_none()
+                    || self.layers[self.layer_of(transfer.file)].layer.flushes_metadata()
+            };
+            if transfer.piece.is_none() && result.is_err() && owed() {
                 self.note_failed_flush(result.err());
             }
             result = self.failed_flush.map_or(result, Err);
@@ -690,10 +703,15 @@ impl Stack {
 
     /// Nothing is under way, and nothing more will come: gives what leaves the images so that others find them whole, and blocks. None:
     /// they are.
-    pub fn close(&mut self) -> Option<impl FnOnce(&Blocking) -> io::Result<()> + Send + use<>> {
-        let closing: Vec<_> = self.layers.iter_mut().filter_map(HostLayer::close).collect();
-        (!closing.is_empty()).then_some(move |blocking: &Blocking| {
-            closing.iter().try_for_each(|closing: &Closing| closing.carry_out(blocking))
+    pub fn close(&mut self) -> Option<impl FnOnce(&Blocking) -> Closed + Send + use<>> {
+        // The image first: what a filter can't write must not leave that as it is.
+        let (filters, images) = self.layers.split_at_mut(self.leaf);
+        let closings = |layers: &mut [HostLayer]| layers.iter_mut().filter_map(HostLayer::close).collect::<Vec<_>>();
+        let (images, filters) = (closings(images), closings(filters));
+        let some = !images.is_empty() || !filters.is_empty();
+        some.then_some(move |blocking: &Blocking| Closed {
+            images: Closing::all(images, blocking),
+            filters: Closing::all(filters, blocking),
         })
     }
 

@@ -216,10 +216,20 @@ impl Stack {
     /// Goes on with copies, as far as there is room. True: there was something to do.
     pub(super) fn move_copies(&mut self, slots: &mut Slots, queue: &mut Queue) -> bool {
         let mut moved = false;
-        while let Some(id) = self.copies.as_mut().and_then(|copies| copies.to_start.pop_front()) {
-            if self.start_own(id, slots, queue) != Started::Planned {
-                self.copies.as_mut().expect("it has such").to_start.push_front(id);
-                break;
+        let waiting = self.copies.as_ref().map_or(0, |copies| copies.to_start.len());
+        for _ in 0..waiting {
+            let Some(id) = self.copies.as_mut().and_then(|copies| copies.to_start.pop_front()) else { break };
+            match self.start_own(id, slots, queue) {
+                Started::Planned => {}
+                // What it waits for may be behind it.
+                Started::Waits => {
+                    self.copies.as_mut().expect("it has such").to_start.push_back(id);
+                    continue;
+                }
+                Started::NoRoom => {
+                    self.copies.as_mut().expect("it has such").to_start.push_front(id);
+                    break;
+                }
             }
             moved = true;
             let request = slots.get_mut(id);

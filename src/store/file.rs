@@ -45,6 +45,9 @@ impl FileStore {
     pub fn open(blocking: &Blocking, path: &Path, how: &How, log: &Logger) -> Result<FileStore, Error> {
         let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
         let How { read_only, sector_size, .. } = *how;
+        if how.log {
+            return FileStore::log(blocking, path, how);
+        }
         check_storage(path).map_err(io("open it"))?;
         let plain = options(read_only, false).open(path).map_err(io("open it"))?;
         let geometry = geometry(&plain).map_err(io("serve it"))?;
@@ -91,10 +94,14 @@ impl FileStore {
         Ok(FileStore { plain, direct: is_direct, read_only, lock, by, ..FileStore::of(path, file, geometry)? })
     }
 
-    /// Opens a log of changed blocks, to be read and written, by [`open_log`]; `by` as in [`How`].
-    pub fn log(blocking: &Blocking, path: &Path, lock: bool, by: Option<&Member>) -> Result<FileStore, Error> {
+    fn log(blocking: &Blocking, path: &Path, how: &How) -> Result<FileStore, Error> {
         let (file, geometry) = open_log(blocking, path, true, true)?;
-        Ok(FileStore { read_only: false, lock, by: by.cloned(), ..FileStore::of(path, file, geometry)? })
+        Ok(FileStore {
+            read_only: false,
+            lock: how.lock,
+            by: how.by.cloned(),
+            ..FileStore::of(path, file, geometry)?
+        })
     }
 
     /// Opens it only to look at its metadata, through the page cache: without a lock, and waiting for nobody.
@@ -156,6 +163,11 @@ impl Store for FileStore {
             let file = self.file.try_clone();
             let file = file.map_err(|source| Error::Io { path: self.path.clone(), action: "lock it", source })?;
             self.file = Lock::take(blocking, file, &self.path, self.read_only)?;
+            // Who has put another file in its place before it was locked goes on without it: what is written here would be nobody's.
+            match self.path.metadata() {
+                Ok(now) if same_file(&now, &self.file) => {}
+                _ => return Err(Error::Replaced { path: self.path.clone() }),
+            }
         }
         Ok(())
     }

@@ -152,6 +152,8 @@ pub struct How<'a> {
     pub sector_size: Option<u32>,
     /// Its lock is taken when that is asked for.
     pub lock: bool,
+    /// It is a log of changed blocks: read and written through the page cache, and a link leads to it only if it is a block device ([`open_log`]).
+    pub log: bool,
     /// Who has named it, if that is a member of the control socket's group.
     pub by: Option<&'a Member>,
 }

@@ -14,7 +14,7 @@ use tapdisk::store::{self, Error, How, Identity, Means, MemoryStore, Ram, Store}
 const SIZE: usize = 300_000;
 
 fn how(direct: Direct, read_only: bool) -> How<'static> {
-    How { read_only, metadata: true, direct, sector_size: Some(512), lock: true, by: None }
+    How { read_only, metadata: true, direct, sector_size: Some(512), lock: true, log: false, by: None }
 }
 
 fn open(blocking: &Blocking, path: &Path, how: &How) -> Result<Box<dyn Store>, Error> {
@@ -111,7 +111,7 @@ fn the_lock_holds_off_what_it_says_until_the_store_is_gone() {
         drop(two);
         assert!(!reader.has_other_readers(&blocking).unwrap());
         drop(reader);
-        let without = open(&blocking, &path, &How { lock: false, ..how(direct, false) }).unwrap();
+        let without = open(&blocking, &path, &How { lock: false, log: false, ..how(direct, false) }).unwrap();
         assert_eq!(without.holds_off(), "nobody");
         assert!(!locked(false));
     }

@@ -144,6 +144,11 @@ impl Chain {
             })
             .collect();
         assert_eq!(usize::from(next), files.len());
+        Chain::of(layers, files, seed)
+    }
+
+    /// The same, of layers whose files have their numbers.
+    pub(super) fn of(layers: Vec<HostLayer>, files: Vec<Vec<u8>>, seed: u64) -> Chain {
         let engine = Arc::new(Mutex::new(State { files, ..State::default() }));
         let event = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
         let shared = || Shared { state: Arc::clone(&engine), event: Arc::clone(&event) };

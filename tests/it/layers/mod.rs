@@ -2,6 +2,7 @@
 //! its engine, which keeps files in memory, and completes in an order that a seed says.
 
 mod chain;
+mod contract;
 mod cow;
 mod features;
 

@@ -307,3 +307,184 @@ fn reads_of_the_parent_are_memorys_and_go_on_while_the_file_hangs() {
     }
     bench.close();
 }
+
+/// Disks whose stores misbehave where a log of changed blocks is.
+mod logs {
+    use std::fs::File;
+    use std::io;
+
+    use drivers::changed_blocks::Header;
+    use tapdisk::store::{Error, Identity, Means};
+    use tapdisk::sys::file::Geometry;
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    /// A store of which nothing can be made durable.
+    #[derive(Debug)]
+    struct Failing(Box<dyn Store>);
+    impl Store for Failing {
+        fn path(&self) -> &Path {
+            self.0.path()
+        }
+        fn identity(&self) -> Identity {
+            self.0.identity()
+        }
+        fn geometry(&self) -> Geometry {
+            self.0.geometry()
+        }
+        fn is_direct(&self) -> bool {
+            self.0.is_direct()
+        }
+        fn file(&self) -> Option<&File> {
+            self.0.file()
+        }
+        fn lock(&mut self, b: &Blocking) -> Result<(), Error> {
+            self.0.lock(b)
+        }
+        fn holds_off(&self) -> &'static str {
+            self.0.holds_off()
+        }
+        fn lock_changes(&self, b: &Blocking, p: Duration) -> Result<(), Errno> {
+            self.0.lock_changes(b, p)
+        }
+        fn unlock_changes(&self, b: &Blocking) -> Result<(), Errno> {
+            self.0.unlock_changes(b)
+        }
+        fn has_other_readers(&self, b: &Blocking) -> Result<bool, Errno> {
+            self.0.has_other_readers(b)
+        }
+        fn size_now(&self, b: &Blocking) -> io::Result<u64> {
+            self.0.size_now(b)
+        }
+        fn read_at(&self, b: &Blocking, at: u64, to: &mut [u8]) -> io::Result<usize> {
+            self.0.read_at(b, at, to)
+        }
+        fn write_at(&self, b: &Blocking, at: u64, from: &[u8]) -> io::Result<()> {
+            self.0.write_at(b, at, from)
+        }
+        fn set_len(&self, b: &Blocking, len: u64) -> io::Result<()> {
+            self.0.set_len(b, len)
+        }
+        fn sync(&self, _: &Blocking, _: bool) -> io::Result<()> {
+            Err(Errno::ENOSPC.into())
+        }
+        fn refresh(&self, b: &Blocking) -> io::Result<()> {
+            self.0.refresh(b)
+        }
+        fn means(&self, b: &Blocking) -> io::Result<Means> {
+            self.0.means(b)
+        }
+    }
+
+    fn log(path: &Path, size: u64) {
+        let header = Header::new(size);
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.resize(header.file_len() as usize, 0);
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    fn config(kind: &str, image: &Path, log: &Path) -> Config {
+        let text = format!(
+            "requests = {AT_ONCE}\n[image]\ntype = '{kind}'\npath = '{}'\nchanged_blocks = '{}'\n[memory]\nlock = false\n[engine]\nname = 'threads'\ndepth = 16\n",
+            image.display(),
+            log.display()
+        );
+        Config::parse(&text, Path::new("test")).unwrap()
+    }
+
+    fn opened(kind: &str, image: &Path, log: &Path, open: &store::Open) -> Result<image::Image, image::Error> {
+        let log_of_test = Logger::root(Discard, o!());
+        image::open_with(&Blocking::before_main_loop(), &config(kind, image, log), None, open, &log_of_test)
+    }
+
+    fn bench(kind: &str, image: &Path, log: &Path, open: &store::Open) -> Bench {
+        let opened = opened(kind, image, log, open).unwrap();
+        let memory = Arc::new(Memory::anonymous(AT_ONCE * BYTES as usize).unwrap());
+        let shared = Rc::default();
+        let client = Client(Rc::clone(&shared), Arc::clone(&memory));
+        let config = config(kind, image, log);
+        let disk =
+            serve::disk(config.into(), opened, vec![Box::new(client)], None, &Logger::root(Discard, o!())).unwrap();
+        Bench { disk, shared, memory }
+    }
+
+    fn write(bench: &mut Bench) {
+        let begun = Model::new(SIZE).begin();
+        bench.ask(0, Asked { op: Op::Write { fua: false }, offset: 0, len: 4096, begun });
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            let answered = bench.turn();
+            if !answered.is_empty() {
+                assert_eq!(answered, [(0, Ok(()))]);
+                return;
+            }
+            assert!(Instant::now() < end);
+        }
+    }
+
+    /// The image is left whole all the same, and the error is nobody's flush's.
+    #[test]
+    fn an_image_is_whole_where_its_log_can_not_be_synced() {
+        for fails in [false, true] {
+            let folder = folder();
+            let (image, cbt) = (folder.path().join("a.vhd"), folder.path().join("log"));
+            good("create -n {} -s 12", &[&image]);
+            log(&cbt, SIZE);
+            let open = |b: &Blocking, path: &Path, how: &How, l: &Logger| {
+                let store = store::open(b, path, how, l)?;
+                Ok(if fails && path.ends_with("log") { Box::new(Failing(store)) as Box<dyn Store> } else { store })
+            };
+            let mut bench = bench("vhd", &image, &cbt, &open);
+            write(&mut bench);
+            bench.disk.drain();
+            while bench.disk.closed().is_none() {
+                bench.turn();
+            }
+            assert_eq!(bench.disk.closed(), Some(Ok(())));
+            let bytes = std::fs::read(&image).unwrap();
+            assert_eq!(&bytes[bytes.len() - 512..][..8], b"conectix", "the image is whole");
+        }
+    }
+
+    /// Bits in a file that has no name any more are lost.
+    #[test]
+    fn a_log_that_is_replaced_before_it_is_locked_is_refused() {
+        let folder = folder();
+        let place = |name: &str| folder.path().join(name);
+        let (image, cbt, new) = (place("a.raw"), place("log"), place("log.new"));
+        std::fs::write(&image, vec![0; SIZE as usize]).unwrap();
+        log(&cbt, SIZE);
+        log(&new, SIZE);
+        let open = |b: &Blocking, path: &Path, how: &How, l: &Logger| {
+            let store = store::open(b, path, how, l)?;
+            if path.ends_with("log") {
+                std::fs::rename(&new, &cbt).unwrap();
+            }
+            Ok(store)
+        };
+        let error = opened("aio", &image, &cbt, &open).err().unwrap();
+        assert!(error.to_string().contains("another file has taken its place"), "{error}");
+        assert_eq!(error.errno(), Errno::EAGAIN);
+    }
+
+    #[test]
+    fn a_pause_does_not_fail_for_a_log_that_can_not_be_synced() {
+        let folder = folder();
+        let (image, cbt) = (folder.path().join("a.raw"), folder.path().join("log"));
+        std::fs::write(&image, vec![0; SIZE as usize]).unwrap();
+        log(&cbt, SIZE);
+        let open = |b: &Blocking, path: &Path, how: &How, l: &Logger| {
+            let store = store::open(b, path, how, l)?;
+            Ok(if path.ends_with("log") { Box::new(Failing(store)) as Box<dyn Store> } else { store })
+        };
+        let mut bench = bench("aio", &image, &cbt, &open);
+        write(&mut bench);
+        bench.disk.pause_for_client().unwrap();
+        while bench.disk.pause_outcome().is_none() {
+            bench.turn();
+        }
+        assert_eq!(bench.disk.pause_outcome().map(|paused| paused.is_ok()), Some(true));
+        assert!(bench.disk.is_paused());
+    }
+}

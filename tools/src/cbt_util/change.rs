@@ -33,7 +33,7 @@ pub(super) fn set(args: &Set) -> Result<()> {
         enlarge(&log, before, size)?;
         header.set_size(size);
     }
-    log.write_header(&header)
+    log.write_header(&header, args.size.is_some())
 }
 
 /// Has the map of a disk of `before` bytes be one of `size` bytes. Until the header says so, it is the old one.

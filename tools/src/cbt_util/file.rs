@@ -14,6 +14,9 @@ use zerocopy::IntoBytes;
 
 use super::{Failure, Result};
 
+/// Where the header has the disk's size.
+const SIZE_AT: usize = 40;
+
 /// Bytes that are in memory at a time, whatever size a log claims.
 const PIECE: u64 = 1 << 20;
 
@@ -117,10 +120,11 @@ impl LogFile {
         self.file.sync_all().map_err(Failure::io(&self.path, "write it"))
     }
 
-    /// Writes a header when all that it tells of is on the disk, and then that.
-    pub(super) fn write_header(&self, header: &Header) -> Result<()> {
+    /// Writes a header when all that it tells of is on the disk, and then that. Without the size, which is for who has the log locked.
+    pub(super) fn write_header(&self, header: &Header, size: bool) -> Result<()> {
         self.sync()?;
-        self.write(0, header.as_bytes())?;
+        let bytes = header.as_bytes();
+        self.write(0, if size { bytes } else { &bytes[..SIZE_AT] })?;
         self.sync()
     }
 }
@@ -191,10 +195,10 @@ impl NewLog {
         self.log.check_room(header.file_len())?;
         if self.log.device {
             // Cut short, it is none any more, rather than the old one with bits that are gone.
-            self.log.write_header(&Header::new(0))?;
+            self.log.write_header(&Header::new(0), true)?;
         }
         self.log.zero(begin, header.file_len())?;
-        self.log.write_header(header)?;
+        self.log.write_header(header, true)?;
         let Some(Replaces { path, .. }) = &self.replaces else { return Ok(()) };
         std::fs::rename(&self.log.path, path).map_err(Failure::io(path, "put the new log there"))?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
