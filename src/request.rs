@@ -302,6 +302,10 @@ impl Request {
     }
 }
 
+/// Names a part of a request of whose end layers want to hear: the stack's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PieceId(pub(crate) u32);
+
 /// Names a request's slot; in debug builds also which use of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestId {

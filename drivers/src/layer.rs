@@ -42,7 +42,7 @@
 //!
 //! # What carries what
 //!
-//! Each row is a sequence of calls, which a test of that name in `tests/it/layers/features.rs` makes on a layer that is made for it.
+//! Each row is a sequence of calls, which a test of that name in `tests/it/layers` makes on a layer that is made for it.
 //!
 //! | feature | what it asks for | test |
 //! |---|---|---|
@@ -53,7 +53,7 @@
 //! | mirror | `Both`, a ticket for each side | `a_mirror_goes_on_without_the_side_that_fails` |
 //! | read cache | `Through` with `fill` | `a_read_caches_late_fill_never_lands_over_a_guests_write` |
 //! | qcow2's data file, a cache's or mirror's image | a file of the layer's own, [`LayerFile`] | all of these |
-//! | qcow2's closing (counts, bitmaps, then the flags) | [`Layer::closing`], then [`LastStep`]s with flushes between | |
+//! | qcow2's closing (counts, bitmaps, then the flags) | [`Layer::closing`], then [`LastStep`]s with flushes between | `an_image_is_closed_by_metadata_and_then_by_steps_in_their_order` |
 //! | throttling | `Wait` until a time; [`Layer::descend`] charges what really goes on | [`crate::throttle`] |
 //! | changed blocks | `Wait` for metadata, in a file of the filter's | [`crate::changed_blocks`] |
 

@@ -26,14 +26,13 @@ use nix::errno::Errno;
 use self::layer::Closing;
 pub use self::layer::{Closed, HostLayer};
 use self::meta::MetaMemory;
-pub use self::pieces::PieceId;
 use self::pieces::{HOLDERS_MAX, Holders, Over, Pieces};
 pub use self::report::{Hits, LayerReport, Waits};
 use self::through::{COPIES_MAX, Copies, READS_MAX, Wanted};
 use crate::blocking::Blocking;
 use crate::job::Apart;
 use crate::queue::{Queue, Transfer};
-use crate::request::{Op, Request, RequestId, Slots, Waiting};
+use crate::request::{Op, PieceId, Request, RequestId, Slots, Waiting};
 use crate::stats::now;
 use crate::sys::io::{FileId, IoOp};
 

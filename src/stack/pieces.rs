@@ -3,16 +3,12 @@
 use drivers::Ticket;
 use nix::errno::Errno;
 
-use crate::request::RequestId;
+use crate::request::{PieceId, RequestId};
 
 /// Layers that can hear of the end of one piece, at most.
 pub(super) const HOLDERS_MAX: usize = 8;
 
 const NONE: u32 = u32::MAX;
-
-/// Names a piece.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PieceId(u32);
 
 /// Layers that want to hear of the end of a piece, and their tickets; the one that hears first is the last.
 #[derive(Clone, Copy, Debug)]

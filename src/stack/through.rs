@@ -11,10 +11,10 @@ use std::sync::Arc;
 use drivers::{Extent, Op as Ask, Origin, Through};
 use nix::errno::Errno;
 
-use super::pieces::{Over, PieceId};
+use super::pieces::Over;
 use super::{Stack, Started, own_tag};
 use crate::queue::{Queue, Transfer};
-use crate::request::{Op, RequestId, Slots};
+use crate::request::{Op, PieceId, RequestId, Slots};
 use crate::sys::io::IoOp;
 use crate::sys::memory::Memory;
 

@@ -2,10 +2,18 @@
 
 use super::{Chain, FILE, pattern};
 use drivers::{
-    Ask, Extent, Layer, LayerFile, Meta, MetaId, MetaOp, OddSize, Op, Plan, Raw, Settled, Through, Ticket,
+    Ask, Extent, LastStep, Layer, LayerFile, Meta, MetaId, MetaOp, OddSize, Op, Plan, Raw, Settled, Through, Ticket,
 };
+use nix::errno::Errno;
 use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tapdisk::blocking::Blocking;
 use tapdisk::request;
+use tapdisk::stack::HostLayer;
+use tapdisk::store::{self, Identity, Means, Store};
+use tapdisk::sys::file::Geometry;
 use tapdisk::sys::io::{FileId, IoOp};
 
 const WRITE: request::Op = request::Op::Write { fua: false };
@@ -300,7 +308,6 @@ impl Layer for TwoFiles {
 
 #[test]
 fn a_durable_write_waits_for_the_file_that_says_where_it_is() {
-    use tapdisk::stack::HostLayer;
     let mut early = Vec::new();
     for seed in 0..40 {
         let mut host = HostLayer::new(Box::new(TwoFiles::default()), "two".as_ref(), FileId(0), false);
@@ -388,4 +395,125 @@ fn a_part_of_a_copy_that_waits_holds_up_no_other() {
 fn a_fill_with_nothing_below_it_is_of_zeros() {
     let mut chain = Chain::new(vec![(fills(Some(8192), 4096), true)], vec![vec![1; 8192]], 1);
     assert_eq!(chain.run(request::Op::Read, 0, 512, &[]), Ok(Some(vec![0; 512])));
+}
+
+/// As qcow2 will be closed: counts are written as metadata, then bitmaps, and when those are durable the flag that says that they are right.
+struct Flagged {
+    counts: bool,
+}
+
+impl Layer for Flagged {
+    fn name(&self) -> &'static str {
+        "flagged"
+    }
+    fn size(&self) -> Option<u64> {
+        Some(4096)
+    }
+    fn plan(&mut self, ask: &Ask) -> Plan {
+        Plan::Data { file: FILE, at: ask.extent.offset, count: ask.extent.len, ticket: None }
+    }
+    fn closing(&mut self) {
+        self.counts = true;
+    }
+    fn next_meta(&mut self) -> Option<Meta> {
+        std::mem::take(&mut self.counts).then_some(Meta {
+            id: MetaId(0),
+            op: MetaOp::Write,
+            file: LayerFile(1),
+            at: 512,
+            len: 512,
+        })
+    }
+    fn meta_len(&self) -> usize {
+        512
+    }
+    fn close(&mut self, _: u64, step: &mut dyn FnMut(LastStep)) {
+        step(LastStep::Write { file: LayerFile(1), at: 1024, bytes: vec![1; 512], keep: None });
+        step(LastStep::Flush { file: LayerFile(1) });
+        step(LastStep::Write { file: FILE, at: 0, bytes: vec![2; 512], keep: None });
+        step(LastStep::Resize { file: FILE, size: 4096 });
+    }
+}
+
+/// A store that tells what is done with it.
+#[derive(Debug)]
+struct Told(u8, Arc<Mutex<Vec<String>>>);
+
+impl Told {
+    fn tell(&self, what: &str) -> std::io::Result<()> {
+        self.1.lock().unwrap().push(format!("{}: {what}", self.0));
+        Ok(())
+    }
+}
+
+impl Store for Told {
+    fn path(&self) -> &Path {
+        Path::new("told")
+    }
+    fn identity(&self) -> Identity {
+        Identity::Memory(self.0.into())
+    }
+    fn geometry(&self) -> Geometry {
+        unreachable!("nobody asks at the end")
+    }
+    fn is_direct(&self) -> bool {
+        false
+    }
+    fn file(&self) -> Option<&std::fs::File> {
+        None
+    }
+    fn lock(&mut self, _: &Blocking) -> Result<(), store::Error> {
+        Ok(())
+    }
+    fn holds_off(&self) -> &'static str {
+        "nobody"
+    }
+    fn lock_changes(&self, _: &Blocking, _: Duration) -> Result<(), Errno> {
+        Ok(())
+    }
+    fn unlock_changes(&self, _: &Blocking) -> Result<(), Errno> {
+        Ok(())
+    }
+    fn has_other_readers(&self, _: &Blocking) -> Result<bool, Errno> {
+        Ok(false)
+    }
+    fn size_now(&self, _: &Blocking) -> std::io::Result<u64> {
+        Ok(4096)
+    }
+    fn read_at(&self, _: &Blocking, _: u64, _: &mut [u8]) -> std::io::Result<usize> {
+        Ok(0)
+    }
+    fn write_at(&self, _: &Blocking, at: u64, from: &[u8]) -> std::io::Result<()> {
+        self.tell(&format!("{} at {at}", from[0]))
+    }
+    fn set_len(&self, _: &Blocking, len: u64) -> std::io::Result<()> {
+        self.tell(&format!("{len} bytes"))
+    }
+    fn sync(&self, _: &Blocking, all: bool) -> std::io::Result<()> {
+        self.tell(if all { "all durable" } else { "durable" })
+    }
+    fn refresh(&self, _: &Blocking) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn means(&self, _: &Blocking) -> std::io::Result<Means> {
+        unreachable!("the engine has what it needs")
+    }
+}
+
+#[test]
+fn an_image_is_closed_by_metadata_and_then_by_steps_in_their_order() {
+    let told = Arc::default();
+    let mut host = HostLayer::new(Box::new(Flagged { counts: false }), "flagged".as_ref(), FileId(0), false);
+    host.files = [FileId(0), FileId(1)].into();
+    host.written = vec![Arc::new(Told(0, Arc::clone(&told))), Arc::new(Told(1, Arc::clone(&told)))];
+    let mut chain = Chain::of(vec![host], vec![vec![0; 4096], vec![0; 4096]], 1);
+    chain.write(0, &pattern(1, 512)).unwrap();
+    chain.seen();
+    chain.stack.begin_closing();
+    chain.drain();
+    assert_eq!(chain.seen(), [(FileId(1), IoOp::Write { fua: false }, 512, 512)]);
+    let closed = chain.stack.close().unwrap()(&Blocking::before_main_loop());
+    assert!(closed.images.is_empty() && closed.filters.is_empty());
+    let steps = ["1: 1 at 1024", "1: durable", "0: 2 at 0", "0: 4096 bytes", "0: all durable", "1: all durable"];
+    assert_eq!(*told.lock().unwrap(), steps);
 }
