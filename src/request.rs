@@ -71,6 +71,8 @@ pub struct Waiting {
     pub layer: u16,
     /// Since when, ns of [`now`](crate::stats::now).
     pub since: u64,
+    /// For a time to come, and for nothing that could hang.
+    pub timed: bool,
 }
 
 /// A run of bytes of one of the payload's memories. Small, because each slot has room for as many as a request may have: a place has 48
@@ -294,6 +296,11 @@ impl Request {
             Origin::Layer(_) => "metadata",
             Origin::Frontend(_) | Origin::Disk => self.op.name(),
         }
+    }
+
+    /// Whether a layer holds it back for a while.
+    pub fn is_held(&self) -> bool {
+        self.planning && self.waits_for.is_some_and(|waiting| waiting.timed)
     }
 
     /// Its end, as the frontend answers it.

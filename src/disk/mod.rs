@@ -269,6 +269,7 @@ impl Disk {
         for frontend in &mut self.frontends {
             frontend.publish();
         }
+        worked |= self.drop_orphans();
         match answered | worked | self.advance() {
             false => Turn::Nothing,
             true if in_memory => Turn::Answered,
@@ -364,6 +365,31 @@ impl Disk {
             }
             Barrier::Writing => true,
         }
+    }
+
+    /// Ends what a layer holds back for clients that are gone: they are not charged for it, and who comes next needs the slots.
+    #[inline(always)] // nearly always nothing waits
+    fn drop_orphans(&mut self) -> bool {
+        !self.waiting.is_empty() && self.frontends.iter().any(|frontend| frontend.has_orphans()) && self.end_orphans()
+    }
+
+    #[inline(never)]
+    fn end_orphans(&mut self) -> bool {
+        let Disk { waiting, slots, stack, frontends, .. } = self;
+        let before = waiting.len();
+        waiting.retain(|&id| {
+            let request = slots.get_mut(id);
+            let orphan = match request.origin {
+                Origin::Frontend(index) => frontends[usize::from(index)].is_orphan(request.tag),
+                Origin::Disk | Origin::Layer(_) => false,
+            };
+            if !orphan || !request.is_held() {
+                return true;
+            }
+            stack.call_off(id, slots);
+            false
+        });
+        waiting.len() < before
     }
 
     fn finish(&mut self) -> bool {
@@ -574,12 +600,7 @@ impl Disk {
         self.queue.cancel();
         self.stack.cancel(&mut self.slots);
         while let Some(id) = self.started.pop_front().or_else(|| self.waiting.pop_front()) {
-            let request = self.slots.get_mut(id);
-            request.error.get_or_insert(Errno::ECANCELED);
-            request.planning = false;
-            if request.pieces == 0 {
-                self.stack.all_done(id, &mut self.slots);
-            }
+            self.stack.call_off(id, &mut self.slots);
         }
     }
 

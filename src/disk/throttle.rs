@@ -10,6 +10,7 @@ use slog::info;
 
 use super::Disk;
 use crate::config::{self, Config};
+use crate::request::Request;
 use crate::stack::Stack;
 
 /// Limits, as they are in force. None: there is none.
@@ -97,12 +98,12 @@ impl Disk {
     pub fn throttle_report(&self) -> ThrottleReport {
         let Some((index, throttle)) = self.stack.get::<Throttle>() else { return ThrottleReport::default() };
         let (limits, waits) = (throttle.limits(), self.stack.waits(index));
-        let is_held = |waits_for: Option<crate::request::Waiting>| waits_for.is_some_and(|at| at.layer == index);
+        let held = |request: &Request| request.is_held() && request.waits_for.is_some_and(|at| at.layer == index);
         ThrottleReport {
             read: limits.read.into(),
             write: limits.write.into(),
             all: limits.all.into(),
-            held: self.slots.iter().filter(|(_, request)| request.planning && is_held(request.waits_for)).count(),
+            held: self.slots.iter().filter(|(_, request)| held(request)).count(),
             held_before: waits.requests,
             held_us: waits.ns / 1000,
         }

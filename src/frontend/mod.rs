@@ -147,6 +147,16 @@ pub trait Frontend: Any {
         None
     }
 
+    /// Whether there are requests in flight whose client is gone.
+    fn has_orphans(&self) -> bool {
+        false
+    }
+
+    /// Whether the client of the request with that tag, which is in flight, is gone: nobody hears of its end.
+    fn is_orphan(&self, _tag: u64) -> bool {
+        false
+    }
+
     /// The disk has grown; requests beyond its old end are taken already.
     fn resized(&mut self, _disk: &DiskInfo) {}
 

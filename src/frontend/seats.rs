@@ -85,6 +85,11 @@ impl<C> Seats<C> {
         seat.client.as_mut()
     }
 
+    /// Whether the client at a place has left.
+    pub(super) fn has_left(&self, index: usize) -> bool {
+        self.0.get(index).is_none_or(|seat| seat.client.is_none())
+    }
+
     /// Requests of clients that have left.
     pub(super) fn orphans(&self) -> usize {
         self.0.iter().map(|seat| seat.orphans).sum()
@@ -106,6 +111,7 @@ mod tests {
         assert_eq!((seats.leave(0, |_| 2), seats.leave(0, |_| 9)), (Some('a'), None));
         for left in [2, 1] {
             assert_eq!((seats.free(), seats.first_free(), seats.orphans()), (Err(Full::Orphans), None, left));
+            assert_eq!((seats.has_left(0), seats.has_left(1)), (true, false));
             assert_eq!(seats.ended(0), None);
         }
         assert_eq!((seats.free(), seats.first_free(), seats.orphans()), (Ok(1), Some(0), 0));

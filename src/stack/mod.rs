@@ -334,10 +334,10 @@ impl Stack {
         match plan {
             Plan::Wait { until } => {
                 self.wait(until);
-                let layer = layer as u16;
-                if request.waits_for.is_none_or(|waiting| waiting.layer != layer) {
+                let (layer, timed) = (layer as u16, until.is_some());
+                if request.waits_for.is_none_or(|waiting| (waiting.layer, waiting.timed) != (layer, timed)) {
                     self.waits_no_longer(request);
-                    request.waits_for = Some(Waiting { layer, since: self.time });
+                    request.waits_for = Some(Waiting { layer, since: self.time, timed });
                 }
                 return false;
             }
@@ -355,7 +355,7 @@ impl Stack {
     }
 
     fn waits_no_longer(&mut self, request: &mut Request) {
-        if let Some(Waiting { layer, since }) = request.waits_for.take() {
+        if let Some(Waiting { layer, since, .. }) = request.waits_for.take() {
             let waits = &mut self.waits[usize::from(layer)];
             waits.requests += 1;
             waits.ns += self.time.saturating_sub(since);
@@ -657,6 +657,16 @@ impl Stack {
             self.copied(id, slots);
         } else {
             self.done.push_back(id);
+        }
+    }
+
+    /// What is not planned of a request is not done: it ends with ECANCELED, when what has begun of it has ended.
+    pub fn call_off(&mut self, id: RequestId, slots: &mut Slots) {
+        let request = slots.get_mut(id);
+        request.error.get_or_insert(Errno::ECANCELED);
+        request.planning = false;
+        if request.pieces == 0 {
+            self.all_done(id, slots);
         }
     }
 

@@ -348,12 +348,7 @@ impl Stack {
     /// Ends the reads of copies that have not reached the queue.
     pub fn cancel(&mut self, slots: &mut Slots) {
         while let Some(id) = self.copies.as_mut().and_then(|copies| copies.to_start.pop_front()) {
-            let request = slots.get_mut(id);
-            request.error.get_or_insert(Errno::ECANCELED);
-            request.planning = false;
-            if request.pieces == 0 {
-                self.all_done(id, slots);
-            }
+            self.call_off(id, slots);
         }
     }
 }

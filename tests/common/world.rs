@@ -3,6 +3,7 @@
 #![allow(dead_code)] // the tests use a part, and fuzzing the other
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use slog::{Discard, Logger, o};
@@ -41,6 +42,14 @@ impl Pages for DataPages {
 pub struct Ring {
     queue: Arc<Mutex<RingQueue>>,
     pages: DataPages,
+    gone: Arc<AtomicBool>,
+}
+
+impl Ring {
+    /// Set: its client is gone.
+    pub fn gone(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.gone)
+    }
 }
 
 impl Frontend for Ring {
@@ -71,6 +80,12 @@ impl Frontend for Ring {
 
     fn arm(&mut self) -> bool {
         self.queue.lock().unwrap().ring_mut().arm()
+    }
+    fn has_orphans(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+    fn is_orphan(&self, _: u64) -> bool {
+        self.gone.load(Ordering::Relaxed)
     }
     fn close(&mut self) {}
     fn inspect(&self) -> serde_json::Value {
@@ -104,7 +119,7 @@ pub fn ring(abi: Abi, sector_size: u32) -> (Ring, FrontRing, Arc<Mutex<RingQueue
     let front = FrontRing::init(shared.clone());
     let limits = Limits { indirect_segments: 32, sector_size };
     let queue = Arc::new(Mutex::new(RingQueue::new(BackRing::attach(shared), limits)));
-    let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)) };
+    let ring = Ring { queue: Arc::clone(&queue), pages: DataPages(Arc::clone(&memory)), gone: Arc::default() };
     (ring, front, queue, memory)
 }
 

@@ -1,5 +1,8 @@
 //! A disk with limits: what they hold, what goes all the same, and who gets how much.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::common::world::{self, SIZE};
 use drivers::Throttle;
 use tapdisk::blocking::Blocking;
@@ -11,12 +14,21 @@ use tapdisk::frontend::blkif::wire::*;
 use tapdisk::polling::{Polling, Settings};
 use tapdisk::stack::HostLayer;
 
-/// A disk in memory with so many rings, whose first request of a sector, and no other, goes before an hour is over.
+/// A disk in memory with so many rings, as [`disk_and_clients`] gives it.
 fn disk(rings: usize) -> (Disk, Vec<FrontRing>) {
+    let (disk, fronts, _) = disk_and_clients(rings);
+    (disk, fronts)
+}
+
+/// A disk in memory with so many rings, whose first request of a sector, and no other, goes before an hour is over; and what says that a ring's
+/// client is gone.
+fn disk_and_clients(rings: usize) -> (Disk, Vec<FrontRing>, Vec<Arc<AtomicBool>>) {
+    let mut gone = Vec::new();
     let mut fronts = Vec::new();
     let mut frontends: Vec<Box<dyn Frontend>> = Vec::new();
     for _ in 0..rings {
         let (ring, front, ..) = world::ring(Abi::Native, 512);
+        gone.push(ring.gone());
         frontends.push(Box::new(ring));
         fronts.push(front);
     }
@@ -24,7 +36,7 @@ fn disk(rings: usize) -> (Disk, Vec<FrontRing>) {
     let mut throttle = config::Throttle::default();
     (throttle.all.bytes_per_s, throttle.all.bytes_burst) = (Some(config::Size(1)), Some(config::Size(1)));
     let filter = HostLayer::without_file(Box::new(Throttle::new(throttle.limits())));
-    (world::disk_of(frontends, vec![filter], world::info(512, false), engine), fronts)
+    (world::disk_of(frontends, vec![filter], world::info(512, false), engine), fronts, gone)
 }
 
 fn requests(rate: u64, burst: u64) -> config::Throttle {
@@ -145,4 +157,29 @@ fn frontends_that_wait_get_the_same_though_one_has_many_requests_and_the_other_o
         // In the order in which they come, one would get a thirteenth.
         assert!(counts.iter().all(|count| (350..=650).contains(count)), "{counts:?}");
     }
+}
+
+#[test]
+fn what_is_held_for_a_client_that_is_gone_ends_at_once_uncharged_and_that_of_others_stays() {
+    let (mut disk, mut fronts, gone) = disk_and_clients(2);
+    (0..20).for_each(|id| push(&mut fronts[0], OP_READ, id));
+    (0..20).for_each(|id| push(&mut fronts[1], OP_READ, id));
+    turns(&mut disk);
+    assert_eq!((disk.outstanding(), disk.throttle_report().held), (16, 16));
+    let owed = |disk: &Disk| disk.inspect(&Polling::new(Settings::default())).layers[0].counters["bytes owed"];
+    let before = owed(&disk);
+    let passed: usize = fronts.iter_mut().map(|front| answers(front).len()).sum();
+    assert_eq!(passed, 1);
+    gone[0].store(true, Ordering::Relaxed);
+    turns(&mut disk);
+    let ended = answers(&mut fronts[0]);
+    assert!(ended.len() >= 15 && ended.iter().all(|(_, status)| *status == RSP_ERROR), "{ended:?}");
+    assert_eq!((answers(&mut fronts[1]), disk.outstanding()), (Vec::new(), disk.throttle_report().held));
+    assert!(disk.outstanding() >= 8, "those of the other");
+    assert!(owed(&disk) <= before);
+    // With the last of them.
+    gone[1].store(true, Ordering::Relaxed);
+    turns(&mut disk);
+    assert_eq!((disk.outstanding(), disk.throttle_report().held), (0, 0));
+    assert!(owed(&disk) <= before);
 }

@@ -4,7 +4,7 @@
 //! server answers with one [`Welcome`](wire::Welcome) message; if that is no refusal, it carries the descriptors of a
 //! memfd and of two eventfds for each queue. The client maps the memfd, initialises the rings' indices as a blkfront
 //! does, and begins. Nothing more is said on the socket: either side hangs up to end the connection, and what the
-//! client had in flight is then finished and not answered.
+//! client had in flight is then finished, or not begun, and not answered.
 //!
 //! The server makes the memfd and seals its size, so that no client can pull pages away from under it. The
 //! eventfds are shared descriptions: a client can spoil its own, and for that reason the socket is open only to
@@ -249,6 +249,14 @@ impl Frontend for Local {
 
     fn pull_deadline(&self) -> Option<u64> {
         self.clients.iter().filter_map(|(_, client)| client.deadline()).chain(self.accept_due()).min()
+    }
+
+    fn has_orphans(&self) -> bool {
+        self.clients.orphans() > 0
+    }
+
+    fn is_orphan(&self, tag: u64) -> bool {
+        self.clients.has_left(client::Tag::unpack(tag).client)
     }
 
     fn resized(&mut self, disk: &DiskInfo) {

@@ -147,6 +147,8 @@ pub(super) struct Connection {
     readable: bool,
     /// The client has closed its side, so reads end only with the end of the stream.
     hung_up: bool,
+    /// It has closed both sides: nobody hears anything any more.
+    gone: bool,
     /// The socket took all that it was given.
     writable: bool,
     /// An event is asked for when it takes more.
@@ -190,6 +192,7 @@ impl Connection {
             stop: Stop::Input,
             readable: false,
             hung_up: false,
+            gone: false,
             writable: true,
             watches_writable: false,
             received: Received { bytes: vec![0; RECEIVE].into(), start: 0, end: 0 },
@@ -224,6 +227,7 @@ impl Connection {
     pub(super) fn event(&mut self, event: &mio::event::Event) {
         self.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
         self.hung_up |= event.is_read_closed() || event.is_error();
+        self.gone |= event.is_write_closed();
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
     }
 
@@ -235,8 +239,12 @@ impl Connection {
     pub(super) fn is_over(&self) -> bool {
         match self.phase {
             Phase::Dead(_) => true,
-            Phase::Leaving => self.in_flight() == 0 && self.flushes.is_empty() && self.transmit.is_empty(),
-            _ => false,
+            Phase::Leaving => {
+                self.gone || (self.in_flight() == 0 && self.flushes.is_empty() && self.transmit.is_empty())
+            }
+            // What it has sent is read on to the end, but not if that has to wait for answers.
+            Phase::Transmission => self.gone && matches!(self.stop, Stop::Room | Stop::Slots),
+            Phase::Handshake(_) => false,
         }
     }
 

@@ -316,6 +316,14 @@ impl Frontend for Nbd {
         [handshake, accept, slots].into_iter().flatten().min()
     }
 
+    fn has_orphans(&self) -> bool {
+        self.seats.orphans() > 0
+    }
+
+    fn is_orphan(&self, tag: u64) -> bool {
+        self.seats.has_left(untag(tag).0)
+    }
+
     fn resized(&mut self, disk: &DiskInfo) {
         // Clients that are connected keep what they were told: the protocol has no way to say more.
         self.export = Arc::new(Export { name: self.export.name.clone(), disk: disk.clone() });

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -366,6 +367,30 @@ fn a_place_is_free_also_after_a_long_read_that_was_partly_answered() {
     served.stuck = false;
     served.run();
     assert_eq!((served.nbd.seats.orphans(), served.nbd.seats.free()), (0, Ok(1)));
+}
+
+#[test]
+fn who_is_gone_leaves_though_its_requests_stay_with_the_disk() {
+    for (slots, count) in [(4, 2), (4, 40)] {
+        let mut served = Served::new(slots, 1);
+        let mut client = served.connect(true);
+        served.stuck = true;
+        (0..count).for_each(|_| client.request((CMD_READ, 0, 0, 4096)));
+        served.run();
+        let held = served.slots.used();
+        assert_eq!((held, served.nbd.has_orphans()), (slots.min(count), false));
+        // With one side only it still wants its replies.
+        client.stream.shutdown(Shutdown::Write).unwrap();
+        served.run();
+        assert_eq!((served.nbd.connections().count(), served.nbd.has_orphans()), (1, false));
+        drop(client);
+        served.run();
+        assert_eq!((served.nbd.connections().count(), served.nbd.seats.orphans()), (0, held));
+        assert!(served.slots.iter().all(|(_, request)| served.nbd.is_orphan(request.tag)));
+        served.stuck = false;
+        served.run();
+        assert_eq!((served.nbd.seats.free(), served.slots.used()), (Ok(1), 0));
+    }
 }
 
 #[test]

@@ -277,6 +277,14 @@ impl Frontend for Xen {
         self.shared.vbd.borrow().deadline()
     }
 
+    fn has_orphans(&self) -> bool {
+        self.shared.vbd.borrow().has_orphans()
+    }
+
+    fn is_orphan(&self, tag: u64) -> bool {
+        self.shared.vbd.borrow().is_orphan(tag)
+    }
+
     fn gather_ns(&self) -> Option<u64> {
         Some(self.config.limits.gather_ns)
     }

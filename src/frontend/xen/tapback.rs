@@ -296,6 +296,15 @@ impl Frontend for Tapback {
         self.present().filter_map(|guest| guest.vbd.deadline()).min()
     }
 
+    fn has_orphans(&self) -> bool {
+        self.present().any(|guest| guest.vbd.has_orphans())
+    }
+
+    fn is_orphan(&self, tag: u64) -> bool {
+        let place = self.guests.get((tag >> TAG) as usize);
+        place.and_then(Option::as_ref).is_none_or(|guest| guest.vbd.is_orphan(tag))
+    }
+
     fn gather_ns(&self) -> Option<u64> {
         self.present().map(|guest| guest.limits.gather_ns).min()
     }

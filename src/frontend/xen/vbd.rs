@@ -274,6 +274,16 @@ impl Vbd {
         self.flights.len() - self.free.len()
     }
 
+    /// Whether requests are in flight of a guest that is gone.
+    pub fn has_orphans(&self) -> bool {
+        self.guest.is_none() && self.in_flight() > 0
+    }
+
+    /// Whether the request with that tag, which is in flight, is of a guest that is gone.
+    pub fn is_orphan(&self, tag: u64) -> bool {
+        self.guest.is_none() || self.flights[usize::from(tag as u16)].connection != self.counters.connections
+    }
+
     /// Why the guest had to be let go, once.
     pub fn take_broken(&mut self) -> Option<String> {
         self.broken.take()

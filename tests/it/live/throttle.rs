@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::guest::{Guest, page};
 use crate::common::live::*;
@@ -188,4 +188,26 @@ fn a_client_with_one_request_gets_its_share_beside_another_frontends_with_many()
     load.wait().unwrap();
     // Three hundred each, and what the programs took to begin and end. In the order in which they come it would be ten thousand.
     assert!((450..3000).contains(&all), "{all}");
+}
+
+#[test]
+fn what_is_held_for_clients_that_are_gone_is_in_nobodys_way() {
+    let (served, _path, _folder) = raw("[throttle.all]\nbytes_per_s = 4096\nbytes_burst = 4096\n");
+    let script = |count: u32| {
+        format!(
+            "import os\nb = [nbd.Buffer(4096) for i in range({count})]\nfor x in b: h.aio_pread(x, 0)\nfor i in range(10): h.poll(50)\nos._exit(0)"
+        )
+    };
+    for count in [20, 400] {
+        // The one, or so many that the server does not come to the end of what the client has sent.
+        nbdsh(&served, &script(count));
+        let mut guest = Guest::connect(&served.ring());
+        (0..20).for_each(|_| send(&mut guest));
+        wait_for(|| throttle(&served, &[])["held"].as_u64().filter(|held| *held > 10));
+        drop(guest);
+        wait_for(|| (throttle(&served, &[])["held"] == 0).then_some(()));
+        let begin = Instant::now();
+        nbdsh(&served, "h.pread(4096, 0)");
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    }
 }
