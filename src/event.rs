@@ -163,8 +163,9 @@ impl MainLoop {
         }
     }
 
-    /// Waits for events if there are none, and handles them. Gives the time it waited, in ns.
-    fn wait(&mut self, events: &mut Events, sleep: bool) -> io::Result<u64> {
+    /// Waits for events if there are none, and handles them. Gives the time until they came, in ns. None: none came until it was time for
+    /// something.
+    fn wait(&mut self, events: &mut Events, sleep: bool) -> io::Result<Option<u64>> {
         let begin = now();
         let deadline = self.minors.deadline().into_iter().chain(self.control.deadline());
         let deadline = deadline.chain(self.metrics.as_ref().and_then(|metrics| metrics.deadline())).min();
@@ -177,7 +178,7 @@ impl MainLoop {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => other?,
         }
-        let slept = now() - begin;
+        let slept = (!events.is_empty()).then(|| now() - begin);
         for event in &*events {
             let (source, index) = (event.token().0 >> 32, event.token().0 & 0xffff_ffff);
             match source {
@@ -264,12 +265,12 @@ impl Spin {
         self.window > 0 && watch(now() + self.window, ready)
     }
 
-    /// A sleep took that long, in ns: would spinning have seen its end?
-    fn slept(&mut self, took: u64) {
+    /// A sleep took that long, in ns, until an event: would spinning have seen it? None: there was no event.
+    fn slept(&mut self, took: Option<u64>) {
         if self.max == 0 {
             return;
         }
-        if took + self.window <= self.max {
+        if took.is_some_and(|took| took + self.window <= self.max) {
             self.window = (self.window * 2).clamp(Self::START, self.max);
         } else {
             self.window /= 2;
@@ -277,5 +278,24 @@ impl Spin {
                 self.window = 0;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spinning_pays_where_events_come_soon_and_not_where_time_passes() {
+        let mut spin = Spin::new(50);
+        (0..9).for_each(|_| spin.slept(Some(10_000)));
+        assert!(spin.window >= 20_000);
+        (0..9).for_each(|_| spin.slept(None));
+        assert_eq!(spin.window, 0, "memory shows no deadline");
+        (0..9).for_each(|_| spin.slept(Some(60_000)));
+        assert_eq!(spin.window, 0);
+        let mut never = Spin::new(0);
+        never.slept(Some(1));
+        assert_eq!(never.window, 0);
     }
 }

@@ -91,6 +91,8 @@ pub struct Disk {
     /// What clients are told.
     info: DiskInfo,
     frontends: Vec<Box<dyn Frontend>>,
+    /// Slots that each of them has.
+    used: Vec<usize>,
     /// The frontend that is asked first, in this turn; modulo their number.
     first: usize,
     slots: Slots,
@@ -176,6 +178,7 @@ impl Disk {
         let capacity = slots.capacity();
         let mut disk = Disk {
             info,
+            used: vec![0; frontends.len()],
             frontends,
             first: 0,
             slots,
@@ -273,7 +276,7 @@ impl Disk {
         match answered | worked | self.advance() {
             false => Turn::Nothing,
             true if in_memory => Turn::Answered,
-            true if self.queue.in_flight() <= LONELY => Turn::Submitted,
+            true if (1..=LONELY).contains(&self.queue.in_flight()) => Turn::Submitted,
             true => Turn::Worked,
         }
     }
@@ -297,6 +300,7 @@ impl Disk {
                 kept,
                 now,
             });
+            self.used[i] += self.started.len() - had;
             if self.started.len() > had && self.frontends[i].in_memory() {
                 self.last_in_memory = Some(now);
             }
@@ -482,6 +486,7 @@ impl Disk {
                     let frontend = &mut self.frontends[usize::from(index)];
                     in_memory |= frontend.in_memory();
                     frontend.answer(request);
+                    self.used[usize::from(index)] -= 1;
                     self.slots.release(id);
                 }
                 Origin::Disk => {

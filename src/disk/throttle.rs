@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use drivers::Origin;
 use drivers::throttle::{Limit, Throttle, Traffic, Unit};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -136,8 +135,6 @@ impl Disk {
         let has_clients = |index: &usize| self.frontends[*index].gather_ns().is_some();
         let others = (0..self.frontends.len()).filter(|index| *index != frontend).filter(has_clients);
         let share = self.slots.count() / (2 * (1 + others.clone().count()));
-        let used =
-            |index| self.slots.iter().filter(|(_, request)| request.origin == Origin::Frontend(index as u16)).count();
-        others.map(|index| share.saturating_sub(used(index))).sum()
+        others.map(|index| share.saturating_sub(self.used[index])).sum()
     }
 }
