@@ -131,7 +131,7 @@ pub trait Frontend: Any {
     /// Whether memory shows its requests, so that looking at it can be quicker than waiting for an event.
     fn in_memory(&self) -> bool;
 
-    /// Whether memory shows something to pull.
+    /// Whether memory shows something to pull. Only asked where there is room for it, as [`arm`](Self::arm) is.
     fn ready(&self) -> bool;
 
     /// The loop is about to sleep: asks every client to wake it. True: something came in before that took effect.

@@ -253,14 +253,13 @@ impl Connection {
         self.parts.iter().filter(|part| !part.done).count()
     }
 
-    /// Whether a pull or a publish can do something now.
+    /// Whether a pull or a publish can do something now, if the disk takes requests.
     pub(super) fn is_ready(&self) -> bool {
-        self.stop == Stop::No || (self.stop == Stop::Input && self.readable)
-    }
-
-    /// Whether it waits for the disk to take requests, with none of its own there.
-    pub(super) fn is_starved(&self) -> bool {
-        self.stop == Stop::Slots && self.in_flight() == 0
+        match self.stop {
+            Stop::No | Stop::Slots => true,
+            Stop::Input => self.readable,
+            Stop::Room | Stop::End => false,
+        }
     }
 
     /// Takes no more commands.

@@ -36,8 +36,6 @@ use crate::stats::now;
 const HANDSHAKE: u64 = 10_000_000_000;
 /// How long to leave clients waiting when there are no descriptors or memory for them, ns.
 const ACCEPT_AGAIN: u64 = 100_000_000;
-/// How soon to look again where others use all requests that the disk takes, ns.
-const SLOTS_AGAIN: u64 = 1_000_000;
 /// Clients accepted in one turn.
 const ACCEPTS_A_TURN: usize = 16;
 /// Tokens below those of the clients: one for each listener.
@@ -71,7 +69,7 @@ pub struct Nbd {
     /// Not before this time, ns.
     accept_at: u64,
     seats: Seats<Box<Connection>>,
-    /// The seat that is pulled first, another one each turn.
+    /// The seat that is pulled first: the one after that which had the last request taken.
     first: usize,
     registry: Option<(Registry, usize)>,
     accepted: u64,
@@ -273,11 +271,13 @@ impl Frontend for Nbd {
         self.expire();
         let seats = self.seats.count();
         for index in (self.first..seats).chain(0..self.first) {
-            if let Some(connection) = self.seats.get_mut(index) {
-                connection.pull(intake);
+            let Some(connection) = self.seats.get_mut(index) else { continue };
+            let room = intake.room();
+            connection.pull(intake);
+            if intake.room() < room {
+                self.first = (index + 1) % seats;
             }
         }
-        self.first = (self.first + 1) % seats.max(1);
     }
 
     fn answer(&mut self, request: &Request) {
@@ -312,8 +312,7 @@ impl Frontend for Nbd {
     fn pull_deadline(&self) -> Option<u64> {
         let handshake = self.connections().filter(|c| c.is_negotiating()).map(|c| c.born + HANDSHAKE).min();
         let accept = (self.acceptable && self.accept_at > 0).then_some(self.accept_at);
-        let slots = self.connections().any(Connection::is_starved).then(|| now() + SLOTS_AGAIN);
-        [handshake, accept, slots].into_iter().flatten().min()
+        [handshake, accept].into_iter().flatten().min()
     }
 
     fn has_orphans(&self) -> bool {

@@ -85,7 +85,7 @@ impl Served {
             self.nbd.pull(&mut Intake { slots, started, barrier, disk, origin, kept: 0, now: 0 });
             let worked = !self.stuck && self.work();
             self.nbd.publish();
-            if quiet && !worked && !self.nbd.arm() {
+            if quiet && !worked && !(self.slots.room() > 0 && self.nbd.arm()) {
                 return;
             }
         }
@@ -310,6 +310,36 @@ fn who_does_not_read_waits_without_a_busy_loop_and_without_harm_to_others() {
     assert_eq!(served.ask(&mut other, &[(CMD_READ, 0, 0, 4096)]).len(), 16 + 4096);
     let reply = lazy.receive(&mut served);
     assert_eq!(reply.len(), 100 * (20 + 8 + CHUNK as usize));
+}
+
+#[test]
+fn who_waits_for_a_slot_gets_the_next_that_is_free_and_no_clock_ticks_meanwhile() {
+    let mut served = Served::new(1, 4);
+    let mut clients = [served.connect(true), served.connect(true)];
+    served.stuck = true;
+    for client in &mut clients {
+        (0..8).for_each(|_| client.request((CMD_READ, 0, 0, 4096)));
+    }
+    served.run();
+    let mut whose = Vec::new();
+    for _ in 0..16 {
+        assert_eq!((served.slots.used(), served.nbd.pull_deadline()), (1, None));
+        whose.push(untag(served.slots.iter().next().unwrap().1.tag).0);
+        assert!(served.work() && served.slots.room() == 1);
+        served.run();
+    }
+    assert_eq!(served.slots.used(), 0);
+    assert!(whose.windows(2).all(|two| two[0] != two[1]), "each in turn: {whose:?}");
+    // A slot that another frontend had.
+    served.slots.vacant().unwrap();
+    let id = served.slots.take().unwrap();
+    clients[0].request((CMD_READ, 0, 0, 4096));
+    served.run();
+    assert_eq!((served.nbd.pull_deadline(), served.started.len()), (None, 0));
+    served.slots.release(id);
+    assert!(served.nbd.ready() && served.nbd.arm());
+    served.run();
+    assert_eq!((served.slots.used(), served.started.len()), (1, 1));
 }
 
 #[test]
