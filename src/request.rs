@@ -265,6 +265,8 @@ pub struct Request {
     pub born: u64,
     /// The watchdog has told of it.
     pub stuck: bool,
+    /// When the watchdog last saw that it [is held](Self::is_held), ns of [`crate::stats::now`]. Before `born`: never.
+    pub held_at: u64,
     /// It is among those that the stack has to plan.
     pub planning: bool,
     /// Bytes that the stack has planned.
@@ -361,6 +363,7 @@ impl Slots {
                 tag: 0,
                 born: 0,
                 stuck: false,
+                held_at: 0,
                 planning: false,
                 planned: 0,
                 waits_for: None,

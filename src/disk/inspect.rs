@@ -1,5 +1,6 @@
 //! What debug-queue shows of a disk.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +9,7 @@ use super::{CoalesceReport, Disk, EngineReport};
 use crate::engine::fault::{Faults, FaultsReport};
 use crate::polling::{Polling, PollingReport};
 use crate::queue::{QueueReport, TiocbReport};
+use crate::request::Request;
 use crate::stack::LayerReport;
 use crate::stats::{OpReport, now};
 
@@ -90,6 +92,15 @@ impl Disk {
         self.reopen.as_ref().and_then(|reopen| reopen.config.image.changed_blocks.as_deref())
     }
 
+    /// Who has a request, as far as its transfers do not say that.
+    pub(super) fn held_by(&self, request: &Request) -> Cow<'static, str> {
+        match (request.planning, request.waits_for) {
+            (false, _) => "queue".into(),
+            (true, None) => "stack".into(),
+            (true, Some(waiting)) => format!("waits for {}", self.stack.name_of(waiting.layer)).into(),
+        }
+    }
+
     /// Everything there is to see.
     pub fn inspect(&self, polling: &Polling) -> DebugQueue {
         let now = now();
@@ -108,11 +119,7 @@ impl Disk {
                 len: request.len,
                 age_us: (now - request.born) / 1000,
                 stuck: request.stuck,
-                held_by: match (request.planning, request.waits_for) {
-                    (false, _) => "queue".into(),
-                    (true, None) => "stack".into(),
-                    (true, Some(waiting)) => format!("waits for {}", self.stack.name_of(waiting.layer)),
-                },
+                held_by: self.held_by(request).into_owned(),
                 tiocbs: std::mem::take(&mut tiocbs[id.index() as usize]),
             })
             .collect();

@@ -1,4 +1,4 @@
-//! Tells of requests that are not answered for long, each once, and of writes that wait for space.
+//! Tells of requests that are not answered for long, each once, but for what a limit holds back, and of writes that wait for space.
 
 use slog::{info, warn};
 
@@ -63,7 +63,11 @@ impl Disk {
         self.watch_job(now, limit);
         let mut new = Vec::new();
         for (slot, request) in self.slots.iter_mut() {
-            if !request.stuck && now.saturating_sub(request.born) > limit {
+            if request.is_held() && request.pieces == 0 {
+                // For as long as it is meant to be.
+                request.held_at = now;
+            }
+            if !request.stuck && now.saturating_sub(request.born.max(request.held_at)) > limit {
                 request.stuck = true;
                 new.push((request.born, slot));
             }
@@ -88,11 +92,11 @@ impl Disk {
         for &(born, slot) in new.iter().take(TOLD) {
             let Some((_, request)) = self.slots.iter().find(|(id, _)| id.index() == slot) else { continue };
             let tiocb = tiocbs.iter().find(|(owner, _)| owner.index() == slot).map(|(_, tiocb)| tiocb);
-            let held_by = tiocb.map_or("stack", |tiocb| &tiocb.held_by);
+            let held_by = tiocb.map_or_else(|| self.held_by(request), |tiocb| tiocb.held_by.as_str().into());
             let (layer, path) =
                 tiocb.map_or_else(|| (0, self.info.name.clone()), |tiocb| self.stack.place(tiocb.file));
             warn!(self.log, "request is stuck"; "op" => request.name(),
-                "age_s" => (now() - born) / 1_000_000_000, "held_by" => held_by, "layer" => layer, "file" => path,
+                "age_s" => (now() - born) / 1_000_000_000, "held_by" => &*held_by, "layer" => layer, "file" => path,
                 "offset" => tiocb.map_or(request.offset, |tiocb| tiocb.offset),
                 "len" => tiocb.map_or(request.len, |tiocb| tiocb.len));
         }

@@ -211,3 +211,23 @@ fn what_is_held_for_clients_that_are_gone_is_in_nobodys_way() {
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     }
 }
+
+#[test]
+fn what_a_limit_holds_back_is_not_stuck_and_what_is_stuck_after_it_is() {
+    let rest = "[throttle.all]\nbytes_per_s = 512\nbytes_burst = 512\n[watchdog]\nstuck_s = 1\n[[fault]]\ntype = 'stuck'\non = ['read']\nfrom = '0'\nto = '4096'\n";
+    let (served, _path, _folder) = raw(rest);
+    let mut guest = Guest::connect(&served.ring());
+    nbdsh(&served, "h.zero(1048576, 1048576)");
+    send(&mut guest);
+    wait_held(&served);
+    std::thread::sleep(Duration::from_millis(2500));
+    let stuck = |log: &str| log.matches("request is stuck").count();
+    assert_eq!((stuck(&served.log()), &served.debug_queue()["stuck"]), (0, &json!(0)));
+    // Its time begins when it is let go.
+    throttle(&served, &["--off"]);
+    let begin = Instant::now();
+    served.wait_log("request is stuck");
+    assert!(begin.elapsed() > Duration::from_millis(500), "{:?}", begin.elapsed());
+    run(served.tap_ctl().args(["fault", "--release"]));
+    assert_eq!(guest.response().status, 0);
+}
