@@ -52,7 +52,9 @@ impl World {
             _ => table(&path(&format!("{}.vhd", images - 1))),
         };
         let image = format!("{image}\nchanged_blocks = '{}'", path("D.cbtlog").display());
-        let served = Served::start(&image, &format!("{BOTH}[engine]\nname = '{engine}'\n"));
+        // Both filters: requests wait for a limit now and then.
+        let limit = "[throttle.all]\nrequests_per_s = 4000\nrequests_burst = 80\n";
+        let served = Served::start(&image, &format!("{BOTH}[engine]\nname = '{engine}'\n{limit}"));
         World { folder, served, images, snapshots: 0, random: Rng::with_seed(seed), number: 0 }
     }
 

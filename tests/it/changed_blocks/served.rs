@@ -301,10 +301,19 @@ fn loads_that_check_what_they_read_have_all_their_blocks_marked() {
     let folder = folder();
     let path = |name: &str| folder.path().join(name);
     good("create -n {} -s 64", &[&path("disk.vhd")]);
+    good("create -n {} -s 64", &[&path("0.vhd")]);
+    for number in 1..5 {
+        good("snapshot -n {} -p {}", &[&path(&format!("{number}.vhd")), &path(&format!("{}.vhd", number - 1))]);
+    }
     let raw = format!("path = '{}'\ncreate = '64 MiB'", path("disk").display());
-    for image in [raw, table(&path("disk.vhd"))] {
+    // With both filters, each image on another engine.
+    let images = [(raw, "io_uring"), (table(&path("disk.vhd")), "threads"), (table(&path("4.vhd")), "aio")];
+    for (image, engine) in images {
         create(&path("log"), SIZE);
-        let served = Served::start(&format!("{image}\nchanged_blocks = '{}'", path("log").display()), BOTH);
+        let more = format!(
+            "{BOTH}[engine]\nname = '{engine}'\n[throttle.all]\nrequests_per_s = 5000\nrequests_burst = 100\n"
+        );
+        let served = Served::start(&format!("{image}\nchanged_blocks = '{}'", path("log").display()), &more);
         keep(&served);
         let of = |mib: std::ops::Range<usize>| mib.start * 16..mib.end * 16;
         assert_eq!(marked(&path("log")), of(40..48).collect::<Vec<_>>());
