@@ -12,6 +12,9 @@ pub(super) const CLUSTER: u64 = 4096;
 /// Where the table is in the file: one sector for each cluster, whose first byte says that it is there.
 const TABLE: u64 = 0;
 
+/// Of what gives space back.
+const FREED: MetaId = MetaId(99);
+
 /// Marks of what is read or written through memory.
 const PLAIN: u64 = 0;
 const PACKED: u64 = 1;
@@ -53,13 +56,15 @@ pub(super) struct Cow {
     pub(super) key: u8,
     makings: [Option<Making>; 4],
     settled: VecDeque<Settled>,
+    /// Where clusters were that are of no use any more: their space is given back.
+    free: Vec<u64>,
     end: u64,
 }
 
 impl Cow {
     /// With room for its table at the file's beginning; data begins at `end`.
     pub(super) fn new(clusters: Vec<Cluster>, key: u8, end: u64) -> Cow {
-        Cow { clusters, key, makings: [None; 4], settled: VecDeque::new(), end }
+        Cow { clusters, key, makings: [None; 4], settled: VecDeque::new(), free: Vec::new(), end }
     }
 
     fn making(&self, cluster: u64) -> bool {
@@ -162,6 +167,9 @@ impl Layer for Cow {
     }
 
     fn next_meta(&mut self) -> Option<Meta> {
+        if let Some(at) = self.free.pop() {
+            return Some(Meta { id: FREED, op: MetaOp::Discard, file: FILE, at, len: CLUSTER });
+        }
         let (index, making) = (0..).zip(&mut self.makings).find_map(|(index, making)| {
             making.as_mut().filter(|making| making.doing == Doing::Table).map(|making| (index, making))
         })?;
@@ -174,9 +182,14 @@ impl Layer for Cow {
     }
 
     fn meta_done(&mut self, id: MetaId, result: Option<&[u8]>) {
+        if id == FREED {
+            return;
+        }
         let making = self.makings[id.0 as usize].take().unwrap();
         if result.is_some() {
-            self.clusters[making.cluster as usize] = making.becomes;
+            let before = std::mem::replace(&mut self.clusters[making.cluster as usize], making.becomes);
+            // Nothing points there any more.
+            self.free.extend(if let Cluster::Own(at) = before { Some(at) } else { None });
         }
         self.settled.push_back(Settled { ticket: Ticket(id.0 as u32), done: result.is_some() });
     }

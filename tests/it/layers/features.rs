@@ -79,6 +79,13 @@ fn qcow2s_zeroing_of_a_cluster_is_metadata_alone() {
     model[CLUSTER as usize..2 * CLUSTER as usize].fill(0);
     assert!(chain.seen().iter().all(|(_, op, at, _)| *op == (IoOp::Write { fua: false }) && *at < TABLE_LEN as u64));
     assert_eq!(chain.read(0, 8 * CLUSTER), model);
+    // Where it was is given back, once nothing points there.
+    chain.write(4 * CLUSTER, &pattern(8, CLUSTER as usize)).unwrap();
+    let at =
+        chain.seen().iter().find(|(_, op, _, len)| matches!(op, IoOp::Write { .. }) && *len == CLUSTER).unwrap().2;
+    assert_eq!(chain.run(request::Op::WriteZeroes { unmap: true }, 4 * CLUSTER, CLUSTER, &[]), Ok(None));
+    model[4 * CLUSTER as usize..5 * CLUSTER as usize].fill(0);
+    assert_eq!(chain.seen().last(), Some(&(FileId(0), IoOp::Discard, at, CLUSTER)));
     // A part of one is a copy on write, whose guest's part is zeros.
     assert_eq!(chain.run(request::Op::WriteZeroes { unmap: false }, 3 * CLUSTER + 512, 1024, &[]), Ok(None));
     model[3 * CLUSTER as usize + 512..][..1024].fill(0);
