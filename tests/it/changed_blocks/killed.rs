@@ -80,8 +80,8 @@ impl World {
 
     fn entry(&mut self, guest: &mut Guest, place: u32, at: &mut u64, blocks: &Range<u64>) -> Entry {
         self.number += 1;
-        // Most are the first in their block, and some reach into the next one.
-        *at = if *at + 2 >= blocks.end { blocks.start } else { *at + 1 };
+        // Most are the first in their block, and some reach into the next one, or by a discard into the one behind that.
+        *at = if *at + 3 >= blocks.end { blocks.start } else { *at + 1 };
         let pages = self.random.u32(1..=8);
         let sector = *at * BLOCK / 512 + self.random.u64(..128 - 7);
         match self.random.u32(..20) {
