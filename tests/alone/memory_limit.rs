@@ -205,7 +205,8 @@ fn who_comes_when_memory_ends_is_refused_and_nobody_else_notices() {
         for (client, said) in CLIENTS {
             // What was freed before the limit was reached is there for the first.
             let refused = (0..900).filter(|_| !connects(&served, client, &mut held)).take(10).count();
-            assert!(served.alive(), "{what}: {client} was its end: {}", served.log());
+            let ended = served.ended();
+            assert!(ended.is_none(), "{what}: {client} was its end, {ended:?}: {}", served.log());
             assert_eq!(refused, 10, "{what}: {client} is let in again and again");
             wait_for(|| said.split('|').any(|said| served.log().contains(said)).then_some(()));
         }

@@ -194,6 +194,8 @@ fn the_units_allow_the_system_calls_that_it_makes() {
             text.lines().filter_map(|line| line.split_once(' ')?.1.trim().split_once('(').map(|(call, _)| call));
         // The first one starts the program.
         let made = made.filter(|call| call.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit()));
+        // What strace makes of a thread that ends just then, whose call has a number below 0, is none.
+        let made = made.filter(|call| !call.starts_with("syscall_0xffffffff"));
         let forbidden: BTreeSet<_> = made.filter(|call| *call != "execve" && !calls.contains(*call)).collect();
         assert!(forbidden.is_empty() && text.contains("capset("), "{engine}: {forbidden:?}");
     }
