@@ -320,7 +320,8 @@ fn with_engine(to_open: &ToOpen, mut chain: Chain, event: Option<Arc<EventFd>>) 
     info!(log, "image open"; "image" => &info.name, "size" => info.size, "sector_size" => info.sector_size,
         "direct" => stores[0].is_direct(), "block_device" => stores[0].geometry().block_device,
         "lock_holds_off" => stores[0].holds_off(), "read_only" => info.read_only,
-        "layers" => layers.iter().filter(|layer| layer.layer.size().is_some()).count(), "engine" => engine.name, "depth" => engine.depth);
+        "layers" => layers.iter().filter(|layer| layer.layer.size().is_some()).count(), "engine" => engine.name,
+        "depth" => engine.depth);
     let submission = Submission::start(blocking, engine, config.engine.submit).map_err(io("start its engine"))?;
     Ok(Image {
         info,

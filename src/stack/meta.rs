@@ -5,15 +5,12 @@ use std::sync::Arc;
 use drivers::{Meta, MetaId, MetaOp, Origin};
 use nix::errno::Errno;
 
-use super::{Stack, Started};
+use super::{ALIGN, Stack, Started};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, Slots};
 use crate::stats::now;
 use crate::sys::io::IoOp;
 use crate::sys::memory::Memory;
-
-/// What O_DIRECT asks of memory at most.
-const ALIGN: usize = 4096;
 
 /// Memory for some I/Os of metadata at a time.
 pub(super) struct MetaMemory {

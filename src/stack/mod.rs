@@ -36,6 +36,9 @@ use crate::request::{Op, PieceId, Request, RequestId, Slots, Waiting};
 use crate::stats::now;
 use crate::sys::io::{FileId, IoOp};
 
+/// What O_DIRECT asks of memory at most.
+const ALIGN: usize = 4096;
+
 /// I/Os of metadata at a time, at most.
 pub const METAS: usize = 32;
 

@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use drivers::{Extent, Op as Ask, Origin, Through};
+use drivers::{Origin, Through};
 use nix::errno::Errno;
 
 use super::pieces::Over;
-use super::{Stack, Started, own_tag};
+use super::{ALIGN, Stack, Started, own_tag};
 use crate::queue::{Queue, Transfer};
 use crate::request::{Op, PieceId, RequestId, Slots};
 use crate::sys::io::IoOp;
@@ -29,9 +29,6 @@ const DEPTH_MAX: u8 = 2;
 
 /// Memory for the places, about; there are at least as many as copies can be nested.
 const MEMORY: usize = 2 << 20;
-
-/// What O_DIRECT asks of memory at most.
-const ALIGN: usize = 4096;
 
 /// Marks the tag of a request of a copy's; the rest is its index.
 const MARK: u64 = 1 << 63;
@@ -169,16 +166,19 @@ impl Stack {
                 self.read(index, offset + through.count, end, slots);
             }
         }
-        if self.copies.as_mut().is_some_and(|copies| copies.of(index).parts == 0) {
+        if self.copies().of(index).parts == 0 {
             self.ready(index);
         }
     }
 
     fn ready(&mut self, index: u32) {
-        if let Some(copies) = &mut self.copies {
-            copies.ready.push_back(index);
-        }
+        self.copies().ready.push_back(index);
         self.meta_due = true;
+    }
+
+    /// The copies and their memory. There is a copy.
+    fn copies(&mut self) -> &mut Copies {
+        self.copies.as_mut().expect("there is a copy")
     }
 
     /// Has a part of the block read, as the chain has it. What is beyond the disk's end is zeros.
@@ -197,20 +197,18 @@ impl Stack {
         }
     }
 
-    /// A request of the stack's own is done. True: it was a copy's.
-    pub(super) fn copied(&mut self, id: RequestId, slots: &mut Slots) -> bool {
+    /// A request of a copy's is done.
+    pub(super) fn copied(&mut self, id: RequestId, slots: &mut Slots) {
         let request = slots.get(id);
-        let Some(index) = Copies::index(request.tag) else { return false };
-        let Some(copies) = &mut self.copies else { return false };
+        let index = Copies::index(request.tag).expect("metadata has its own end");
         let error = request.error;
         slots.release(id);
-        let copy = copies.of(index);
+        let copy = self.copies().of(index);
         copy.parts -= 1;
         copy.errno = copy.errno.or(error);
         if copy.parts == 0 {
             self.ready(index);
         }
-        true
     }
 
     /// Goes on with copies, as far as there is room. True: there was something to do.
@@ -223,11 +221,11 @@ impl Stack {
                 Started::Planned => {}
                 // What it waits for may be behind it.
                 Started::Waits => {
-                    self.copies.as_mut().expect("it has such").to_start.push_back(id);
+                    self.copies().to_start.push_back(id);
                     continue;
                 }
                 Started::NoRoom => {
-                    self.copies.as_mut().expect("it has such").to_start.push_front(id);
+                    self.copies().to_start.push_front(id);
                     break;
                 }
             }
@@ -254,15 +252,13 @@ impl Stack {
 
     /// What a copy has begun is done: it takes its next step.
     fn go_on(&mut self, index: u32, slots: &mut Slots, queue: &mut Queue) {
-        let copies = self.copies.as_mut().expect("there is a copy");
-        let copy = *copies.of(index);
-        let stored = copy.through.stored;
+        let copy = *self.copies().of(index);
         if copy.errno.is_some() || copy.step == Step::Moves {
             return self.end(index, slots);
         }
-        copies.of(index).step = Step::Moves;
-        if copy.stores() && !self.transform(index, slots) {
-            self.copies.as_mut().expect("there is a copy").of(index).errno = Some(Errno::EIO);
+        self.copies().of(index).step = Step::Moves;
+        if copy.stores() && !self.transform(drivers::Op::Write, index, slots) {
+            self.copies().of(index).errno = Some(Errno::EIO);
             return self.end(index, slots);
         }
         let (op, io) = match copy.op {
@@ -270,62 +266,54 @@ impl Stack {
             IoOp::Write { fua } => (Op::Write { fua }, IoOp::Write { fua }),
             _ => (Op::Write { fua: false }, IoOp::Write { fua: false }),
         };
+        let Through { at: offset, stored: len, .. } = copy.through;
         let file = self.layers[copy.layer].file(copy.through.file);
-        let copies = self.copies.as_mut().expect("there is a copy");
-        let id = own(copies, index, op, (copy.through.at, stored), 0, slots);
+        let copies = self.copies();
+        let id = own(copies, index, op, (offset, len), 0, slots);
         copies.of(index).parts += 1;
         slots.get_mut(id).pieces = 1;
-        let offset = copy.through.at;
-        let pushed = queue.push(Transfer { op: io, file, offset, len: stored, owner: id, at: 0, piece: None });
+        let pushed = queue.push(Transfer { op: io, file, offset, len, owner: id, at: 0, piece: None });
         debug_assert!(pushed);
     }
 
-    /// Makes of a block what is stored, with the guest's part in it; to fill, the guest gets its part of it. False: it makes no sense.
-    fn transform(&mut self, index: u32, slots: &Slots) -> bool {
+    /// Has the layer change a block between what is stored and what is seen, with the guest's part put into it, or given out of it. As `op` has it:
+    /// a read makes of what was read what is seen, a write makes of what is seen what is stored. False: it makes no sense.
+    fn transform(&mut self, op: drivers::Op, index: u32, slots: &Slots) -> bool {
         let copies = self.copies.as_mut().expect("there is a copy");
         let copy = *copies.of(index);
         let Copies { memory, stored, content, place, .. } = copies;
-        let place = index as usize * *place;
-        let stored = &mut stored[..copy.through.stored as usize];
-        let content = &mut content[..copy.through.block.len as usize];
-        let first = (copy.offset - copy.through.block.offset) as usize;
-        let part = first..first + copy.through.count as usize;
-        let payload = &slots.get(copy.owner).payload;
+        let (place, through) = (index as usize * *place, &copy.through);
+        let stored = &mut stored[..through.stored as usize];
+        let content = &mut content[..through.block.len as usize];
+        let first = (copy.offset - through.block.offset) as usize;
+        let part = first..first + through.count as usize;
+        let (payload, layer) = (&slots.get(copy.owner).payload, &mut self.layers[copy.layer].layer);
+        if op == drivers::Op::Read {
+            memory.read(place, stored);
+            let done = layer.transform(op, through, stored, content);
+            if done {
+                payload.put(copy.at, &content[part]);
+            }
+            return done;
+        }
         memory.read(place, content);
         match copy.op {
             IoOp::Read => payload.put(copy.at, &content[part]),
             IoOp::Write { .. } => payload.get(copy.at, &mut content[part]),
             _ => content[part].fill(0),
         }
-        let done = self.layers[copy.layer].layer.transform(Ask::Write, &copy.through, stored, content);
+        let done = layer.transform(op, through, stored, content);
         memory.write(place, stored);
-        done
-    }
-
-    /// Gives the guest its part of what was read from the file. False: it makes no sense.
-    fn give(&mut self, index: u32, slots: &Slots) -> bool {
-        let copies = self.copies.as_mut().expect("there is a copy");
-        let copy = *copies.of(index);
-        let Copies { memory, stored, content, place, .. } = copies;
-        let stored = &mut stored[..copy.through.stored as usize];
-        let content = &mut content[..copy.through.block.len as usize];
-        memory.read(index as usize * *place, stored);
-        let Extent { offset, .. } = copy.through.block;
-        let done = self.layers[copy.layer].layer.transform(Ask::Read, &copy.through, stored, content);
-        if done {
-            let first = (copy.offset - offset) as usize;
-            slots.get(copy.owner).payload.put(copy.at, &content[first..first + copy.through.count as usize]);
-        }
         done
     }
 
     /// A copy is over, with or without error.
     fn end(&mut self, index: u32, slots: &mut Slots) {
-        let mut copy = *self.copies.as_mut().expect("there is a copy").of(index);
-        if copy.errno.is_none() && !copy.stores() && !self.give(index, slots) {
+        let mut copy = *self.copies().of(index);
+        if copy.errno.is_none() && !copy.stores() && !self.transform(drivers::Op::Read, index, slots) {
             copy.errno = Some(Errno::EIO);
         }
-        let copies = self.copies.as_mut().expect("there is a copy");
+        let copies = self.copies();
         copies.copies[index as usize] = None;
         copies.free.push(index);
         self.hits[copy.layer].count(copy.op, copy.through.count, copy.errno.is_none());

@@ -172,6 +172,14 @@ impl World {
         self.clients.iter_mut().map(take).collect()
     }
 
+    /// What each moves in that time, after a second in which it has come to its pace.
+    fn moved_at_pace(&mut self, time: u64) -> Vec<(u64, u64)> {
+        self.run(S);
+        self.moved();
+        self.run(time);
+        self.moved()
+    }
+
     /// What all have moved.
     fn all_moved(&mut self) -> (u64, u64) {
         self.moved().into_iter().fold((0, 0), |(bytes, requests), (b, r)| (bytes + b, requests + r))
@@ -237,10 +245,7 @@ fn rates_are_kept_over_ten_seconds_by_bytes_and_by_requests_at_any_depth() {
 fn a_write_is_not_a_read_and_each_has_what_is_its_own() {
     let limits = Limits { read: bytes(10 * MIB, 0), write: bytes(40 * MIB, 0), all: requests(100_000, 0) };
     let mut world = World::new(limits, &[client(0, 32, READS, &[64 * KIB]), client(0, 32, WRITES, &[64 * KIB])]);
-    world.run(S);
-    world.moved();
-    world.run(10 * S);
-    let moved = world.moved();
+    let moved = world.moved_at_pace(10 * S);
     within(moved[0].0, 100 * MIB, 5);
     within(moved[1].0, 400 * MIB, 5);
     // Both together, with the smaller limit in force.
@@ -248,10 +253,7 @@ fn a_write_is_not_a_read_and_each_has_what_is_its_own() {
         Limits { all: bytes(20 * MIB, 0), ..limits },
         &[client(0, 32, READS, &[64 * KIB]), client(1, 32, WRITES, &[64 * KIB])],
     );
-    world.run(S);
-    world.moved();
-    world.run(10 * S);
-    let moved = world.moved();
+    let moved = world.moved_at_pace(10 * S);
     within(moved[0].0, 100 * MIB, 5);
     within(moved[1].0, 100 * MIB, 5);
 }
@@ -348,19 +350,13 @@ fn what_one_does_not_want_the_others_get() {
     // It asks ten times a second, and could have five hundred.
     let slow = Client { latency: 100 * MS, ..client(1, 1, READS, &[4 * KIB]) };
     let mut world = World::new(all(requests(1000, 0)), &[client(0, 32, READS, &[4 * KIB]), slow]);
-    world.run(S);
-    world.moved();
-    world.run(10 * S);
-    let moved = world.moved();
+    let moved = world.moved_at_pace(10 * S);
     within(moved[0].1 + moved[1].1, 10_000, 2);
     within(moved[1].1, 100, 3);
     // One that is held by a limit of its own does not hold the other.
     let limits = Limits { write: bytes(MIB, 0), ..all(bytes(100 * MIB, 0)) };
     let mut world = World::new(limits, &[client(0, 32, READS, &[64 * KIB]), client(1, 32, WRITES, &[64 * KIB])]);
-    world.run(S);
-    world.moved();
-    world.run(10 * S);
-    let moved = world.moved();
+    let moved = world.moved_at_pace(10 * S);
     within(moved[1].0, 10 * MIB, 5);
     within(moved[0].0, 990 * MIB, 5);
 }
