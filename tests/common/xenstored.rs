@@ -49,6 +49,12 @@ impl Xenstored {
         self.folder.path().join("socket")
     }
 
+    /// Scripts `xenstore-read`, `xenstore-write` and so on in a folder: Xen's real programs, connected to it.
+    pub fn programs(&self, folder: &Path) {
+        let made = rig("xenstored-local").arg("--clients").args([self.folder.path(), folder]).status().unwrap();
+        assert!(made.success());
+    }
+
     /// A new connection.
     pub fn client(&self) -> Client {
         Client::connect(&self.socket())

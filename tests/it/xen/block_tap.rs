@@ -1,37 +1,27 @@
-//! libxl's hotplug script `conf/block-tap`, with the real tap-ctl and tapdisk. Programs of this test's own stand in for
-//! `xenstore-read`, `xenstore-write` and `xenstore-exists`: they keep the nodes in a folder.
+//! libxl's hotplug script `conf/block-tap`, with the real tap-ctl, tapdisk and xenstored.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use crate::common::host::Host;
 use crate::common::served::{folder, output, run, tool};
 use crate::common::vhd::good;
+use crate::common::xenstored::Xenstored;
 use tempfile::TempDir;
-
-/// A node is a file `value` in the folder of its name.
-pub(super) const READ: &str = "#!/bin/sh\ncat \"$STORE/$1/value\" 2>/dev/null || { echo \"no $1\" >&2; exit 1; }\n";
-pub(super) const EXISTS: &str = "#!/bin/sh\ntest -e \"$STORE/$1/value\"\n";
-pub(super) const WRITE: &str = "#!/bin/sh\nwhile [ $# -gt 0 ]; do\n\
-                     mkdir -p \"$STORE/$1\" && printf '%s' \"$2\" >\"$STORE/$1/value\" || exit 1\nshift 2\ndone\n";
 
 /// A host with a XenStore, and images.
 struct Xen {
     folder: TempDir,
     host: Host,
+    xenstored: Xenstored,
 }
 
 impl Xen {
     fn new() -> Xen {
-        let xen = Xen { folder: folder(), host: Host::new() };
+        let xen = Xen { folder: folder(), host: Host::new(), xenstored: Xenstored::start() };
         std::fs::create_dir_all(xen.path("bin")).unwrap();
         std::fs::create_dir_all(xen.path("run")).unwrap();
-        for (name, text) in [("xenstore-read", READ), ("xenstore-exists", EXISTS), ("xenstore-write", WRITE)] {
-            let path = xen.path("bin").join(name);
-            std::fs::write(&path, text).unwrap();
-            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-        }
+        xen.xenstored.programs(&xen.path("bin"));
         xen
     }
 
@@ -61,7 +51,7 @@ impl Xen {
                 run
             }
         };
-        run.arg(command).env("XENBUS_PATH", backend).env("PATH", path).env("STORE", self.path("store"));
+        run.arg(command).env("XENBUS_PATH", backend).env("PATH", path);
         run.env("TAP_CTL", tool("tap-ctl").get_program()).env("TAPDISK", tool("tapdisk").get_program());
         run.env("BLKTAP_CONTROL", self.host.directory()).env("BLOCK_TAP_RUN", self.path("run"));
         output(&mut run)
@@ -77,18 +67,15 @@ impl Xen {
     }
 
     fn set(&self, node: &str, value: &str) {
-        let folder = self.path("store").join(node.trim_start_matches('/'));
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("value"), value).unwrap();
+        self.xenstored.client().write(node, value).unwrap();
     }
 
     fn get(&self, backend: &str, name: &str) -> String {
-        let node = self.path("store").join(backend.trim_start_matches('/')).join(name);
-        std::fs::read_to_string(node.join("value")).unwrap_or_default()
+        self.xenstored.client().read(&format!("{backend}/{name}")).unwrap_or_default()
     }
 
     fn forget(&self, backend: &str) {
-        std::fs::remove_dir_all(self.path("store").join(backend.trim_start_matches('/'))).unwrap();
+        self.xenstored.client().remove(backend).unwrap();
     }
 
     fn add(&self, backend: &str) {

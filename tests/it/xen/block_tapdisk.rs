@@ -1,14 +1,14 @@
-//! The hotplug script `conf/block-tapdisk` where there is no systemd: whom it takes for its tapdisk, and ends. A program of this test's own stands
-//! in for tapdisk, and others for Xen's.
+//! The hotplug script `conf/block-tapdisk` where there is no systemd: whom it takes for its tapdisk, and ends, and what it leaves in XenStore. A
+//! program of this test's own stands in for tapdisk.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 
-use super::block_tap::{EXISTS, READ, WRITE};
 use crate::common::live::wait_for;
 use crate::common::needs::skipped;
 use crate::common::served::{folder, output};
+use crate::common::xenstored::Xenstored;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -17,7 +17,10 @@ const BACKEND: &str = "/local/domain/0/backend/vbd/1/51712";
 const TAPDISK: &str =
     "#!/bin/sh\n[ \"$1\" != --check ] || exit 0\n[ ! -e \"$0.fails\" ] || exit 1\necho /x/ctl$$\nexec sleep 1000\n";
 
-struct Xen(TempDir);
+struct Xen {
+    folder: TempDir,
+    xenstored: Xenstored,
+}
 
 impl Xen {
     /// None: the script would ask the systemd of this machine.
@@ -26,37 +29,34 @@ impl Xen {
             skipped("systemd runs here");
             return None;
         }
-        let xen = Xen(folder());
-        std::fs::create_dir_all(xen.path("bin")).unwrap();
-        for (name, text) in
-            [("xenstore-read", READ), ("xenstore-exists", EXISTS), ("xenstore-write", WRITE), ("tapdisk", TAPDISK)]
-        {
-            let path = xen.path("bin").join(name);
-            std::fs::write(&path, text).unwrap();
-            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-        }
+        let xen = Xen { folder: folder(), xenstored: Xenstored::start() };
+        let programs = xen.path("bin");
+        std::fs::create_dir_all(&programs).unwrap();
+        xen.xenstored.programs(&programs);
+        let tapdisk = programs.join("tapdisk");
+        std::fs::write(&tapdisk, TAPDISK).unwrap();
+        std::fs::set_permissions(&tapdisk, PermissionsExt::from_mode(0o755)).unwrap();
+        let client = xen.xenstored.client();
         for (name, value) in [("script", "block-tapdisk"), ("params", "/x.img"), ("state", "1")] {
-            let node = xen.path("store").join(BACKEND.trim_start_matches('/')).join(name);
-            std::fs::create_dir_all(&node).unwrap();
-            std::fs::write(node.join("value"), value).unwrap();
+            client.write(&format!("{BACKEND}/{name}"), value).unwrap();
         }
         Some(xen)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder.path().join(name)
     }
 
-    fn script(&self, command: &str) -> Output {
+    fn script(&self, command: &[&str]) -> Output {
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
         let mut script = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/block-tapdisk"));
-        script.arg(command).env("XENBUS_PATH", BACKEND).env("PATH", path).env("STORE", self.path("store"));
+        script.args(command).env("XENBUS_PATH", BACKEND).env("BACKEND", "vbd").env("PATH", path);
         script.env("TAPDISK_RUN", self.path("run")).env("TAPDISK_CONTROL_DIRECTORY", self.path("control"));
         output(&mut script)
     }
 
     fn done(&self, command: &str) {
-        let said = self.script(command);
+        let said = self.script(&command.split(' ').collect::<Vec<_>>());
         assert!(said.status.success(), "{command}: {said:?}");
     }
 
@@ -108,7 +108,7 @@ fn its_own_tapdisk_is_found_and_ended() {
     assert!(!lives(pid) && !xen.pid_file().exists());
     xen.done("remove");
     std::fs::write(xen.path("bin/tapdisk.fails"), "").unwrap();
-    assert!(!xen.script("spawn").status.success());
+    assert!(!xen.script(&["spawn"]).status.success());
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn a_process_that_has_got_the_id_of_a_tapdisk_that_is_gone_is_left_alone() {
         let mut stranger = Stranger::new();
         std::fs::create_dir_all(xen.path("run")).unwrap();
         std::fs::write(xen.pid_file(), format!("{}\n", stranger.0.id())).unwrap();
-        let said = xen.script("add");
+        let said = xen.script(&["add"]);
         assert!(!said.status.success(), "a stranger serves no disk: {said:?}");
         xen.done("remove");
         assert!(stranger.lives() && !xen.pid_file().exists());
@@ -133,5 +133,35 @@ fn a_process_that_has_got_the_id_of_a_tapdisk_that_is_gone_is_left_alone() {
         assert!(stranger.lives() && lives(xen.pid()) && xen.pid() != stranger.0.id() as i32);
         xen.done("remove");
         assert!(stranger.lives());
+    }
+}
+
+/// A tapdisk whose guest has gone removes the backend's directory; it may do so between two steps of `detach`.
+#[test]
+fn detach_leaves_nothing_of_a_disk_whichever_of_its_directories_have_gone_before() {
+    let Some(xen) = Xen::new() else { return };
+    let client = xen.xenstored.client();
+    let front = "/local/domain/1/device/vbd/51712";
+    for (guest, backend) in [(true, true), (true, false), (false, true), (false, false)] {
+        // Both say nothing of what was not there.
+        let _ = (client.remove(BACKEND), client.remove("/local/domain/1"));
+        if guest {
+            client.write(&format!("{front}/state"), "6").unwrap();
+        }
+        // Without its `frontend-id`: this is what `detach` finds that wrote into a directory just after its end.
+        client.write(&format!("{BACKEND}/state"), "5").unwrap();
+        if backend {
+            client.write(&format!("{BACKEND}/frontend-id"), "1").unwrap();
+        }
+        std::thread::scope(|scope| {
+            let detach = scope.spawn(|| xen.done("detach 1 51712"));
+            if backend {
+                wait_for(|| client.read(&format!("{BACKEND}/online")).ok());
+                client.write(&format!("{BACKEND}/state"), "6").unwrap();
+            }
+            detach.join().unwrap();
+        });
+        let left = [BACKEND, front].map(|directory| client.directory(directory).is_ok());
+        assert_eq!(left, [false, false], "guest {guest}, backend {backend}");
     }
 }
