@@ -24,8 +24,33 @@ const SMALL: usize = BYTES / 4;
 
 /// Whether it is to be there.
 static WANTED: AtomicBool = AtomicBool::new(false);
-/// Where it is. Null: it is spent, or was never there.
+/// Where it is. Null: it is spent, or was never there. Who changes it has it [`Held`].
 static KEPT: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+/// Whether some thread changes the reserve.
+static HELD: AtomicBool = AtomicBool::new(false);
+
+/// The right to change the reserve, which one thread has at a time. Nothing is allocated meanwhile, and what is done is a system call or two: who
+/// wants it looks again and again. A mutex of the standard library's would panic where it is poisoned.
+struct Held;
+
+impl Held {
+    fn new() -> Held {
+        while HELD.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            std::thread::yield_now();
+        }
+        Held
+    }
+
+    fn take(&self) -> *mut c_void {
+        KEPT.swap(ptr::null_mut(), Ordering::AcqRel)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.store(false, Ordering::Release);
+    }
+}
 
 /// The system's allocator, with the reserve behind it.
 #[derive(Debug)]
@@ -54,16 +79,18 @@ unsafe impl GlobalAlloc for Reserve {
     }
 }
 
-/// Asks; where there is nothing, spends the reserve, and asks again. Another thread may have spent it meanwhile.
+/// Asks; where there is nothing, spends the reserve, and asks again. Another thread may have spent it meanwhile: then its memory is free by now.
 fn or_spend(size: usize, ask: impl Fn() -> *mut u8) -> *mut u8 {
     let block = ask();
     if !block.is_null() || size > SMALL || !WANTED.load(Ordering::Relaxed) {
         return block;
     }
-    let kept = KEPT.swap(ptr::null_mut(), Ordering::AcqRel);
+    let held = Held::new();
+    let kept = held.take();
     if !kept.is_null() {
         unmap(kept, BYTES);
     }
+    drop(held);
     ask()
 }
 
@@ -104,19 +131,12 @@ fn give_pages_back(at: *mut c_void, len: usize) {
     }
 }
 
-/// The reserve takes no pages: after all memory was locked, to be said again. For that moment nobody can spend it.
+/// The reserve takes no pages: after all memory was locked, to be said again. Who has to spend it waits for that moment.
 pub fn stay_empty() {
-    let kept = KEPT.swap(ptr::null_mut(), Ordering::AcqRel);
+    let _held = Held::new();
+    let kept = KEPT.load(Ordering::Acquire);
     if !kept.is_null() {
         give_pages_back(kept, BYTES);
-        publish(kept);
-    }
-}
-
-/// Makes a mapping the reserve, unless another thread was quicker.
-fn publish(at: *mut c_void) {
-    if KEPT.compare_exchange(ptr::null_mut(), at, Ordering::AcqRel, Ordering::Acquire).is_err() {
-        unmap(at, BYTES);
     }
 }
 
@@ -137,8 +157,11 @@ fn restore() -> bool {
     unsafe {
         libc::malloc_trim(0);
     }
-    let Ok(at) = map(BYTES) else { return false };
-    publish(at);
+    let _held = Held::new();
+    if KEPT.load(Ordering::Acquire).is_null() {
+        let Ok(at) = map(BYTES) else { return false };
+        KEPT.store(at, Ordering::Release);
+    }
     true
 }
 
@@ -186,6 +209,38 @@ mod tests {
         unmap(at, LEN);
         munlockall().unwrap();
         assert!(is < was + LEN as u64 / 4, "{was} {is}");
+    }
+
+    /// What the reserve's mapping leaves free is there once that is gone: whoever finds the reserve taken by another thread must not ask before.
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no mincore")]
+    fn who_comes_while_another_thread_spends_the_reserve_gets_memory_too() {
+        const THREADS: usize = 8;
+        const ROUNDS: usize = 2000;
+        let start = std::sync::Barrier::new(THREADS);
+        let nothing = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    for _ in 0..ROUNDS {
+                        // A thread that panics here would be waited for.
+                        keep();
+                        let at = KEPT.load(Ordering::Acquire);
+                        start.wait();
+                        // As with a limit that leaves nothing but the reserve: something, once its mapping is gone.
+                        let block = or_spend(1, || {
+                            let mut page = 0;
+                            // SAFETY: there is a byte for the page that is asked about.
+                            let mapped = unsafe { libc::mincore(at, 1, &raw mut page) } == 0;
+                            if mapped { ptr::null_mut() } else { ptr::dangling_mut() }
+                        });
+                        nothing.fetch_or(block.is_null(), Ordering::Relaxed);
+                        start.wait();
+                    }
+                });
+            }
+        });
+        assert!(!nothing.load(Ordering::Relaxed), "a thread got nothing although the reserve was spent for it");
     }
 
     fn resident(at: *mut c_void, len: usize) -> usize {

@@ -1,4 +1,4 @@
-"""Counts the instructions that tapdisk executes for a request: the null image over the local ring, under valgrind's callgrind.
+"""Counts the instructions that tapdisk executes for a request: the null image, and holes of a VHD, over the local ring, under valgrind's callgrind.
 
 Rates shake with the machine; this figure does not, so it shows what a change costs on the data's way. Two runs with different numbers of
 requests are counted, and the difference is divided by the difference in requests: the start does not count. Server and client share a
@@ -20,16 +20,22 @@ import tempfile
 
 from bench import BIN, SERVER, on, wait_for
 
-CASES = [("4k random read, depth 32", "randread", "4k", 32), ("4k random read, depth 1", "randread", "4k", 1),
-         ("4k random write, depth 32", "randwrite", "4k", 32), ("44k random read, depth 32", "randread", "44k", 32)]
+NULL = "type = 'null'\nsize = '4 GiB'"
+VHD = "type = 'vhd'\npath = '{place}/disk.vhd'"
+CASES = [("4k random read, depth 32", NULL, "randread", "4k", 32), ("4k random read, depth 1", NULL, "randread", "4k", 1),
+         ("4k random write, depth 32", NULL, "randwrite", "4k", 32), ("44k random read, depth 32", NULL, "randread", "44k", 32),
+         ("4k random read of holes, depth 32", VHD, "randread", "4k", 32),
+         ("4k random read of holes, depth 1", VHD, "randread", "4k", 1)]
 
 
-def counted(folder, rw, bs, depth, count):
+def counted(folder, image, rw, bs, depth, count):
     """Instructions of a whole run of that many requests."""
     with tempfile.TemporaryDirectory() as place:
         path = lambda name: os.path.join(place, name)
+        if image == VHD:
+            subprocess.run([f"{BIN}/vhd-util", "create", "-n", path("disk.vhd"), "-s", "4096"], check=True)
         with open(path("disk.toml"), "w") as file:
-            file.write(f"[image]\ntype = 'null'\nsize = '4 GiB'\n[frontend.local]\nsocket = '{path('ring')}'\n[control]\n"
+            file.write(f"[image]\n{image.format(place=place)}\n[frontend.local]\nsocket = '{path('ring')}'\n[control]\n"
                        f"directory = '{place}'\n[log]\nlevel = 'error'\n[main_loop]\npoll_us = 0\n")
         with open(path("log"), "w") as log:
             server = subprocess.Popen(
@@ -61,11 +67,11 @@ def main():
         sys.exit("valgrind is not installed: apt-get install valgrind")
     folders = [BIN, *args.also]
     print("| instructions a request | " + " | ".join(folders) + " |\n|---" + "|---" * len(folders) + "|")
-    for title, rw, bs, depth in CASES:
+    for title, *case in CASES:
         few = args.requests // 5
         cells = []
         for folder in folders:
-            more, less = (counted(folder, rw, bs, depth, count) for count in (few + args.requests, few))
+            more, less = (counted(folder, *case, count) for count in (few + args.requests, few))
             cells.append(f"{(more - less) / args.requests:.1f}")
         print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
 

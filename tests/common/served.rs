@@ -208,12 +208,17 @@ impl Served {
 
     /// Whether it runs.
     pub fn alive(&mut self) -> bool {
-        self.ended().is_none()
+        self.child.try_wait().unwrap().is_none()
     }
 
-    /// How the process has ended, if it has.
-    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
-        self.child.try_wait().unwrap()
+    /// How the process has ended, if it has, and what it said on standard error, where the words of an abort are. Asked once.
+    pub fn ended(&mut self) -> Option<String> {
+        let status = self.child.try_wait().unwrap()?;
+        let mut errors = String::new();
+        if let Some(mut stderr) = self.child.stderr.take() {
+            let _ = stderr.read_to_string(&mut errors);
+        }
+        Some(format!("{status}: {errors}"))
     }
 
     /// The exit code of a process that has ended.
@@ -241,6 +246,12 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
+        // What a failed test waits for does not come from a process that has ended: its last words say why.
+        if std::thread::panicking()
+            && let Some(ended) = self.ended()
+        {
+            eprintln!("{}: {ended}", self.configuration().display());
+        }
         // It may have ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
