@@ -314,6 +314,11 @@ impl Stack {
                     request.pieces += 1;
                     request.planned += count;
                 }
+                // Nor is more than this to what nobody has written.
+                Plan::Zeros { count, ticket: None } => {
+                    self.waits_no_longer(request);
+                    self.zeros(request, op, first, count);
+                }
                 plan => {
                     if !self.start_part(Part { id, op, ask }, first, plan, slots, queue) {
                         return Started::Waits;
@@ -321,6 +326,16 @@ impl Stack {
                 }
             }
         }
+    }
+
+    /// The next `count` bytes of a request are zeros, as a layer says: what is read gets them.
+    #[inline(always)] // of each request that reads a hole
+    fn zeros(&mut self, request: &mut Request, op: IoOp, layer: usize, count: u64) {
+        if op == IoOp::Read {
+            request.payload.zero(request.planned, count);
+            self.hits[layer].count(op, count, true);
+        }
+        request.planned += count;
     }
 
     /// Begins what the first layer does not answer with data alone. False: it has to wait.
@@ -434,23 +449,21 @@ impl Stack {
             _ => self.hold(part, count, ticket.map(|ticket| (layer as u16, ticket)), slots, queue),
         };
         let request = slots.get_mut(id);
-        request.planned += count;
         match *plan {
             Plan::Through(through) => {
+                request.planned += count;
                 let offset = ask.extent.offset;
                 self.copy(Wanted { owner: id, at, offset, op, layer, through, piece }, slots);
             }
             Plan::Data { file, at: offset, .. } => {
+                request.planned += count;
                 request.pieces += 1;
                 let file = self.layers[layer].file(file);
                 let pushed = queue.push(Transfer { op, file, offset, len: count, owner: id, at, piece });
                 debug_assert!(pushed);
             }
             _ => {
-                if op == IoOp::Read {
-                    request.payload.zero(at, count);
-                    self.hits[layer].count(op, count, true);
-                }
+                self.zeros(request, op, layer, count);
                 if let Some(piece) = piece {
                     request.pieces += 1;
                     self.unwind(piece, true, slots);

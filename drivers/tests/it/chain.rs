@@ -219,6 +219,7 @@ impl Chain {
                 Plan::Data { file: _, at, count, ticket: None } => {
                     Some(layer.file.0[at as usize..][..count as usize].to_vec())
                 }
+                Plan::Zeros { count, ticket: None } => Some(vec![0; count as usize]),
                 Plan::Below { count } => {
                     extent.len = count;
                     None

@@ -421,8 +421,8 @@ impl Layer for Disk {
             _ => self.read(block, first, count),
         };
         match plan {
-            // What is not here has nothing to be given back, and without a parent it reads as zeros.
-            Plan::Below { count } if ask.op.writes() => Plan::Zeros { count, ticket: None },
+            // What is not here has nothing to be given back, and reads as zeros where there is no parent.
+            Plan::Below { count } if !self.differencing || ask.op.writes() => Plan::Zeros { count, ticket: None },
             plan => plan,
         }
     }

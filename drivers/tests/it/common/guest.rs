@@ -217,7 +217,7 @@ impl Guest {
                 self.medium.read(at, &mut bytes);
                 version(sector, &bytes)
             }
-            Plan::Below { count: 512 } => 0,
+            Plan::Below { count: 512 } | Plan::Zeros { count: 512, ticket: None } => 0,
             Plan::Wait { .. } | Plan::Fail(Fail::Io) => return,
             other => panic!("{other:?}"),
         };
