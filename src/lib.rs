@@ -65,6 +65,11 @@
 //! Where blktap's tapback shakes hands, [`tapback`](frontend::xen::tapback) is the second half: it has a vbd for each ring that
 //! the control socket names.
 //!
+//! ## A virtio guest
+//!
+//! [`frontend::virtio`] knows rings and requests, [`frontend::vhost_user`] how they get here: a front end, such as QEMU, hands over the guest's
+//! memory and eventfds. Data goes between that memory and the image; only what is not aligned to sectors goes through memory of ours.
+//!
 //! ## Live operations
 //!
 //! A [pause](disk::Disk::pause_for_client) is a drain without an end: nothing is pulled, what was pulled is finished and flushed, the image is

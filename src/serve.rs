@@ -13,6 +13,7 @@ use crate::disk::{Disk, Parts, Reopen, Watchdog};
 use crate::event::MainLoop;
 use crate::frontend::local::Local;
 use crate::frontend::nbd::Nbd;
+use crate::frontend::vhost_user::{self, VhostUser};
 use crate::frontend::xen::Xen;
 use crate::frontend::xen::tapback::{self, Tapback};
 use crate::frontend::{DiskInfo, Frontend, local, nbd, xen};
@@ -124,7 +125,8 @@ pub fn disk(
     };
     let queue = Queue::new(image.submission, config.engine.submit, limits);
     // Each segment of an indirect request may be apart from the others.
-    let segments = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
+    let local = config.frontend.local.as_ref().map_or(1, |local| local.max_indirect_segments.max(11)) as usize;
+    let segments = if config.frontend.vhost_user.is_some() { local.max(vhost_user::SEGMENTS) } else { local };
     let slots = Slots::new(requests, segments, own);
     let lease = Some(Duration::from_secs(config.control.pause_lease_s.into())).filter(|lease| !lease.is_zero());
     let watchdog = Watchdog::new(config.watchdog.stuck_s);
@@ -154,7 +156,8 @@ pub fn place_sockets(config: &mut Config, minor: u16) {
     let frontend = &mut config.frontend;
     let local = frontend.local.as_mut().map(|local| &mut local.socket);
     let nbd = frontend.nbd.iter_mut().flat_map(|nbd| [&mut nbd.socket, &mut nbd.old_socket]);
-    local.into_iter().chain(nbd.flatten()).for_each(place);
+    let vhost_user = frontend.vhost_user.as_mut().map(|vhost_user| &mut vhost_user.socket);
+    local.into_iter().chain(vhost_user).chain(nbd.flatten()).for_each(place);
 }
 
 /// What a disk's clients come by.
@@ -178,6 +181,14 @@ pub fn frontends(
             lock_memory: config.memory.lock,
         };
         frontends.push(Box::new(Local::bind(config, disk.clone(), log.clone())?));
+    }
+    if let Some(table) = &config.frontend.vhost_user {
+        let config = vhost_user::Config {
+            socket: table.socket.clone(),
+            queues: table.max_queues as u16,
+            serial: vhost_user::serial(table.serial.as_deref(), &disk.name),
+        };
+        frontends.push(Box::new(VhostUser::bind(config, disk.clone(), log.clone())?));
     }
     if let Some(nbd) = &config.frontend.nbd {
         let config = nbd::Config {

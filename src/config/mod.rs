@@ -252,6 +252,9 @@ pub struct Frontends {
     /// The blkif ring over shared memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<Local>,
+    /// virtio-blk, for a guest of QEMU or Cloud Hypervisor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<VhostUser>,
     /// NBD.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd: Option<Nbd>,
@@ -278,6 +281,20 @@ pub struct Local {
     /// Clients at a time.
     #[serde(default = "defaults::clients", deserialize_with = "in_range::<1, 1024, _, _>")]
     pub max_clients: u32,
+}
+
+/// `[frontend.vhost_user]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUser {
+    /// Unix socket.
+    pub socket: PathBuf,
+    /// Rings.
+    #[serde(default = "defaults::queues", deserialize_with = "in_range::<1, 16, _, _>")]
+    pub max_queues: u32,
+    /// What the guest is told as the disk's serial. If it is not set: made of the image's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
 }
 
 /// `[frontend.nbd]`
@@ -605,6 +622,12 @@ impl Config {
         }
         if self.frontend.local.as_ref().is_some_and(|local| !(4096..=1 << 30).contains(&local.max_data.0)) {
             return wrong("frontend.local.max_data", "expected from 4 KiB to 1 GiB");
+        }
+        let serial = self.frontend.vhost_user.as_ref().and_then(|vhost_user| vhost_user.serial.as_ref());
+        if serial
+            .is_some_and(|serial| !(1..=20).contains(&serial.len()) || !serial.bytes().all(|c| c.is_ascii_graphic()))
+        {
+            return wrong("frontend.vhost_user.serial", "expected 1 to 20 ASCII characters, none of them a space");
         }
         if let Some(xen) = &self.frontend.xen
             && !(u64::from(xen.max_indirect_segments.max(11)) * 4096..=1 << 30).contains(&xen.buffers.0)

@@ -15,6 +15,8 @@ pub mod blkif;
 pub mod local;
 pub mod nbd;
 mod seats;
+pub mod vhost_user;
+pub mod virtio;
 pub mod xen;
 
 /// What clients are told of a disk.

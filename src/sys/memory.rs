@@ -7,9 +7,9 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, mprotect, munlock, munmap};
 #[cfg(not(miri))]
 use nix::sys::mman::{MmapAdvise, madvise};
 
@@ -36,6 +36,8 @@ pub struct Memory {
     len: usize,
     /// What Xen is told when the pages, which are a guest's, are unmapped.
     grants: Option<Grants>,
+    /// The pages are the same as long as it is there: nobody punches holes into its file, and what is pinned of it is what is read and written.
+    stays: bool,
 }
 
 // SAFETY: `Memory` is a plain range of addresses. All access is atomic, by `copy` and by words, or the kernel's: any number of
@@ -51,7 +53,7 @@ impl Memory {
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address the kernel chooses touches no memory of ours.
         let base = unsafe { mmap_anonymous(None, size, rw, MapFlags::MAP_PRIVATE) }?;
-        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None }.left_out_of_dumps())
+        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None, stays: true }.left_out_of_dumps())
     }
 
     /// The first `len` bytes of `fd`, shared. A file that shrinks under its mapping makes an access a SIGBUS, so a
@@ -60,13 +62,28 @@ impl Memory {
         Self::at_offset(fd, 0, len)
     }
 
-    /// The same from byte `offset` of `fd` on.
+    /// The same, of a client that may have very much: no page of it is found or locked, though all memory of this process is
+    /// (mlockall(2)); it is the client's to keep its memory where it is. Whoever maps it looks at its seals.
+    pub fn shared_as_it_is(fd: impl AsFd, len: usize) -> io::Result<Memory> {
+        let size = Self::size(len)?;
+        // SAFETY: as in `anonymous`.
+        let base = unsafe { mmap(None, size, ProtFlags::PROT_NONE, MapFlags::MAP_SHARED, fd, 0) }?;
+        let memory = Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None, stays: false };
+        // SAFETY: the mapping just made, which nobody else knows of. Where it is not locked, munlock(2) changes nothing.
+        unsafe {
+            munlock(base, size.get())?;
+            mprotect(base, size.get(), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        }
+        Ok(memory.left_out_of_dumps())
+    }
+
+    /// The same as [`shared`](Self::shared) from byte `offset` of `fd` on.
     pub(super) fn at_offset(fd: impl AsFd, offset: u64, len: usize) -> io::Result<Memory> {
         let size = Self::size(len)?;
         let rw = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: as in `anonymous`.
         let base = unsafe { mmap(None, size, rw, MapFlags::MAP_SHARED, fd, offset as i64) }?;
-        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None }.left_out_of_dumps())
+        Ok(Memory { id: new_id(), base: base.cast(), len: size.get(), grants: None, stays: true }.left_out_of_dumps())
     }
 
     /// What guests write and read is in no core dump.
@@ -104,6 +121,12 @@ impl Memory {
         self.len
     }
 
+    /// Whether an engine may pin its pages and go on using those. A guest's memory has holes punched into it by a balloon, and other pages there
+    /// later.
+    pub fn may_be_pinned(&self) -> bool {
+        self.stays
+    }
+
     /// Keeps all of it resident. Waits until it is.
     pub fn lock(&self, _: &Blocking) -> io::Result<()> {
         // SAFETY: the range is this mapping, which lives as long as `self`.
@@ -119,6 +142,13 @@ impl Memory {
         );
         // SAFETY: within the mapping, as just checked.
         unsafe { self.base.as_ptr().add(offset) }
+    }
+
+    /// An index or entry of a virtio ring. `offset` must be a multiple of 2.
+    pub fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
+        assert!(offset.is_multiple_of(2));
+        // SAFETY: as in `atomic_u32`.
+        unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
     }
 
     /// A ring index. `offset` must be a multiple of 4.

@@ -383,6 +383,9 @@ impl Ring {
     /// The index of the fixed buffer that is all of `memory`, which is made one if it may be, there is room, and the kernel
     /// lets us.
     fn buffer(&self, submitting: &mut Submitting, memory: &Arc<Memory>, may_register: bool) -> Option<u16> {
+        if !memory.may_be_pinned() {
+            return None;
+        }
         let buffers = &mut submitting.buffers;
         if let Some(index) = buffers.iter().position(|buffer| buffer.as_ref().is_some_and(|b| b.id == memory.id())) {
             return buffers[index].as_ref().filter(|buffer| buffer.fixed).map(|_| index as u16);

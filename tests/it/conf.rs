@@ -21,6 +21,7 @@ fn every_example_is_valid() {
 fn the_reference_says_the_defaults() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/reference.toml");
     let minimal = "[image]\npath = '/srv/vm/disk.img'\n[frontend.local]\nsocket = '/run/tapdisk/ring.sock'\n\
+                   [frontend.vhost_user]\nsocket = '/run/tapdisk/vhost-user.sock'\n\
                    [frontend.nbd]\nsocket = '/run/tapdisk/nbd.sock'\n[frontend.xen]\ndomain = 1\n\
                    device = 'xvda'\n";
     let reference = Config { file: None, ..Config::load(&path).unwrap() };
@@ -39,7 +40,7 @@ fn the_reference_says_the_defaults() {
         let limits = Config::parse(&format!("{minimal}[throttle.{of}]\n{table}"), &path).unwrap().throttle.values();
         assert_eq!(limits.iter().flatten().count(), 4, "{table}");
     }
-    for key in ["size", "create", "changed_blocks", "sector_size", "listen", "file", "store", "socket"] {
+    for key in ["size", "create", "changed_blocks", "sector_size", "listen", "file", "store", "socket", "serial"] {
         assert!(text.contains(&format!("# {key} = ")), "{key} has no default, and is not in the reference");
     }
 }

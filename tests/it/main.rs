@@ -27,4 +27,5 @@ mod style;
 mod tap_ctl;
 mod throttle;
 mod vhd;
+mod vhost_user;
 mod xen;
