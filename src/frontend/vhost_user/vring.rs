@@ -9,7 +9,7 @@ use serde_json::json;
 use super::files;
 use super::wire::RingAddresses;
 use crate::frontend::Intake;
-use crate::frontend::blkif::queue::{Doorbell, MUTE};
+use crate::frontend::blkif::queue::{Counters, Doorbell, MUTE};
 use crate::frontend::virtio::feature;
 use crate::frontend::virtio::guest::Regions;
 use crate::frontend::virtio::queue::{Client, Queue};
@@ -162,9 +162,9 @@ impl Vring {
     }
 
     pub(super) fn kicked(&mut self) {
-        if let Some(queue) = &mut self.queue {
-            self.doorbell.ring(&mut queue.counters);
-        }
+        // One that is not served has a doorbell too, and can be rung for nothing.
+        let mut unserved = Counters::default();
+        self.doorbell.ring(self.queue.as_mut().map_or(&mut unserved, |queue| &mut queue.counters));
     }
 
     /// Takes what is there. An error has broken it, and is told once.
@@ -175,25 +175,28 @@ impl Vring {
         tag: u64,
         (token, registry): (usize, &Registry),
     ) -> Result<(), String> {
-        if !self.is_served() {
-            return Ok(());
-        }
-        let Some(queue) = &mut self.queue else { return Ok(()) };
-        queue.disarm();
-        let taken = queue.pull(intake, client, tag).map_err(|broken| {
-            if let Some(error) = &self.error {
-                files::ring(error);
-            }
-            broken.to_string()
-        })?;
-        if self.doorbell.storm(taken, &mut queue.counters) {
+        let taken = if self.is_served() { self.take(intake, client, tag)? } else { 0 };
+        let mut unserved = Counters::default();
+        let counters = self.queue.as_mut().map_or(&mut unserved, |queue| &mut queue.counters);
+        if self.doorbell.storm(taken, counters) {
             self.deregister(registry);
             self.muted_until = Some(intake.now + MUTE);
-        } else if self.muted_until.is_some_and(|until| intake.now >= until) {
+        } else if self.is_served() && self.muted_until.is_some_and(|until| intake.now >= until) {
             self.muted_until = None;
             self.watch(token, registry).map_err(|error| error.to_string())?;
         }
         Ok(())
+    }
+
+    fn take(&mut self, intake: &mut Intake, client: &mut Client, tag: u64) -> Result<u32, String> {
+        let Some(queue) = &mut self.queue else { return Ok(0) };
+        queue.disarm();
+        queue.pull(intake, client, tag).map_err(|broken| {
+            if let Some(error) = &self.error {
+                files::ring(error);
+            }
+            broken.to_string()
+        })
     }
 
     pub(super) fn publish(&mut self) {
@@ -231,5 +234,150 @@ impl Vring {
             "broken": queue.and_then(Queue::broken).map(|broken| broken.to_string()),
             "muted": self.muted_until.is_some(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::Arc;
+
+    use drivers::Origin;
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+
+    use super::*;
+    use crate::frontend::DiskInfo;
+    use crate::frontend::virtio::guest::{Place, Region};
+    use crate::frontend::virtio::queue::Bounces;
+    use crate::frontend::virtio::request::Negotiated;
+    use crate::request::Slots;
+    use crate::sys::memory::Memory;
+
+    const RINGS_AT: u64 = 1 << 20;
+
+    struct Bed {
+        poll: mio::Poll,
+        ring: Vring,
+        regions: Regions,
+        bounces: Bounces,
+        slots: Slots,
+    }
+
+    impl Bed {
+        fn new() -> Bed {
+            let memory = Arc::new(Memory::anonymous(1 << 16).unwrap());
+            let mut regions = Regions::default();
+            let place = Place { memory, offset: 0 };
+            regions.add(Region { guest: 0, len: 1 << 16, user: RINGS_AT, place }).unwrap();
+            let (bounces, slots) = (Bounces::new(8).unwrap(), Slots::new(8, 8, 0));
+            Bed { poll: mio::Poll::new().unwrap(), ring: Vring::default(), regions, bounces, slots }
+        }
+
+        fn set_up(&mut self) {
+            let addresses = |at| RingAddresses {
+                ring: 0,
+                flags: 0,
+                table: at,
+                available: at + 0x1000,
+                used: at + 0x2000,
+                log: 0,
+            };
+            self.ring.set_size(16).unwrap();
+            self.ring.set_addresses(addresses(RINGS_AT)).unwrap();
+            self.ring.set_base(0).unwrap();
+            self.kick();
+            self.ring.enabled = true;
+            self.ring.start(&self.regions, 0).unwrap();
+        }
+
+        fn kick(&mut self) {
+            let kick = OwnedFd::from(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap());
+            self.ring.set_kick(Some(kick), 1, self.poll.registry()).unwrap();
+        }
+
+        /// Rings for nothing so often that it is muted at `now`.
+        fn storm(&mut self, now: u64) {
+            for _ in 0..1001 {
+                self.ring.kicked();
+                self.pull(now);
+            }
+        }
+
+        fn pull(&mut self, now: u64) {
+            let name = "x".into();
+            let disk =
+                DiskInfo { size: 1 << 20, sector_size: 512, physical_sector_size: 512, read_only: false, name };
+            let (mut started, mut barrier) = (VecDeque::new(), None);
+            let mut intake = Intake {
+                slots: &mut self.slots,
+                started: &mut started,
+                barrier: &mut barrier,
+                disk: &disk,
+                origin: Origin::Frontend(0),
+                kept: 0,
+                now,
+            };
+            let mut client = Client {
+                regions: &self.regions,
+                bounces: &mut self.bounces,
+                negotiated: Negotiated::default(),
+                serial: &[0; 20],
+            };
+            self.ring.pull(&mut intake, &mut client, 0, (1, self.poll.registry())).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_doorbell_that_rings_for_nothing_is_muted_for_a_while_whether_its_ring_is_served_or_not() {
+        let mut bed = Bed::new();
+        bed.set_up();
+        bed.storm(5);
+        assert_eq!(bed.ring.deadline(), Some(5 + MUTE));
+        bed.pull(5 + MUTE);
+        assert_eq!(bed.ring.deadline(), None);
+        // Muted, and disabled meanwhile: nobody is to be woken for it; enabled again, it is listened to.
+        bed.storm(MUTE * 2);
+        bed.ring.enabled = false;
+        assert_eq!(bed.ring.deadline(), None);
+        bed.ring.enabled = true;
+        assert_eq!(bed.ring.deadline(), Some(MUTE * 3));
+        // Stopped, set up anew: nothing of that is left.
+        assert_eq!(bed.ring.stopped(bed.poll.registry()), Some(0));
+        assert_eq!(bed.ring.deadline(), None);
+        bed.set_up();
+        bed.pull(MUTE * 4);
+        assert_eq!(bed.ring.deadline(), None);
+        // Before it is served at all.
+        let mut bed = Bed::new();
+        bed.kick();
+        bed.storm(5);
+        assert!(bed.ring.muted_until.is_some() && bed.ring.deadline().is_none());
+    }
+
+    #[test]
+    fn a_ring_is_served_when_all_of_it_has_been_said_and_in_the_guests_memory() {
+        let mut bed = Bed::new();
+        assert!(bed.ring.start(&bed.regions, 0).is_ok() && bed.ring.queue().is_none());
+        for size in [0, 3, 2048, u32::MAX] {
+            assert!(bed.ring.set_size(size).is_err(), "{size}");
+        }
+        bed.ring.set_size(16).unwrap();
+        assert!(bed.ring.set_base(1 << 16).is_err());
+        assert!(bed.ring.set_kick(None, 1, bed.poll.registry()).is_err());
+        assert!(bed.ring.set_call(Some(tempfile::tempfile().unwrap().into())).is_err(), "no eventfd");
+        bed.ring.enabled = true;
+        bed.kick();
+        for table in [RINGS_AT - 16, RINGS_AT + 8, RINGS_AT + (1 << 16) - 16] {
+            let addresses = RingAddresses { ring: 0, flags: 0, table, available: RINGS_AT, used: RINGS_AT, log: 0 };
+            bed.ring.set_addresses(addresses).unwrap();
+            assert!(bed.ring.start(&bed.regions, 0).is_err(), "{table:#x}");
+        }
+        bed.set_up();
+        assert!(bed.ring.queue().is_some() && bed.ring.set_size(32).is_err());
+        // A driver that waits for a notification gets one, however it was lost.
+        let call = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
+        let ours = nix::unistd::dup(&call).unwrap();
+        bed.ring.set_call(Some(ours)).unwrap();
+        assert_eq!(call.read().unwrap(), 1);
     }
 }
