@@ -9,15 +9,15 @@ use serde_json::json;
 use slog::{Logger, info, warn};
 use zerocopy::IntoBytes;
 
-use super::files;
-use super::vring::{ENTRIES_MAX, Vring};
+use super::vring::Vring;
 use super::wire::{
     self, ConfigRange, Input, MemoryRegion, Message, NO_FD, RingAddresses, RingState, protocol, request,
 };
+use super::{SEGMENTS, files};
 use crate::frontend::virtio::guest::Regions;
 use crate::frontend::virtio::queue::{Bounces, Client};
 use crate::frontend::virtio::request::{Negotiated, SERIAL};
-use crate::frontend::virtio::{self, CONFIG_WRITEBACK, SEG_MAX, feature};
+use crate::frontend::virtio::{self, CONFIG_WRITEBACK, feature};
 use crate::frontend::{DiskInfo, Intake};
 use crate::job::Apart;
 use crate::log::Limiter;
@@ -84,8 +84,8 @@ pub(super) struct Connection {
     protocol: u64,
     status: u8,
     writeback: bool,
-    /// For our messages.
-    back_channel: Option<OwnedFd>,
+    /// For our messages: one, or none.
+    back_channel: Vec<OwnedFd>,
     serial: [u8; SERIAL],
     /// The ring that is asked first, in this turn: where slots are short, none must get them all.
     first: usize,
@@ -108,13 +108,13 @@ impl Connection {
             readable: false,
             stops: None,
             regions: Regions::default(),
-            bounces: Bounces::new(2 * SEG_MAX as usize)?,
+            bounces: Bounces::new(SEGMENTS)?,
             rings: (0..rings).map(|_| Vring::default()).collect(),
             acked: 0,
             protocol: 0,
             status: 0,
             writeback: true,
-            back_channel: None,
+            back_channel: Vec::new(),
             serial,
             first: 0,
             limiter: Limiter::default(),
@@ -149,7 +149,8 @@ impl Connection {
     }
 
     fn take(&mut self, mut message: Message, shared: &Shared) -> io::Result<()> {
-        let (number, need_reply) = (message.request, message.need_reply && self.protocol & protocol::REPLY_ACK != 0);
+        message.need_reply &= self.protocol & protocol::REPLY_ACK != 0;
+        let (number, need_reply) = (message.request, message.need_reply);
         let done = self.done(&mut message, shared);
         if !message.fds.is_empty() {
             // Nobody's, and of files whose close(2) may wait.
@@ -209,8 +210,8 @@ impl Connection {
             SET_MEM_TABLE => self.set_memory(message, shared)?,
             GET_MAX_MEM_SLOTS => return word(REGIONS_MAX as u64),
             ADD_MEM_REG => {
-                let fd = message.fd()?;
-                self.add_region(&region_of(&message.body)?, &fd, shared)?;
+                self.add_region(&region_of(&message.body)?, message.fd()?, shared)?;
+                message.fds.clear();
             }
             REM_MEM_REG => self.remove_region(&region_of(&message.body)?)?,
             SET_VRING_NUM | SET_VRING_BASE | SET_VRING_ENABLE | SET_VRING_ADDR => self.set_ring(message)?,
@@ -220,7 +221,11 @@ impl Connection {
                 return Ok(Reply::When(Stops::One(ring as usize)));
             }
             SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => self.set_notification(message, shared.registry)?,
-            SET_BACKEND_REQ_FD => self.back_channel = Some(message.fd()?),
+            SET_BACKEND_REQ_FD => {
+                message.fd()?;
+                // What it replaces goes the way of what is nobody's.
+                std::mem::swap(&mut self.back_channel, &mut message.fds);
+            }
             GET_CONFIG => return self.config(&message.body, shared.disk),
             SET_CONFIG => self.set_config(&message.body)?,
             RESET_DEVICE => {
@@ -240,25 +245,23 @@ impl Connection {
 
     /// Answers who waits for rings to be stopped, if they are.
     fn stop(&mut self, shared: &Shared) -> io::Result<()> {
-        match self.stops {
+        if !self.has_stopped() {
+            return Ok(());
+        }
+        match self.stops.take() {
             None => Ok(()),
             Some(Stops::One(ring)) => {
-                let Some(base) = self.rings[ring].stopped(shared.registry) else { return Ok(()) };
-                self.stops = None;
+                let base = self.rings[ring].stop(shared.registry);
                 let state = RingState { ring: ring as u32, value: base.into() };
                 wire::reply(&self.socket, request::GET_VRING_BASE, state.as_bytes())
             }
             Some(Stops::All { need_reply }) => {
-                if self.in_flight() > 0 {
-                    return Ok(());
-                }
                 for ring in &mut self.rings {
-                    ring.stopped(shared.registry);
+                    ring.stop(shared.registry);
                     ring.enabled = false;
                 }
-                (self.stops, self.status, self.writeback) = (None, 0, true);
-                let told = need_reply && self.protocol & protocol::REPLY_ACK != 0;
-                if told { wire::reply(&self.socket, request::RESET_DEVICE, 0_u64.as_bytes()) } else { Ok(()) }
+                (self.status, self.writeback) = (0, true);
+                if need_reply { wire::reply(&self.socket, request::RESET_DEVICE, 0_u64.as_bytes()) } else { Ok(()) }
             }
         }
     }
@@ -284,7 +287,8 @@ impl Connection {
     fn set_ring(&mut self, message: &Message) -> Result<(), String> {
         if message.request == request::SET_VRING_ADDR {
             let addresses: RingAddresses = message.body()?;
-            return self.ring(addresses.ring)?.set_addresses(addresses);
+            self.ring(addresses.ring)?.set_addresses(addresses);
+            return Ok(());
         }
         let RingState { ring, value } = message.body()?;
         let ring = self.ring(ring)?;
@@ -300,17 +304,25 @@ impl Connection {
 
     fn set_notification(&mut self, message: &mut Message, registry: &Registry) -> Result<(), String> {
         let value: u64 = message.body()?;
-        let fd = if value & NO_FD == 0 { Some(message.fd()?) } else { None };
-        if !message.fds.is_empty() {
+        if value & NO_FD == 0 {
+            files::check_eventfd(message.fd()?)?;
+        } else if !message.fds.is_empty() {
             return Err(format!("message {} comes with descriptors that it says it has not", message.request));
         }
+        let fd = message.fds.pop();
         let index = (value & 0xff) as u32;
         let token = self.token + 1 + index as usize;
         let ring = self.ring(index)?;
         match message.request {
             request::SET_VRING_KICK => ring.set_kick(fd, token, registry),
-            request::SET_VRING_CALL => ring.set_call(fd),
-            _ => ring.set_error(fd),
+            request::SET_VRING_CALL => {
+                ring.set_call(fd);
+                Ok(())
+            }
+            _ => {
+                ring.set_error(fd);
+                Ok(())
+            }
         }
     }
 
@@ -324,16 +336,17 @@ impl Connection {
         else {
             return Err("a memory table without a length".into());
         };
-        let fds = std::mem::take(&mut message.fds);
+        let fds = &message.fds;
         let table: Vec<_> = table.unwrap_or_default().chunks(size_of::<MemoryRegion>()).collect();
         if fds.len() != count as usize || table.len() != fds.len() || fds.len() > REGIONS_MAX {
             let (regions, fds) = (table.len(), fds.len());
             return Err(format!("a memory table of {count} regions has {regions}, and {fds} descriptors"));
         }
         self.forget_memory();
-        for (region, fd) in table.into_iter().zip(&fds) {
+        for (region, fd) in table.into_iter().zip(fds) {
             self.add_region(&region_of(region)?, fd, shared)?;
         }
+        message.fds.clear();
         Ok(())
     }
 
@@ -460,7 +473,7 @@ impl Connection {
 
     /// The disk has another size.
     pub(super) fn resized(&self) -> io::Result<()> {
-        self.back_channel.as_ref().map_or(Ok(()), wire::tell_config_changed)
+        self.back_channel.iter().try_for_each(wire::tell_config_changed)
     }
 
     /// It leaves: its memory and its descriptors are let go by a thread that may wait.
@@ -510,5 +523,3 @@ fn config_range(body: &[u8]) -> Result<(ConfigRange, &[u8]), String> {
     }
     Ok((range, rest))
 }
-
-const _: () = assert!(ENTRIES_MAX <= 1 << 15);

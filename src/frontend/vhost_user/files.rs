@@ -51,8 +51,8 @@ pub(super) fn map(wanted: &MemoryRegion, fd: &OwnedFd) -> Result<Mapped, String>
     Ok(Mapped { region: Region { guest, len, user, place }, may_shrink })
 }
 
-/// An eventfd of the front end's, to be written without waiting. Another kind of file, whose write could wait, is refused.
-pub(super) fn eventfd(fd: OwnedFd) -> Result<OwnedFd, String> {
+/// Has an eventfd of the front end's be written without waiting. Another kind of file, whose write could wait, is refused.
+pub(super) fn check_eventfd(fd: &OwnedFd) -> Result<(), String> {
     // Where there is no /proc, nobody knows.
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok();
     if link.is_some_and(|link| link.as_os_str() != "anon_inode:[eventfd]") {
@@ -61,7 +61,7 @@ pub(super) fn eventfd(fd: OwnedFd) -> Result<OwnedFd, String> {
     let flags = fcntl(fd.as_fd(), FcntlArg::F_GETFL).map_err(|error| error.to_string())?;
     let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
     fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags)).map_err(|error| error.to_string())?;
-    Ok(fd)
+    Ok(())
 }
 
 /// Notifies.

@@ -30,6 +30,7 @@ use slog::{Logger, info, warn};
 use self::connection::{Connection, Shared, Tag};
 use super::seats::Seats;
 use super::virtio::SEG_MAX;
+use super::virtio::queue::BOUNCE_BYTES;
 use super::virtio::request::SERIAL;
 use super::{DiskInfo, Frontend, Intake};
 use crate::listen::UnixSocket;
@@ -41,8 +42,8 @@ use crate::stats::now;
 /// Segments that a request's data has at most: its buffers, and each can reach from one memory region into the next.
 pub const SEGMENTS: usize = 2 * SEG_MAX as usize;
 
-/// Bytes that a client takes: what is not aligned goes through four MiB of ours.
-const BYTES: usize = (4 << 20) + (64 << 10);
+/// Bytes that a client takes: memory to bounce in, and tables.
+const BYTES: usize = BOUNCE_BYTES + (64 << 10);
 
 /// How it listens.
 #[derive(Clone, Debug)]

@@ -15,8 +15,8 @@ use crate::frontend::virtio::guest::Regions;
 use crate::frontend::virtio::queue::{Client, Queue};
 use crate::frontend::virtio::ring::Layout;
 
-/// Entries of a ring, at most: what a chain has at most too, so that a request's tables are small.
-pub(super) const ENTRIES_MAX: u32 = 1024;
+/// Entries of a ring, at most: each has a place for what is taken of it.
+const ENTRIES_MAX: u32 = 1024;
 
 /// A ring.
 #[derive(Default)]
@@ -55,12 +55,11 @@ impl Vring {
         Ok(())
     }
 
-    pub(super) fn set_addresses(&mut self, addresses: RingAddresses) -> Result<(), String> {
+    pub(super) fn set_addresses(&mut self, addresses: RingAddresses) {
         // Said again for a ring that is in use, it is about a log of writes, which is not offered.
         if self.queue.is_none() {
             self.addresses = Some(addresses);
         }
-        Ok(())
     }
 
     pub(super) fn set_base(&mut self, base: u32) -> Result<(), String> {
@@ -82,7 +81,6 @@ impl Vring {
         let Some(kick) = kick else {
             return Err("a ring without a descriptor for its notifications: nobody would look at it".into());
         };
-        let kick = files::eventfd(kick)?;
         self.deregister(registry);
         (self.kick, self.muted_until) = (Some(kick), None);
         self.watch(token, registry).map_err(|error| format!("cannot listen to a ring: {error}"))
@@ -100,10 +98,9 @@ impl Vring {
         }
     }
 
-    pub(super) fn set_call(&mut self, call: Option<OwnedFd>) -> Result<(), String> {
-        self.call = call.map(files::eventfd).transpose()?;
+    pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
+        self.call = call;
         self.notify_anew();
-        Ok(())
     }
 
     /// Answers may be there that the driver was not notified of: by a tapdisk that died in between, or before there was a way to.
@@ -113,9 +110,8 @@ impl Vring {
         }
     }
 
-    pub(super) fn set_error(&mut self, error: Option<OwnedFd>) -> Result<(), String> {
-        self.error = error.map(files::eventfd).transpose()?;
-        Ok(())
+    pub(super) fn set_error(&mut self, error: Option<OwnedFd>) {
+        self.error = error;
     }
 
     /// Serves it, if all that takes has been said.
@@ -144,17 +140,15 @@ impl Vring {
         self.stopping = true;
     }
 
-    /// Once nothing of it is in flight: stops it, and gives where it would go on.
-    pub(super) fn stopped(&mut self, registry: &Registry) -> Option<u16> {
-        if self.in_flight() > 0 {
-            return None;
-        }
+    /// Stops it, and gives where it would go on. Nothing of it is in flight.
+    pub(super) fn stop(&mut self, registry: &Registry) -> u16 {
+        debug_assert!(self.in_flight() == 0);
         if let Some(queue) = self.queue.take() {
             self.base = queue.ring().base();
         }
         self.deregister(registry);
         (self.kick, self.muted_until, self.stopping) = (None, None, false);
-        Some(self.base)
+        self.base
     }
 
     fn is_served(&self) -> bool {
@@ -283,7 +277,7 @@ mod tests {
                 log: 0,
             };
             self.ring.set_size(16).unwrap();
-            self.ring.set_addresses(addresses(RINGS_AT)).unwrap();
+            self.ring.set_addresses(addresses(RINGS_AT));
             self.ring.set_base(0).unwrap();
             self.kick();
             self.ring.enabled = true;
@@ -342,7 +336,7 @@ mod tests {
         bed.ring.enabled = true;
         assert_eq!(bed.ring.deadline(), Some(MUTE * 3));
         // Stopped, set up anew: nothing of that is left.
-        assert_eq!(bed.ring.stopped(bed.poll.registry()), Some(0));
+        assert_eq!(bed.ring.stop(bed.poll.registry()), 0);
         assert_eq!(bed.ring.deadline(), None);
         bed.set_up();
         bed.pull(MUTE * 4);
@@ -364,12 +358,12 @@ mod tests {
         bed.ring.set_size(16).unwrap();
         assert!(bed.ring.set_base(1 << 16).is_err());
         assert!(bed.ring.set_kick(None, 1, bed.poll.registry()).is_err());
-        assert!(bed.ring.set_call(Some(tempfile::tempfile().unwrap().into())).is_err(), "no eventfd");
+        assert!(files::check_eventfd(&tempfile::tempfile().unwrap().into()).is_err(), "no eventfd");
         bed.ring.enabled = true;
         bed.kick();
         for table in [RINGS_AT - 16, RINGS_AT + 8, RINGS_AT + (1 << 16) - 16] {
             let addresses = RingAddresses { ring: 0, flags: 0, table, available: RINGS_AT, used: RINGS_AT, log: 0 };
-            bed.ring.set_addresses(addresses).unwrap();
+            bed.ring.set_addresses(addresses);
             assert!(bed.ring.start(&bed.regions, 0).is_err(), "{table:#x}");
         }
         bed.set_up();
@@ -377,7 +371,8 @@ mod tests {
         // A driver that waits for a notification gets one, however it was lost.
         let call = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
         let ours = nix::unistd::dup(&call).unwrap();
-        bed.ring.set_call(Some(ours)).unwrap();
+        files::check_eventfd(&ours).unwrap();
+        bed.ring.set_call(Some(ours));
         assert_eq!(call.read().unwrap(), 1);
     }
 }

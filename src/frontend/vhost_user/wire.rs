@@ -132,14 +132,11 @@ impl Message {
             .map_err(|_| format!("message {} has {} bytes and not {}", self.request, self.body.len(), size_of::<T>()))
     }
 
-    /// The one descriptor that has come with it.
-    pub(super) fn fd(&mut self) -> Result<OwnedFd, String> {
-        match (self.fds.pop(), self.fds.len()) {
-            (Some(fd), 0) => Ok(fd),
-            (got, more) => {
-                let count = more + usize::from(got.is_some());
-                Err(format!("message {} comes with {count} descriptors and not one", self.request))
-            }
+    /// The one descriptor that has come with it. It stays with the message as long as nobody has found it good.
+    pub(super) fn fd(&self) -> Result<&OwnedFd, String> {
+        match self.fds.as_slice() {
+            [fd] => Ok(fd),
+            fds => Err(format!("message {} comes with {} descriptors and not one", self.request, fds.len())),
         }
     }
 }
@@ -172,12 +169,13 @@ impl Input {
             match fdpass::receive(socket.as_fd(), more, MsgFlags::MSG_DONTWAIT) {
                 Ok((0, _)) => return Err(io::Error::other("hung up")),
                 Ok((count, fds)) => {
-                    let is_first = self.bytes.is_empty() && self.fds.is_empty();
-                    if !fds.is_empty() && !is_first {
+                    let (is_first, has_fds) = (self.bytes.is_empty() && self.fds.is_empty(), !fds.is_empty());
+                    // Kept, also where they end the connection: with that they are closed.
+                    self.fds.extend(fds);
+                    if has_fds && !is_first {
                         return Err(io::Error::other("descriptors in the middle of a message"));
                     }
                     self.bytes.extend(&more[..count]);
-                    self.fds.extend(fds);
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EAGAIN as i32) => return Ok(None),
                 Err(error) => return Err(error),
@@ -261,7 +259,9 @@ mod tests {
         assert!(input.next(&ours).unwrap().is_none());
         fdpass::send(theirs.as_fd(), &bytes[4..], &[]).unwrap();
         let mut message = input.next(&ours).unwrap().unwrap();
-        assert!(message.fd().is_ok() && message.fd().is_err());
+        assert!(message.fd().is_ok());
+        message.fds.clear();
+        assert!(message.fd().is_err());
         fdpass::send(theirs.as_fd(), &bytes[..4], &[]).unwrap();
         assert!(input.next(&ours).unwrap().is_none());
         fdpass::send(theirs.as_fd(), &bytes[4..], &[theirs.as_fd()]).unwrap();

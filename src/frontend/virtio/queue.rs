@@ -14,7 +14,7 @@ use crate::sys::memory::Memory;
 /// Requests at a time whose data is not aligned as the image's file wants it.
 const BOUNCES: usize = 16;
 /// Memory for their data, bytes; one that has more fails.
-const BOUNCE_BYTES: usize = 4 << 20;
+pub const BOUNCE_BYTES: usize = 4 << 20;
 /// Descriptors that are looked at in one turn of a ring, and those of one chain.
 const LOOKS_MAX: usize = 4096;
 /// Bytes that are copied at a time.

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use slog::{Discard, Logger, o};
 use tapdisk::client::open_socket;
-use tapdisk::disk::{Disk, Resume, Turn};
+use tapdisk::disk::{Disk, Resume};
 use tapdisk::engine::Inline;
 use tapdisk::frontend::blkif::ring::{FrontRing, Shared};
 use tapdisk::frontend::blkif::wire::{Abi, ENTRY_MAX, Entry, OP_INDIRECT, Segment};
@@ -26,9 +26,9 @@ use tapdisk::polling::{Polling, Settings};
 use tapdisk::stats::now;
 use tapdisk::sys::fdpass;
 use tapdisk::sys::memory::{Memory, PAGE_SIZE};
-use tapdisk_fuzz::Input;
 use tapdisk_fuzz::double::Double;
 use tapdisk_fuzz::world::{disk, info};
+use tapdisk_fuzz::{Input, complete, settle};
 use zerocopy::{FromZeros, IntoBytes};
 
 /// Clients that the disk takes, and one more that it turns away.
@@ -114,16 +114,9 @@ fn world(setup: u8) -> World {
 }
 
 impl World {
-    /// What the main loop does until there is nothing more to do. True: there were events.
+    /// True: there was something to do.
     fn settle(&mut self) -> bool {
-        self.poll.poll(&mut self.events, Some(Duration::ZERO)).unwrap();
-        for event in &self.events {
-            self.disk.event(0, event.token().0, event);
-        }
-        let turns = (0..TURNS).take_while(|_| self.disk.turn() != Turn::Nothing).count();
-        assert!(turns < TURNS, "there is always something to do");
-        self.disk.arm();
-        turns > 0 || !self.events.is_empty()
+        settle(&mut self.poll, &mut self.events, &mut self.disk, TURNS)
     }
 
     fn connect(&mut self, place: usize) {
@@ -134,19 +127,6 @@ impl World {
         self.connections += 1;
         let socket = open_socket(&self.socket).unwrap();
         self.clients[place] = Some(Client { number: self.connections, socket, hello: None, rings: None, sent: 0 });
-    }
-
-    /// Completes the oldest I/Os.
-    fn complete(&self, count: usize, how: u8) {
-        for _ in 0..count.min(self.double.held()) {
-            self.double.complete(match how {
-                0 => Some(Err(Errno::EIO)),
-                1 => Some(Ok(0)),
-                2 => Some(Ok(512)),
-                3 => Some(Err(Errno::ENOSPC)),
-                _ => None,
-            });
-        }
     }
 
     /// All leave, all completes, and nothing is left.
@@ -161,7 +141,7 @@ impl World {
                 let Some(due) = self.disk.deadline().filter(|_| self.disk.outstanding() > 0) else { break };
                 std::thread::sleep(Duration::from_nanos(due.saturating_sub(now())));
             }
-            self.complete(usize::MAX, 4);
+            complete(&self.double, usize::MAX, 4);
         }
         let seen = self.disk.inspect(&Polling::new(Settings::default()));
         let left = (self.disk.outstanding(), self.double.held());
@@ -329,7 +309,7 @@ fuzz_target!(|data: &[u8]| {
             1 => world.clients[place] = None,
             2 => {
                 let how = input.byte();
-                world.complete(usize::from(how & 31), how >> 5);
+                complete(&world.double, usize::from(how & 31), how >> 5);
             }
             3 if world.refusals < REFUSALS => {
                 world.refusals += 1;

@@ -16,16 +16,16 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::MsgFlags;
 use slog::{Discard, Logger, o};
 use std::os::unix::net::UnixStream;
-use tapdisk::disk::{Disk, Resume, Turn};
+use tapdisk::disk::{Disk, Resume};
 use tapdisk::engine::Inline;
 use tapdisk::frontend::vhost_user::{Config, VhostUser};
 use tapdisk::polling::{Polling, Settings};
 use tapdisk::stats::now;
 use tapdisk::sys::fdpass;
 use tapdisk::sys::memory::Memory;
-use tapdisk_fuzz::Input;
 use tapdisk_fuzz::double::Double;
 use tapdisk_fuzz::world::{disk, info};
+use tapdisk_fuzz::{Input, complete, settle};
 
 /// More turns than there can be without an event.
 const TURNS: usize = 2000;
@@ -84,16 +84,9 @@ fn world(setup: u8) -> World {
 }
 
 impl World {
-    /// What the main loop does until there is nothing more to do. True: there were events.
+    /// True: there was something to do.
     fn settle(&mut self) -> bool {
-        self.poll.poll(&mut self.events, Some(Duration::ZERO)).unwrap();
-        for event in &self.events {
-            self.disk.event(0, event.token().0, event);
-        }
-        let turns = (0..TURNS).take_while(|_| self.disk.turn() != Turn::Nothing).count();
-        assert!(turns < TURNS, "there is always something to do");
-        self.disk.arm();
-        turns > 0 || !self.events.is_empty()
+        settle(&mut self.poll, &mut self.events, &mut self.disk, TURNS)
     }
 
     fn connect(&mut self) {
@@ -158,19 +151,6 @@ impl World {
         let _ = self.kick.write(1);
     }
 
-    /// Completes the oldest I/Os.
-    fn complete(&self, count: usize, how: u8) {
-        for _ in 0..count.min(self.double.held()) {
-            self.double.complete(match how {
-                0 => Some(Err(Errno::EIO)),
-                1 => Some(Ok(0)),
-                2 => Some(Ok(512)),
-                3 => Some(Err(Errno::ENOSPC)),
-                _ => None,
-            });
-        }
-    }
-
     /// It leaves, all completes, and nothing is left.
     fn end(&mut self) {
         self.client = None;
@@ -181,7 +161,7 @@ impl World {
                 let Some(due) = self.disk.deadline().filter(|_| self.disk.outstanding() > 0) else { break };
                 std::thread::sleep(Duration::from_nanos(due.saturating_sub(now())));
             }
-            self.complete(usize::MAX, 4);
+            complete(&self.double, usize::MAX, 4);
         }
         let seen = self.disk.inspect(&Polling::new(Settings::default()));
         assert_eq!((self.disk.outstanding(), self.double.held()), (0, 0), "requests are left");
@@ -201,7 +181,7 @@ fuzz_target!(|data: &[u8]| {
             1 => world.client = None,
             2 => {
                 let how = input.byte();
-                world.complete(usize::from(how & 31), how >> 5);
+                complete(&world.double, usize::from(how & 31), how >> 5);
             }
             3 if world.refusals < REFUSALS => {
                 world.refusals += 1;
